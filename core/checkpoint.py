@@ -1,0 +1,145 @@
+"""Checkpoints: a folder `step_000123` that is whole or not there.
+
+    model-00001-of-00001.safetensors   every tensor: model.<parameter>, optim.<parameter>.<state>, rng.*
+    model.safetensors.index.json       written by torch.distributed.checkpoint's Hugging Face writer
+    state.json                         everything that is not a tensor: config, step, data position, totals
+    tokenizer.*                        so that a checkpoint can be evaluated on its own
+
+Written beside its final place under a dotted name, flushed to disk, then renamed: a process killed at any instant leaves
+the previous checkpoints as they were. No pickle is read or written.
+"""
+
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from core.data.tokenizer import Tokenizer
+
+FORMAT = 1
+STATE_FILE = "state.json"
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes under a temporary name, then renames."""
+    tmp = path.with_name(f".{path.name}.tmp")
+    tmp.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    os.replace(tmp, path)
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:06d}"
+
+
+def save(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Writes one checkpoint from one process; an older folder of the same name is replaced."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we mean
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(tmp)), no_dist=True)
+    tokenizer.save(tmp)
+    write_json(tmp / STATE_FILE, {"format": FORMAT, **state})
+    for path in (*tmp.iterdir(), tmp):
+        _fsync(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(tmp, folder)
+    _fsync(folder.parent)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    folders = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name)]
+    return sorted((p for p in folders if (p / STATE_FILE).exists()), key=lambda p: int(p.name[5:]))
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Deletes all but the `keep` newest checkpoints, and leftovers of killed saves."""
+    for path in checkpoints(run_dir)[: -max(keep, 1)]:
+        shutil.rmtree(path)
+    for path in (run_dir / "checkpoints").glob(".step_*.tmp"):
+        shutil.rmtree(path)
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint at `path`: itself, or the newest of the run folder it names. ValueError when there is none."""
+    path = Path(path).expanduser()
+    if (path / STATE_FILE).exists():
+        return path
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give a run folder (runs/...) or one of its checkpoints")
+    found = checkpoints(path)
+    if not found:
+        raise ValueError(f"{path} holds no checkpoint: give a run folder with checkpoints/step_*, or one of those")
+    return found[-1]
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Everything of a checkpoint that is not a tensor."""
+    path = folder / STATE_FILE
+    try:
+        state = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): use another checkpoint") from error
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {state.get('format')}, this Redline reads {FORMAT}: use the version that wrote it")
+    return state
+
+
+def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills `tensors` in place from a checkpoint; ValueError when a name, shape or type differs."""
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except (OSError, KeyError, ValueError, AssertionError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): use another checkpoint") from error
+    for name, t in tensors.items():
+        meta = stored.get(name)
+        if meta is None:
+            raise ValueError(f"{folder} has no tensor {name!r}: it belongs to another model or configuration")
+        if meta.size != t.shape or meta.properties.dtype != t.dtype:
+            raise ValueError(
+                f"{folder}: {name} is {meta.properties.dtype} {tuple(meta.size)}, this run has {t.dtype} {tuple(t.shape)}"
+            )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+
+
+def training_tensors(model: torch.nn.Module, optimizer_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a run by checkpoint name; they share storage with the run's."""
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    return tensors | {f"optim.{name}": t for name, t in optimizer_state.items()}
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    state = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["rng.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["rng.cpu"])
+    if "rng.cuda" in state:
+        torch.cuda.set_rng_state(state["rng.cuda"])

@@ -1,0 +1,148 @@
+"""Bits per byte: how well the model compresses text, comparable across tokenizers and with file compressors.
+
+bpb = sum of nats over scored tokens / (ln 2 * sum of their bytes); special tokens have no bytes and do not count
+[nanochat 92d63d4, core/loss_eval]. Each document is scored on its own: BOS opens it, windows of at most T tokens slide
+over it by `stride`, and each token is scored in the first window that holds it, so that every byte counts exactly once
+and, with stride < T, all but the document's first tokens see at least T - stride tokens before them.
+"""
+
+import bz2
+import gzip
+import lzma
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from core.data.corpus import Corpus
+from core.data.tokenizer import Tokenizer
+from core.distributed import World, all_sum
+from core.model import GPT
+
+LOGIT_ROWS = 4096  # rows of logits that exist at a time: 512 MiB in fp32 for a 32k vocabulary
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    bpb: float
+    nats: float
+    num_bytes: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """tokens[:-1] are inputs, tokens[1:] targets; the first `skip` targets were scored in an earlier window."""
+
+    tokens: np.ndarray  # (1 < n <= T + 1,) int
+    skip: int
+
+
+def windows(tokens: Sequence[int], seq_len: int, stride: int) -> Iterator[Window]:
+    """Cuts one document, BOS first, into windows that together score each of its other tokens once."""
+    if not 1 <= stride <= seq_len:
+        raise ValueError(f"stride is {stride}: expected 1 to the context length {seq_len}")
+    array = np.asarray(tokens)
+    n = len(array) - 1  # targets
+    scored = 0
+    while scored < n:
+        stop = min(n, scored + (seq_len if scored == 0 else stride))
+        start = max(0, stop - seq_len)  # the last window reaches back as far as it may
+        yield Window(array[start : stop + 1], skip=scored - start)
+        scored = stop
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: GPT, items: Iterable[Window], token_bytes: np.ndarray, *, batch_size: int, world: World
+) -> BitsPerByte:
+    """Scores windows, the same list on every rank; ranks share the batches and add up their sums."""
+    # equal lengths side by side: little padding
+    items = sorted(items, key=lambda w: len(w.tokens), reverse=True)
+    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    nbytes = torch.from_numpy(token_bytes.astype(np.int64)).to(world.device)
+    nats = torch.zeros((), dtype=torch.float64, device=world.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=world.device)
+    for batch in batches[world.rank :: world.world_size]:
+        length = len(batch[0].tokens) - 1
+        idx = np.zeros((len(batch), length), dtype=np.int64)
+        targets = np.full((len(batch), length), -1, dtype=np.int64)
+        for i, w in enumerate(batch):
+            n = len(w.tokens) - 1
+            idx[i, :n] = w.tokens[:-1]
+            targets[i, w.skip : n] = w.tokens[w.skip + 1 :]
+        idx_t, targets_t = (torch.from_numpy(a).to(world.device) for a in (idx, targets))
+        counted = targets_t >= 0
+        hidden, wanted = model.hidden(idx_t)[counted], targets_t[counted]
+        for h, t in zip(hidden.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS)):
+            loss = F.cross_entropy(model.logits(h), t, reduction="none")
+            size = nbytes[t]
+            nats += torch.where(size > 0, loss, 0.0).sum(dtype=torch.float64)
+            counts += torch.stack((size.sum(), (size > 0).sum()))
+    total_nats = all_sum(nats).item()
+    num_bytes, num_tokens = all_sum(counts).tolist()
+    bpb = total_nats / (math.log(2) * num_bytes) if num_bytes else math.inf
+    return BitsPerByte(bpb, total_nats, num_bytes, num_tokens)
+
+
+def compressor_bits_per_byte(data: bytes) -> dict[str, float]:
+    """What gzip -9, bzip2 -9 and xz -9e make of the same bytes, in bits per byte."""
+    if not data:
+        raise ValueError("nothing to compress: the validation text is empty")
+    sizes = {
+        "gzip -9": len(gzip.compress(data, compresslevel=9, mtime=0)),
+        "bzip2 -9": len(bz2.compress(data, compresslevel=9)),
+        "xz -9e": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
+    }
+    return {name: 8 * size / len(data) for name, size in sizes.items()}
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Windows to score and what they cover."""
+
+    windows: list[Window]
+    num_bytes: int
+    scope: str  # in words, for people
+
+
+def validation_subset(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, max_tokens: int) -> ValidationSet:
+    """A fixed part of the validation split for evaluations during training: documents in a seeded order up to max_tokens,
+    the last one cut; windows do not overlap."""
+    items, num_bytes, num_docs, left = [], 0, 0, max_tokens
+    for i in corpus.order(0):
+        if left <= 0:
+            break
+        ids = tokenizer.encode(corpus[int(i)])[:left]
+        items += windows([tokenizer.bos_id, *ids], seq_len, seq_len)
+        num_bytes += int(tokenizer.token_bytes[ids].sum())
+        num_docs += 1
+        left -= len(ids)
+    scope = f"a fixed subset: {num_bytes:,} bytes of {num_docs} of {len(corpus)} validation documents, context restarts every {seq_len} tokens"
+    return ValidationSet(items, num_bytes, scope)
+
+
+def validation_whole(
+    corpus: Corpus, tokenizer: Tokenizer, seq_len: int, max_bytes: int | None
+) -> tuple[ValidationSet, bytes]:
+    """The validation split in path order, and its bytes; documents beyond max_bytes are left out, and the scope says so.
+
+    Windows overlap by half, so that a token sees at least T/2 tokens of its document before it.
+    """
+    stride = max(1, seq_len // 2)
+    items, data = [], bytearray()
+    num_docs = 0
+    for i in range(len(corpus)):
+        if max_bytes is not None and len(data) + corpus.num_bytes(i) > max_bytes and num_docs:
+            break
+        text = corpus[i]
+        items += windows([tokenizer.bos_id, *tokenizer.encode(text)], seq_len, stride)
+        data += text.encode()
+        num_docs += 1
+    whole = num_docs == len(corpus)
+    part = f"every byte of all {num_docs}" if whole else f"the first {num_docs} of {len(corpus)}"
+    scope = f"{part} validation documents once ({len(data):,} bytes), context at most {seq_len} tokens, windows overlap by half"
+    return ValidationSet(items, len(data), scope), bytes(data)

@@ -1,0 +1,329 @@
+"""The transformer: nanochat's GPT (92d63d4, gpt.py), one switch per departure from a plain one.
+
+Dimensions   B batch, T sequence, C model, H query heads, G key/value heads, D head, F = 4C MLP, V vocabulary, L layers
+Features     RMSNorm without gain, rotary positions, QK-norm with a fixed scale, sliding windows (SSSL), squared ReLU,
+             gated value embeddings on every other layer, learned residual and x0 scales, smear, backout,
+             untied head, logits softcapped in fp32
+Storage      same-shaped matrices of up to BANK_LAYERS consecutive layers share one parameter, a bank (n, rows, cols).
+             A bank is unbound once per forward: indexing it per layer would build its gradient n times. Several banks
+             over depth let the gradient of the last layers be reduced while backward reaches the first.
+             q, k and v of a layer are one matrix ((H+2G)D, C); both MLP matrices are stored (4C, C).
+Precision    explicit, no autocast: matrices and embeddings are kept in the compute type, scalars in fp32;
+             norms and softmax accumulate in fp32; logits, softcap and loss are fp32.
+"""
+
+import functools
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.config import ModelConfig
+
+BANK_LAYERS = 4
+VOCAB_MULTIPLE = 64  # padded vocabulary: rows divide over ranks and fill tensor-core tiles
+WINDOW_MULTIPLE = 128  # short windows are whole attention tiles
+ROPE_BASE = 100_000.0
+QK_SCALE = 1.2
+VE_GATE_CHANNELS = 12
+VE_GATE_RANGE = 3.0
+SMEAR_CHANNELS = 24
+NORM_EPS = torch.finfo(torch.float32).eps
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Every size of the model, derived from its config."""
+
+    n_layer: int
+    d_model: int
+    d_head: int
+    n_head: int
+    n_kv_head: int
+    d_kv: int
+    d_ff: int
+    seq_len: int
+    vocab_size: int
+    padded_vocab: int
+    windows: tuple[int, ...]  # of each layer: a query sees itself and this many keys before it
+    ve_layers: tuple[int, ...]  # layers with value embeddings
+
+
+def dims(cfg: ModelConfig) -> Dims:
+    """Sizes for `cfg`; ValueError on values that do not fit together."""
+    for name, least in (("depth", 1), ("d_head", 2), ("seq_len", 2), ("vocab_size", 1), ("aspect_ratio", 1)):
+        if getattr(cfg, name) < least:
+            raise ValueError(f"{name} is {getattr(cfg, name)}: expected at least {least}")
+    if cfg.d_head % 2:
+        raise ValueError(f"d_head is {cfg.d_head}: rotary embedding pairs channels, give an even number")
+    d_model = cfg.d_model if cfg.d_model is not None else round_up(cfg.depth * cfg.aspect_ratio, cfg.d_head)
+    if d_model < 1 or d_model % cfg.d_head:
+        raise ValueError(f"d_model is {d_model}: expected a positive multiple of d_head ({cfg.d_head})")
+    n_head = d_model // cfg.d_head
+    n_kv_head = n_head if cfg.n_kv_head is None else cfg.n_kv_head
+    if n_kv_head < 1 or n_head % n_kv_head:
+        raise ValueError(f"n_kv_head is {n_kv_head}: expected a divisor of the {n_head} query heads")
+    if cfg.smear and d_model < SMEAR_CHANNELS:
+        raise ValueError(f"d_model is {d_model}: smear reads {SMEAR_CHANNELS} channels, widen the model or use --no-smear")
+    if cfg.value_embeds and d_model < VE_GATE_CHANNELS:
+        raise ValueError(
+            f"d_model is {d_model}: value embeddings read {VE_GATE_CHANNELS} channels, widen it or use --no-value-embeds"
+        )
+    pattern = cfg.window_pattern.upper()
+    if not pattern or set(pattern) - set("SL"):
+        raise ValueError(f"window_pattern is {cfg.window_pattern!r}: expected letters S (short) and L (whole context)")
+    short = min(round_up(-(-cfg.seq_len // 4), WINDOW_MULTIPLE), cfg.seq_len)
+    windows = [short if pattern[i % len(pattern)] == "S" else cfg.seq_len for i in range(cfg.depth)]
+    windows[-1] = cfg.seq_len
+    ve_layers = [i for i in range(cfg.depth) if i % 2 == (cfg.depth - 1) % 2] if cfg.value_embeds else []
+    return Dims(
+        n_layer=cfg.depth,
+        d_model=d_model,
+        d_head=cfg.d_head,
+        n_head=n_head,
+        n_kv_head=n_kv_head,
+        d_kv=n_kv_head * cfg.d_head,
+        d_ff=4 * d_model,
+        seq_len=cfg.seq_len,
+        vocab_size=cfg.vocab_size,
+        padded_vocab=round_up(cfg.vocab_size, VOCAB_MULTIPLE),
+        windows=tuple(windows),
+        ve_layers=tuple(ve_layers),
+    )
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, no gain; statistics in fp32 for bf16 input."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def rope_tables(seq_len: int, d_head: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (T, 1, D/2) in `dtype`; angles in fp32."""
+    j = torch.arange(d_head // 2, dtype=torch.float32, device=device)
+    inv_freq = ROPE_BASE ** (-2 * j / d_head)
+    angle = torch.arange(seq_len, dtype=torch.float32, device=device)[:, None, None] * inv_freq
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates (B, T, heads, D) by minus the position's angle; the first half of D pairs with the second."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def window_mask(q_idx: Tensor, kv_idx: Tensor, window: int) -> Tensor:
+    """True where a query may look: itself and `window` keys before it."""
+    return (kv_idx <= q_idx) & (q_idx - kv_idx <= window)
+
+
+@functools.lru_cache(maxsize=8)
+def _dense_window_mask(seq_len: int, window: int, device: torch.device) -> Tensor:
+    i = torch.arange(seq_len, device=device)
+    return window_mask(i[:, None], i[None, :], window)  # (T, T)
+
+
+@functools.lru_cache(maxsize=8)
+def _block_window_mask(seq_len: int, window: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return window_mask(q_idx, kv_idx, window)
+
+    return create_block_mask(mask_mod, None, None, seq_len, seq_len, device=device)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention over a window; q (B, T, H, D), k and v (B, T, G, D) -> (B, T, H, D). Softmax scale 1/sqrt(D)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
+    seq_len, gqa = q.size(2), q.size(1) != k.size(1)
+    if window >= seq_len - 1:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    elif q.is_cuda:
+        block_mask = _block_window_mask(seq_len, window, q.device)
+        y = _compiled_flex_attention()(q, k, v, block_mask=block_mask, enable_gqa=gqa)
+    else:
+        mask = _dense_window_mask(seq_len, window, q.device)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    return y.transpose(1, 2)
+
+
+def softcap(z: Tensor, cap: float) -> Tensor:
+    """c * tanh(z / c) in fp32; 0 leaves z."""
+    z = z.float()
+    return cap * torch.tanh(z / cap) if cap else z
+
+
+def _bank(n_layer: int, rows: int, cols: int) -> nn.ParameterList:
+    sizes = [min(BANK_LAYERS, n_layer - i) for i in range(0, n_layer, BANK_LAYERS)]
+    return nn.ParameterList(torch.empty(n, rows, cols) for n in sizes)
+
+
+def _unbind(banks: nn.ParameterList) -> list[Tensor]:
+    return [matrix for bank in banks for matrix in bank.unbind(0)]
+
+
+class GPT(nn.Module):
+    """The language model. Build it on the meta device to count, or on a device and call `init_weights`."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        d = self.dims = dims(cfg)
+        self.wte = nn.Parameter(torch.empty(d.padded_vocab, d.d_model))
+        self.lm_head = nn.Parameter(torch.empty(d.padded_vocab, d.d_model)) if cfg.untied_head else self.wte
+        self.attn_qkv = _bank(d.n_layer, d.d_model + 2 * d.d_kv, d.d_model)
+        self.attn_out = _bank(d.n_layer, d.d_model, d.d_model)
+        self.mlp_up = _bank(d.n_layer, d.d_ff, d.d_model)
+        self.mlp_down = _bank(d.n_layer, d.d_ff, d.d_model)  # x W, not x W^T
+        if cfg.value_embeds:
+            # one row per token with the values of all its layers: one gather per forward
+            self.value_embeds = nn.Parameter(torch.empty(d.padded_vocab, len(d.ve_layers) * d.d_kv))
+            self.ve_gate = _bank(len(d.ve_layers), d.n_kv_head, VE_GATE_CHANNELS)
+        if cfg.resid_lambdas:
+            self.resid_lambdas = nn.Parameter(torch.empty(d.n_layer))
+        if cfg.x0_lambdas:
+            self.x0_lambdas = nn.Parameter(torch.empty(d.n_layer))
+        if cfg.smear:
+            self.smear_gate = nn.Parameter(torch.empty(1, SMEAR_CHANNELS))
+            self.smear_lambda = nn.Parameter(torch.empty(1))
+        if cfg.backout:
+            self.backout_lambda = nn.Parameter(torch.empty(1))
+        self._rope_cache: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    # parameters -----------------------------------------------------------
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Initialises every parameter, each from a generator of its own: a switch leaves the others' values alone."""
+        bound = (3 / self.dims.d_model) ** 0.5  # uniform with standard deviation 1/sqrt(C)
+        depth_frac = torch.arange(self.dims.n_layer) / max(self.dims.n_layer - 1, 1)
+        for name, p in self.named_parameters():
+            g = torch.Generator(device=p.device).manual_seed((seed << 32) + zlib.crc32(name.encode()))
+            kind = name.split(".")[0]
+            if kind == "lm_head" or (kind == "wte" and not self.cfg.untied_head):
+                p.normal_(0, 0.001, generator=g)
+            elif kind == "wte":
+                p.normal_(0, 0.8, generator=g)
+            elif kind in ("attn_qkv", "value_embeds"):
+                p.uniform_(-bound, bound, generator=g)
+            elif kind == "mlp_up":
+                p.uniform_(-0.4 * bound, 0.4 * bound, generator=g)
+            elif kind in ("attn_out", "mlp_down", "smear_lambda"):
+                p.zero_()
+            elif kind in ("ve_gate", "smear_gate"):
+                p.uniform_(0, 0.02, generator=g)
+            elif kind == "resid_lambdas":
+                p.copy_(1.15 - 0.10 * depth_frac)
+            elif kind == "x0_lambdas":
+                p.copy_(0.20 - 0.15 * depth_frac)
+            elif kind == "backout_lambda":
+                p.fill_(0.2)
+            else:
+                raise AssertionError(f"no initialisation for parameter {name}")
+
+    def num_params(self) -> dict[str, int]:
+        """Parameters by group; the scaling laws count transformer_matrices + lm_head."""
+        counts = dict.fromkeys(("wte", "value_embeds", "lm_head", "transformer_matrices", "scalars"), 0)
+        for name, p in self.named_parameters():
+            kind = name.split(".")[0]
+            if kind in ("attn_qkv", "attn_out", "mlp_up", "mlp_down", "ve_gate"):
+                kind = "transformer_matrices"
+            counts[kind if kind in counts else "scalars"] += p.numel()
+        if not self.cfg.untied_head:
+            counts["lm_head"], counts["wte"] = counts["wte"], 0
+        return counts
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token: 6 per matmul parameter, 12 H D w per layer for attention (w the window)."""
+        counts, d = self.num_params(), self.dims
+        matmul = counts["transformer_matrices"] + counts["lm_head"] + (SMEAR_CHANNELS if self.cfg.smear else 0)
+        return 6 * matmul + sum(12 * d.n_head * d.d_head * w for w in d.windows)
+
+    # forward --------------------------------------------------------------
+
+    def _rope(self, seq_len: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        key = (seq_len, like.dtype, like.device)
+        if key not in self._rope_cache:
+            self._rope_cache[key] = rope_tables(seq_len, self.dims.d_head, like.dtype, like.device)
+        return self._rope_cache[key]
+
+    def _smear(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(x[:, 1:, :SMEAR_CHANNELS] @ self.smear_gate.to(x.dtype).T)  # (B, T-1, 1)
+        gate = self.smear_lambda.to(x.dtype) * gate
+        return torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) -> normalised hidden states (B, T, C) in the compute type."""
+        d, cfg = self.dims, self.cfg
+        B, T = idx.shape
+        x = norm(F.embedding(idx, self.wte))
+        if cfg.smear:
+            x = self._smear(x)
+        x0 = x
+        ve = gates = ()
+        if cfg.value_embeds:
+            ve = F.embedding(idx, self.value_embeds).view(B, T, len(d.ve_layers), d.n_kv_head, d.d_head).unbind(2)
+            gates = _unbind(self.ve_gate)
+        qkv_w, out_w, up_w, down_w = (_unbind(b) for b in (self.attn_qkv, self.attn_out, self.mlp_up, self.mlp_down))
+        resid = self.resid_lambdas.unbind() if cfg.resid_lambdas else None
+        share = self.x0_lambdas.unbind() if cfg.x0_lambdas else None
+        cos, sin = self._rope(T, x) if cfg.rope else (None, None)
+        x_mid = None
+        for i in range(d.n_layer):
+            if resid is not None:
+                x = resid[i] * x
+            if share is not None:
+                x = x + share[i] * x0
+            y = norm(x)
+            q, k, v = (y @ qkv_w[i].T).split((d.d_model, d.d_kv, d.d_kv), dim=-1)
+            q = q.view(B, T, d.n_head, d.d_head)
+            k = k.view(B, T, d.n_kv_head, d.d_head)
+            v = v.view(B, T, d.n_kv_head, d.d_head)
+            if i in d.ve_layers:
+                j = d.ve_layers.index(i)
+                gate = VE_GATE_RANGE * torch.sigmoid(y[..., :VE_GATE_CHANNELS] @ gates[j].T)  # (B, T, G)
+                v = v + gate.unsqueeze(-1) * ve[j]
+            if cfg.rope:
+                q, k = rope(q, cos, sin), rope(k, cos, sin)
+            if cfg.qk_norm:
+                q, k = QK_SCALE * norm(q), QK_SCALE * norm(k)
+            y = attention(q, k, v, d.windows[i]).reshape(B, T, d.d_model)
+            x = x + y @ out_w[i].T
+            y = norm(x) @ up_w[i].T
+            y = F.relu(y).square() if cfg.relu2 else F.gelu(y)
+            x = x + y @ down_w[i]
+            if i == d.n_layer // 2:
+                x_mid = x
+        if cfg.backout:
+            x = x - self.backout_lambda.to(x.dtype) * x_mid
+        return norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V) fp32 softcapped logits of the true vocabulary."""
+        z = hidden @ self.lm_head.T
+        return softcap(z[..., : self.dims.vocab_size], self.cfg.logit_softcap)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """Logits (B, T, V), or with targets (B, T; -1 is ignored) the cross-entropy in nats, fp32.
+
+        reduction: "mean" over targets that count, "sum", or "none" (B, T).
+        """
+        z = self.logits(self.hidden(idx))
+        if targets is None:
+            return z
+        loss = F.cross_entropy(z.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+        return loss.view_as(targets) if reduction == "none" else loss

@@ -1,0 +1,26 @@
+"""Package metadata. `pip install -e .` installs Redline editable: it runs from its checkout."""
+
+from setuptools import setup
+
+setup(
+    name="redline-lm",
+    version="0.1.0",
+    description="Trains GPT-2-grade language models at the limit of the hardware.",
+    license="MIT",
+    python_requires=">=3.11,<3.14",
+    packages=["core", "core.data", "core.evals", "kernels"],
+    py_modules=["train", "eval"],
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6; platform_machine == 'x86_64'",
+        "numpy>=1.26",
+        "tiktoken",
+        "rustbpe",
+        "pyarrow",
+        "tyro",
+        "rich",
+        "matplotlib",
+        "safetensors",
+    ],
+    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis"]},
+)

@@ -1,0 +1,355 @@
+"""Trains, evaluates and reports one language model: `python train.py [preset] [options]`, or the same under torchrun.
+
+Visit k of the loop evaluates, samples and saves the model that k optimizer steps made, then takes step k; the last visit
+only looks. `--resume` enters the loop at the visit that wrote the checkpoint.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core import checkpoint, distributed, runlog, schedule
+from core.config import Config, changed_fields, from_dict, parse_args, to_dict
+from core.data.corpus import Corpus, open_corpus
+from core.data.loader import Loader, merge_states
+from core.data.tokenizer import Tokenizer, get_tokenizer
+from core.distributed import World
+from core.errors import TrainingError, user_errors
+from core.evals.bits_per_byte import (
+    ValidationSet,
+    bits_per_byte,
+    compressor_bits_per_byte,
+    validation_subset,
+    validation_whole,
+)
+from core.generate import sample_text
+from core.model import GPT
+from core.optim import Gradients, Optimizer
+from core.plan import Plan, make_plan
+from core.profiling import StepProfile
+from core.runlog import LaggingLoss, RunLog, TrainingClock
+
+
+def main(argv: list[str]) -> None:
+    started = time.time()
+    cfg = parse_args(argv, distributed.choose_device_type, saved_config)
+    device_type = distributed.choose_device_type(cfg.device)
+    dtype = distributed.choose_dtype(cfg.precision, device_type)
+    if cfg.json and not cfg.dry_run:
+        raise ValueError("--json prints the plan of a --dry-run: give both")
+    if cfg.dry_run:
+        plan = make_plan(cfg, device_type=device_type, compute_dtype=dtype)
+        print(json.dumps(dataclasses.asdict(plan)) if cfg.json else runlog.render(runlog.plan_table(plan)))
+        return
+    distributed.prepare_process(device_type, deterministic=cfg.deterministic)
+    world = distributed.init_world(device_type)
+    try:
+        run = build(cfg, world, dtype, started)
+        try:
+            loop(run)
+            finish(run)
+        finally:
+            run.loader.close()
+            run.log.close()
+    finally:
+        distributed.shutdown()
+
+
+def saved_config(path: str) -> Config:
+    """The config of the run that `--resume path` continues, pointing at that run's folder."""
+    folder = checkpoint.find(path)
+    config = from_dict(checkpoint.load_state(folder)["config"])
+    return dataclasses.replace(config, resume=str(folder), out=str(folder.parent.parent))
+
+
+@dataclass
+class Run:
+    """One run on one process."""
+
+    cfg: Config
+    world: World
+    plan: Plan
+    out: Path
+    train_corpus: Corpus
+    val_corpus: Corpus
+    tokenizer: Tokenizer
+    model: GPT
+    optimizer: Optimizer
+    gradients: Gradients
+    tensors: dict[str, Tensor]  # what a checkpoint holds
+    loader: Loader
+    log: RunLog
+    clock: TrainingClock
+    subset: ValidationSet  # of the evaluations during training
+    facts: dict[str, Any]
+    started: float
+    start_step: int
+    losses: LaggingLoss
+    profile: StepProfile
+
+
+# build --------------------------------------------------------------------
+
+
+def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
+    saved = checkpoint.load_state(Path(cfg.resume)) if cfg.resume else None
+    if saved and (changed := changed_fields(from_dict(saved["config"]), cfg)):
+        raise ValueError(f"--resume continues a run as it was, but these differ: {', '.join(changed)}; start a new run instead")
+    stamp = f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(distributed.broadcast_object(cfg.out or stamp)).expanduser()
+    if not saved and (out / "log.jsonl").exists():
+        raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
+
+    # text and tokens; rank 0 trains and stores the tokenizer, the others find it
+    cache_dir = Path(cfg.data.cache_dir).expanduser()
+    corpora = {"seed": cfg.seed, "val_every": cfg.data.val_every, "cache_dir": cache_dir}
+    if not world.is_main:
+        distributed.barrier()
+    train_corpus, val_corpus = open_corpus(cfg.data.path, **corpora)
+    tokenizer = get_tokenizer(train_corpus, cfg.model.vocab_size, cache_dir=cache_dir, on_train=print)
+    if world.is_main:
+        distributed.barrier()
+    model_cfg = dataclasses.replace(cfg.model, vocab_size=tokenizer.vocab_size)
+    plan = make_plan(
+        dataclasses.replace(cfg, model=model_cfg),
+        device_type=world.device.type,
+        world_size=world.world_size,
+        compute_dtype=dtype,
+    )
+
+    # model and optimizer
+    with world.device:
+        model = GPT(model_cfg)
+    model.init_weights(cfg.seed)
+    optimizer = Optimizer(
+        model, lrs=plan.lr, weight_decay=plan.weight_decay, ns_steps=cfg.optim.ns_steps, compute_dtype=dtype
+    )
+    tensors = checkpoint.training_tensors(model, optimizer.state)
+    if saved:
+        checkpoint.load_tensors(Path(cfg.resume), tensors)
+    loader = Loader(
+        train_corpus,
+        tokenizer,
+        seq_len=model_cfg.seq_len,
+        rows_per_step=plan.rows_per_step,
+        device_batch_size=plan.device_batch_size,
+        num_streams=cfg.data.num_streams,
+        rank=world.rank,
+        world_size=world.world_size,
+        mode=cfg.data.packing,
+        buffer_docs=cfg.data.buffer_docs,
+        device=world.device,
+        state=saved and saved["loader"],
+    )
+
+    # the run folder and its header
+    start_step = saved["step"] if saved else 0
+    log = RunLog(
+        out, world, plan, log_every=cfg.log_every, start_step=start_step, log_bytes=saved and saved["log_bytes"]
+    )
+    facts = {
+        "preset": cfg.preset,
+        "device": f"{world.world_size} x {runlog.device_name(world.device)}",
+        "versions": runlog.versions(),
+        "git": runlog.git_state(),
+        "precision": str(dtype).removeprefix("torch."),
+        "kernels": {"requested": cfg.kernels},
+        "data": f"{train_corpus.name}: {len(train_corpus):,} documents to train on, {len(val_corpus):,} to validate",
+    }
+    if world.is_main:
+        checkpoint.write_json(out / "config.json", to_dict(dataclasses.replace(cfg, out=str(out), resume=None)))
+    notes = []
+    if tokenizer.vocab_size < cfg.model.vocab_size:
+        notes.append(f"the text yields {tokenizer.vocab_size} of {cfg.model.vocab_size} tokens; the model has that many")
+    if world.device.type == "cpu" and dtype == torch.float32 and runlog.cpu_has_bf16():
+        notes.append("this CPU multiplies bf16 in hardware: --precision bf16 is faster")
+    subset = validation_subset(val_corpus, tokenizer, model_cfg.seq_len, cfg.eval_tokens)
+    notes.append(f"evaluations during training score {subset.scope}")
+    log.header(facts, plan, notes)
+    log.event("resume" if saved else "start", start_step, **facts)
+    return Run(
+        cfg=cfg,
+        world=world,
+        plan=plan,
+        out=out,
+        train_corpus=train_corpus,
+        val_corpus=val_corpus,
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=optimizer,
+        gradients=Gradients(list(model.parameters())),
+        tensors=tensors,
+        loader=loader,
+        log=log,
+        clock=TrainingClock(world.device, **(saved["clock"] if saved else {})),
+        subset=subset,
+        facts=facts,
+        started=started,
+        start_step=start_step,
+        losses=LaggingLoss(),
+        profile=StepProfile(world.device),
+    )
+
+
+# loop ---------------------------------------------------------------------
+
+
+def loop(run: Run) -> None:
+    cfg, steps = run.cfg, run.plan.steps
+    profiled = range(runlog.UNCOUNTED_STEPS, runlog.UNCOUNTED_STEPS + cfg.profile_steps)
+    for step in range(run.start_step, steps + 1):
+        last = step == steps
+        looked = step == run.start_step and cfg.resume is not None
+        if not looked and (due(cfg.eval_every, step) and not last):
+            pause(run)
+            run.log.eval(step, evaluate(run, run.subset), run.subset.scope)
+        if not looked and step > 0 and (due(cfg.sample_every, step) or last):
+            pause(run)
+            sample(run, step)
+        if not looked and step > 0 and (due(cfg.save_every, step) or last):
+            pause(run)
+            save(run, step)
+        if last:
+            return
+        if step in profiled:
+            pause(run)
+            with run.profile:
+                train_step(run, step)
+        else:
+            run.clock.before_step(step)
+            train_step(run, step)
+            run.clock.after_step()
+        read_losses(run)
+
+
+def due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def train_step(run: Run, step: int) -> None:
+    inputs, targets = run.loader.next_step()  # each (micro-steps, B, T)
+    loss_sum = torch.zeros((), device=run.world.device)
+    for micro_inputs, micro_targets in zip(inputs, targets):
+        loss = run.model(micro_inputs, micro_targets) / run.plan.grad_accum_steps
+        loss.backward()
+        loss_sum += loss.detach()
+    run.gradients.average(lambda grads: distributed.average_([*grads, loss_sum]))
+    run.optimizer.step(run.gradients, step=step, **schedule.at(step, run.plan.steps, run.cfg.optim))
+    run.gradients.zero()
+    run.losses.put(step, loss_sum)
+
+
+def read_losses(run: Run, *, flush: bool = False) -> None:
+    for step, loss in run.losses.take(flush=flush):
+        run.log.step(step, loss)
+        if not math.isfinite(loss):
+            stop(run, step, f"the loss is {loss}")
+
+
+def pause(run: Run) -> None:
+    """Takes what follows off the clock, once every loss so far is known to be finite."""
+    read_losses(run, flush=True)
+    run.clock.stop()
+    run.log.pause_rate()
+
+
+def stop(run: Run, step: int, why: str) -> None:
+    saved = checkpoint.checkpoints(run.out)
+    kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet (see --save-every)"
+    run.log.event("stop", step, reason=why)
+    raise TrainingError(f"training stopped at step {step}: {why}; {kept}")
+
+
+def evaluate(run: Run, valset: ValidationSet) -> float:
+    batch = run.plan.device_batch_size
+    result = bits_per_byte(run.model, valset.windows, run.tokenizer.token_bytes, batch_size=batch, world=run.world)
+    assert result.num_bytes == valset.num_bytes, f"scored {result.num_bytes} of {valset.num_bytes} bytes"
+    return result.bpb
+
+
+def sample(run: Run, step: int) -> None:
+    if run.world.is_main:
+        cfg = run.cfg
+        options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
+        texts = [(p, sample_text(run.model, run.tokenizer, p, cfg.sample_tokens, **options)) for p in cfg.sample_prompts]
+        run.log.sample(step, texts, **options)
+
+
+def save(run: Run, step: int) -> None:
+    loader_states = distributed.gather_objects(run.loader.state())
+    if not run.world.is_main:
+        return
+    bad = [name for name, t in run.tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad:
+        stop(run, step, f"{bad[0]} is not finite")
+    folder = checkpoint.checkpoint_dir(run.out, step)
+    state = {
+        "step": step,
+        "config": to_dict(dataclasses.replace(run.cfg, out=None, resume=None)),
+        "model": dataclasses.asdict(run.model.cfg),
+        "precision": run.facts["precision"],
+        "loader": merge_states(loader_states),
+        "log_bytes": run.log.log_bytes,
+        "clock": {"counted_s": run.clock.counted_s, "counted_steps": run.clock.counted_steps},
+    }
+    checkpoint.save(folder, run.tensors, state, run.tokenizer)
+    checkpoint.prune(run.out, run.cfg.keep_checkpoints)
+    run.log.event("checkpoint", step, path=folder.name)
+
+
+# report -------------------------------------------------------------------
+
+
+def finish(run: Run) -> None:
+    valset, data = validation_whole(
+        run.val_corpus, run.tokenizer, run.plan.seq_len, run.cfg.final_eval_bytes
+    )
+    bpb = evaluate(run, valset)
+    stats = distributed.gather_objects(run.loader.stats())
+    memory = max(distributed.gather_objects(runlog.peak_memory_bytes(run.world.device)))
+    if not math.isfinite(bpb):
+        stop(run, run.plan.steps, f"validation gives {bpb} bits per byte")
+    if not run.world.is_main:
+        return
+    clock, plan = run.clock, run.plan
+    seconds = clock.counted_s
+    tok_per_s = clock.counted_steps * plan.total_batch_size / seconds if seconds else None
+    flop_per_s = tok_per_s and tok_per_s * plan.flops_per_token
+    summary = {
+        **run.facts,
+        "steps": plan.steps,
+        "tokens": plan.tokens,
+        "flops": plan.flops,
+        "params": {**plan.params, "total": plan.params_total, "scaling": plan.params_scaling},
+        "val_bpb": bpb,
+        "val_scope": valset.scope,
+        "compressors": compressor_bits_per_byte(data),
+        "total_training_time_s": seconds,
+        "counted_steps": clock.counted_steps,
+        "tok_per_s": tok_per_s,
+        "flop_per_s": flop_per_s,
+        "mfu": run.log.peak and flop_per_s and flop_per_s / run.log.peak,
+        "peak_memory_bytes": memory,
+        "predicted_memory_bytes": plan.memory_bytes["total"],
+        "loader": runlog.sum_stats(stats),
+        **run.profile.shares(),
+        "wall_time_s": time.time() - run.started,
+    }
+    run.log.event("end", plan.steps, val_bpb=bpb, scope=valset.scope, total_training_time_s=seconds)
+    run.log.close()
+    checkpoint.write_json(run.out / "summary.json", summary)
+    runlog.write_report(run.out, summary)
+    run.log.print(runlog.verdict(run.out, summary))
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(sys.argv[1:])
