@@ -36,6 +36,7 @@ from core.optim import Gradients, Optimizer
 from core.plan import Plan, make_plan
 from core.profiling import StepProfile
 from core.runlog import LaggingLoss, RunLog, TrainingClock
+from kernels import dispatch
 
 
 def main(argv: list[str]) -> None:
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
     cfg = parse_args(argv, distributed.choose_device_type, saved_config)
     device_type = distributed.choose_device_type(cfg.device)
     dtype = distributed.choose_dtype(cfg.precision, device_type)
+    dispatch.resolve(cfg.kernels)
     if cfg.json and not cfg.dry_run:
         raise ValueError("--json prints the plan of a --dry-run: give both")
     if cfg.dry_run:
@@ -102,7 +104,9 @@ class Run:
 def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
     saved = checkpoint.load_state(Path(cfg.resume)) if cfg.resume else None
     if saved and (changed := changed_fields(from_dict(saved["config"]), cfg)):
-        raise ValueError(f"--resume continues a run as it was, but these differ: {', '.join(changed)}; start a new run instead")
+        raise ValueError(
+            f"--resume continues a run as it was, but these differ: {', '.join(changed)}; start a new run instead"
+        )
     stamp = f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(distributed.broadcast_object(cfg.out or stamp)).expanduser()
     if not saved and (out / "log.jsonl").exists():
@@ -135,6 +139,7 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
     tensors = checkpoint.training_tensors(model, optimizer.state)
     if saved:
         checkpoint.load_tensors(Path(cfg.resume), tensors)
+        checkpoint.restore_rng(Path(cfg.resume), world.device)
     loader = Loader(
         train_corpus,
         tokenizer,
@@ -161,14 +166,16 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
         "versions": runlog.versions(),
         "git": runlog.git_state(),
         "precision": str(dtype).removeprefix("torch."),
-        "kernels": {"requested": cfg.kernels},
+        "kernels": dispatch.resolve(cfg.kernels),
         "data": f"{train_corpus.name}: {len(train_corpus):,} documents to train on, {len(val_corpus):,} to validate",
     }
     if world.is_main:
         checkpoint.write_json(out / "config.json", to_dict(dataclasses.replace(cfg, out=str(out), resume=None)))
     notes = []
     if tokenizer.vocab_size < cfg.model.vocab_size:
-        notes.append(f"the text yields {tokenizer.vocab_size} of {cfg.model.vocab_size} tokens; the model has that many")
+        notes.append(
+            f"the text yields {tokenizer.vocab_size} of {cfg.model.vocab_size} tokens; the model has that many"
+        )
     if world.device.type == "cpu" and dtype == torch.float32 and runlog.cpu_has_bf16():
         notes.append("this CPU multiplies bf16 in hardware: --precision bf16 is faster")
     subset = validation_subset(val_corpus, tokenizer, model_cfg.seq_len, cfg.eval_tokens)
@@ -263,7 +270,9 @@ def pause(run: Run) -> None:
 
 def stop(run: Run, step: int, why: str) -> None:
     saved = checkpoint.checkpoints(run.out)
-    kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet (see --save-every)"
+    kept = (
+        f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet (see --save-every)"
+    )
     run.log.event("stop", step, reason=why)
     raise TrainingError(f"training stopped at step {step}: {why}; {kept}")
 
@@ -279,7 +288,9 @@ def sample(run: Run, step: int) -> None:
     if run.world.is_main:
         cfg = run.cfg
         options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
-        texts = [(p, sample_text(run.model, run.tokenizer, p, cfg.sample_tokens, **options)) for p in cfg.sample_prompts]
+        texts = [
+            (p, sample_text(run.model, run.tokenizer, p, cfg.sample_tokens, **options)) for p in cfg.sample_prompts
+        ]
         run.log.sample(step, texts, **options)
 
 
@@ -300,7 +311,8 @@ def save(run: Run, step: int) -> None:
         "log_bytes": run.log.log_bytes,
         "clock": {"counted_s": run.clock.counted_s, "counted_steps": run.clock.counted_steps},
     }
-    checkpoint.save(folder, run.tensors, state, run.tokenizer)
+    tensors = run.tensors | checkpoint.rng_tensors(run.world.device)
+    checkpoint.save(folder, tensors, state, run.tokenizer)
     checkpoint.prune(run.out, run.cfg.keep_checkpoints)
     run.log.event("checkpoint", step, path=folder.name)
 
@@ -309,9 +321,7 @@ def save(run: Run, step: int) -> None:
 
 
 def finish(run: Run) -> None:
-    valset, data = validation_whole(
-        run.val_corpus, run.tokenizer, run.plan.seq_len, run.cfg.final_eval_bytes
-    )
+    valset, data = validation_whole(run.val_corpus, run.tokenizer, run.plan.seq_len, run.cfg.final_eval_bytes)
     bpb = evaluate(run, valset)
     stats = distributed.gather_objects(run.loader.stats())
     memory = max(distributed.gather_objects(runlog.peak_memory_bytes(run.world.device)))

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from core.data.tokenizer import Tokenizer
 
@@ -102,28 +104,49 @@ def load_state(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged ({error}): use another checkpoint") from error
     if state.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {state.get('format')}, this Redline reads {FORMAT}: use the version that wrote it")
+        raise ValueError(
+            f"{path} has format {state.get('format')}, this Redline reads {FORMAT}: use the version that wrote it"
+        )
     return state
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """Metadata of every tensor of a checkpoint by name."""
+    try:
+        return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: BaseException) -> ValueError:
+    return ValueError(f"{folder} is damaged ({str(error).splitlines()[-1]}): use another checkpoint")
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fills `tensors` in place from a checkpoint; ValueError when a name, shape or type differs."""
-    reader = HuggingFaceStorageReader(str(folder))
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-    except (OSError, KeyError, ValueError, AssertionError) as error:
-        raise ValueError(f"{folder} is damaged ({error}): use another checkpoint") from error
+    stored = _stored(folder)
     for name, t in tensors.items():
         meta = stored.get(name)
         if meta is None:
             raise ValueError(f"{folder} has no tensor {name!r}: it belongs to another model or configuration")
         if meta.size != t.shape or meta.properties.dtype != t.dtype:
-            raise ValueError(
-                f"{folder}: {name} is {meta.properties.dtype} {tuple(meta.size)}, this run has {t.dtype} {tuple(t.shape)}"
-            )
+            there = f"{meta.properties.dtype} {tuple(meta.size)}"
+            raise ValueError(f"{folder}: {name} is {there}, this run has {t.dtype} {tuple(t.shape)}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        try:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        except CheckpointException as error:
+            raise _damaged(folder, error) from error
+
+
+def load_model(folder: Path, model: torch.nn.Module) -> None:
+    """Fills a model from a checkpoint, casting each parameter to the type it is stored in."""
+    stored = _stored(folder)
+    for name, p in model.named_parameters():
+        if (meta := stored.get(f"model.{name}")) is not None:
+            p.data = p.data.to(meta.properties.dtype)
+    load_tensors(folder, training_tensors(model, {}))
 
 
 def training_tensors(model: torch.nn.Module, optimizer_state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,14 +155,17 @@ def training_tensors(model: torch.nn.Module, optimizer_state: dict[str, Tensor])
     return tensors | {f"optim.{name}": t for name, t in optimizer_state.items()}
 
 
-def rng_tensors() -> dict[str, Tensor]:
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's generators: the CPU's, and the GPU's of a run there."""
     state = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["rng.cuda"] = torch.cuda.get_rng_state()
-    return state
+    return state | ({"rng.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_rng(state: dict[str, Tensor]) -> None:
+def restore_rng(folder: Path, device: torch.device) -> None:
+    """Sets the generators to a checkpoint's state; a GPU's stays as it is when the run was on a CPU before."""
+    stored = _stored(folder)
+    state = {name: t for name, t in rng_tensors(device).items() if name in stored}
+    load_tensors(folder, state)
     torch.set_rng_state(state["rng.cpu"])
     if "rng.cuda" in state:
-        torch.cuda.set_rng_state(state["rng.cuda"])
+        torch.cuda.set_rng_state(state["rng.cuda"], device)

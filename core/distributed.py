@@ -113,7 +113,9 @@ def _average_bucket_(tensors: list[Tensor]) -> None:
     flat = torch.cat([t.reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)])
+    torch._foreach_copy_(
+        tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+    )
 
 
 def all_sum(values: Tensor) -> Tensor:

@@ -13,7 +13,14 @@ from core.model import GPT
 
 @torch.no_grad()
 def generate(
-    model: GPT, tokens: list[int], max_tokens: int, *, temperature: float, top_k: int, seed: int, stop: int | None = None
+    model: GPT,
+    tokens: list[int],
+    max_tokens: int,
+    *,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    stop: int | None = None,
 ) -> Iterator[int]:
     """Yields up to max_tokens ids that continue `tokens` (not empty); ends before yielding `stop`.
 
@@ -41,7 +48,9 @@ def generate(
         ids = torch.cat((ids, token.view(1, 1)), dim=1)
 
 
-def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, *, temperature: float, top_k: int, seed: int) -> str:
+def sample_text(
+    model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, *, temperature: float, top_k: int, seed: int
+) -> str:
     """What the model writes after `prompt` as the beginning of a document; the prompt is not repeated."""
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     stop = tokenizer.bos_id

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import ModelConfig
+from core.loss import linear_cross_entropy
 
 BANK_LAYERS = 4
 VOCAB_MULTIPLE = 64  # padded vocabulary: rows divide over ranks and fill tensor-core tiles
@@ -71,7 +72,9 @@ def dims(cfg: ModelConfig) -> Dims:
     if n_kv_head < 1 or n_head % n_kv_head:
         raise ValueError(f"n_kv_head is {n_kv_head}: expected a divisor of the {n_head} query heads")
     if cfg.smear and d_model < SMEAR_CHANNELS:
-        raise ValueError(f"d_model is {d_model}: smear reads {SMEAR_CHANNELS} channels, widen the model or use --no-smear")
+        raise ValueError(
+            f"d_model is {d_model}: smear reads {SMEAR_CHANNELS} channels, widen the model or use --no-smear"
+        )
     if cfg.value_embeds and d_model < VE_GATE_CHANNELS:
         raise ValueError(
             f"d_model is {d_model}: value embeddings read {VE_GATE_CHANNELS} channels, widen it or use --no-value-embeds"
@@ -320,10 +323,12 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """Logits (B, T, V), or with targets (B, T; -1 is ignored) the cross-entropy in nats, fp32.
 
-        reduction: "mean" over targets that count, "sum", or "none" (B, T).
+        reduction: "mean" over the targets that count, or "sum".
         """
-        z = self.logits(self.hidden(idx))
+        hidden = self.hidden(idx)
         if targets is None:
-            return z
-        loss = F.cross_entropy(z.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
-        return loss.view_as(targets) if reduction == "none" else loss
+            return self.logits(hidden)
+        # the padded rows of the head are no part of the softmax, and get no gradient
+        head = self.lm_head[: self.dims.vocab_size] if self.dims.vocab_size < self.dims.padded_vocab else self.lm_head
+        cap = self.cfg.logit_softcap
+        return linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten(), softcap=cap, reduction=reduction)

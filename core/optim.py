@@ -82,7 +82,15 @@ def join_master(high: Tensor, low: Tensor) -> Tensor:
 
 
 def adamw_update(
-    p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float, betas: tuple[float, float], weight_decay: float, t: int
+    p: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    t: int,
 ) -> None:
     """One AdamW step (the t-th, from 1) in fp32, states rounded back to their types; p, exp_avg, exp_avg_sq in place."""
     beta1, beta2 = betas

@@ -1,16 +1,20 @@
 """The plan of a run: everything a config implies before any data or weight exists. `--dry-run` prints it."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from core import schedule
 from core.config import Config, ModelConfig
+from core.loss import CHUNK_LOGITS
 from core.model import GPT, dims
 from core.optim import learning_rates
 
-DEFAULT_DEVICE_BATCH = {"cpu": 16, "cuda": 32}  # rows per forward pass; lowered until it divides
+MAX_DEVICE_BATCH = {"cpu": 16, "cuda": 64}  # rows per forward pass when unset; lowered until it divides, and fits a GPU
+DEFAULT_GPU_BYTES = 80e9  # when planning for a GPU that is not there
+USABLE_MEMORY = 0.85  # of a GPU: the rest is for temporaries and fragmentation
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ def _reference(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(cfg, depth=schedule.DEPTH_REF, d_model=None, n_kv_head=None)
 
 
-def make_plan(cfg: Config, *, device_type: str, world_size: int = 1, compute_dtype: torch.dtype = torch.float32) -> Plan:
+def make_plan(
+    cfg: Config, *, device_type: str, world_size: int = 1, compute_dtype: torch.dtype = torch.float32
+) -> Plan:
     """Derives every unset size; ValueError, naming sizes that would work, when the given ones do not fit together."""
     for name in ("steps", "total_batch_size", "device_batch_size", "target_flops"):
         value = getattr(cfg, name)
@@ -64,7 +70,10 @@ def make_plan(cfg: Config, *, device_type: str, world_size: int = 1, compute_dty
     n_scaling_ref = scaling_params(meta_model(_reference(cfg.model)))
     batch = cfg.total_batch_size or schedule.batch_tokens(n_scaling, n_scaling_ref)
     rows = _rows_per_step(cfg, batch, world_size)
-    device_batch = _device_batch(cfg, rows // world_size, device_type)
+    def memory(device_batch: int) -> dict[str, int]:
+        return predict_memory(cfg.model, counts, device_batch, compute_dtype, device_type)
+
+    device_batch = _device_batch(cfg, rows // world_size, device_type, lambda n: memory(n)["total"])
     steps = schedule.horizon(
         steps=cfg.steps,
         target_flops=cfg.target_flops,
@@ -95,7 +104,7 @@ def make_plan(cfg: Config, *, device_type: str, world_size: int = 1, compute_dty
         flops=steps * batch * flops_per_token,
         lr=learning_rates(cfg.optim, model.dims.d_model, batch),
         weight_decay=decay,
-        memory_bytes=predict_memory(cfg.model, counts, device_batch, compute_dtype),
+        memory_bytes=memory(device_batch),
     )
 
 
@@ -121,7 +130,7 @@ def _rows_per_step(cfg: Config, batch: int, world_size: int) -> int:
     return batch // seq_len
 
 
-def _device_batch(cfg: Config, rows_per_rank: int, device_type: str) -> int:
+def _device_batch(cfg: Config, rows_per_rank: int, device_type: str, memory: Callable[[int], int]) -> int:
     asked = cfg.device_batch_size
     if asked is not None:
         if rows_per_rank % asked:
@@ -130,11 +139,18 @@ def _device_batch(cfg: Config, rows_per_rank: int, device_type: str) -> int:
                 f"so one of {_divisors(rows_per_rank)} works"
             )
         return asked
-    return max(n for n in _divisors(rows_per_rank) if n <= DEFAULT_DEVICE_BATCH[device_type])
+    candidates = [n for n in _divisors(rows_per_rank) if n <= MAX_DEVICE_BATCH[device_type]]
+    if device_type == "cuda":
+        there = torch.cuda.is_available()
+        total = torch.cuda.get_device_properties(0).total_memory if there else DEFAULT_GPU_BYTES
+        candidates = [n for n in candidates if memory(n) <= USABLE_MEMORY * total] or candidates[:1]
+    return candidates[-1]
 
 
-def predict_memory(cfg: ModelConfig, counts: dict[str, int], device_batch: int, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes per process at the peak: weights, gradients (fp32), optimizer state, activations kept for backward, logits.
+def predict_memory(
+    cfg: ModelConfig, counts: dict[str, int], device_batch: int, dtype: torch.dtype, device_type: str
+) -> dict[str, int]:
+    """Bytes per process at the peak: weights, gradients (fp32), optimizer state, activations kept for backward, loss.
 
     Activations count what autograd keeps in the reference path; the peak of the optimizer's own temporaries is not in it.
     """
@@ -148,7 +164,8 @@ def predict_memory(cfg: ModelConfig, counts: dict[str, int], device_batch: int, 
         "gradients": sum(counts.values()) * 4,
         "optimizer": matrices * (4 + low) + head * (8 + low) + tables * 2 * width + counts["scalars"] * 8,
         "activations": tokens * _activation_bytes_per_token(cfg, width),
-        "logits": tokens * d.vocab_size * 4 * (3 if cfg.logit_softcap else 2) + tokens * d.padded_vocab * width,
+        # a chunk as projected, in fp32, capped, and normalised; the head's gradient in fp32
+        "loss": min(tokens * d.vocab_size, CHUNK_LOGITS[device_type]) * (3 * 4 + width) + d.vocab_size * d.d_model * 4,
     }
     return memory | {"total": sum(memory.values())}
 

@@ -166,7 +166,9 @@ class LaggingLoss:
 class RunLog:
     """The run folder and the console of one run."""
 
-    def __init__(self, out: Path, world: World, plan: Plan, *, log_every: int, start_step: int = 0, log_bytes: int | None = None):
+    def __init__(
+        self, out: Path, world: World, plan: Plan, *, log_every: int, start_step: int = 0, log_bytes: int | None = None
+    ):
         self.out, self.plan, self.log_every = out, plan, log_every
         self.is_main = world.is_main
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.is_main)
@@ -188,7 +190,11 @@ class RunLog:
             self._file = path.open("a")
         if self.console.is_terminal:
             self._progress = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"), console=self.console
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=self.console,
             )
             self._task = self._progress.add_task("", total=plan.steps, completed=start_step, status="")
             self._progress.start()
@@ -274,7 +280,9 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("parameters: total", f"{plan.params_total:,}")
     table.add_row("scaling parameters (layers + head)", f"{plan.params_scaling:,}")
     table.add_row("training FLOPs per token", human(plan.flops_per_token, "FLOP"))
-    table.add_row("batch", f"{plan.total_batch_size:,} tokens = {plan.rows_per_step} rows over {plan.world_size} process(es)")
+    table.add_row(
+        "batch", f"{plan.total_batch_size:,} tokens = {plan.rows_per_step} rows over {plan.world_size} process(es)"
+    )
     table.add_row("device batch", f"{plan.device_batch_size} rows x {plan.grad_accum_steps} micro-steps")
     table.add_row("horizon", f"{plan.steps:,} steps, {human(plan.tokens, 'tokens')}, {human(plan.flops, 'FLOP')}")
     table.add_row("learning rates", ", ".join(f"{name} {lr:.4g}" for name, lr in plan.lr.items()))
@@ -368,11 +376,22 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
     lines.append(f"| peak memory | {human(s['peak_memory_bytes'], 'B')} |")
     if s.get("non_matmul_share") is not None:
         lines.append(f"| time outside matmul and attention | {100 * s['non_matmul_share']:.0f} % |")
-    lines += ["", "## Compression of the validation text", "", s["val_scope"] + ".", "", "| | bits per byte |", "|---|--:|"]
+    lines += [
+        "",
+        "## Compression of the validation text",
+        "",
+        s["val_scope"] + ".",
+        "",
+        "| | bits per byte |",
+        "|---|--:|",
+    ]
     rows = {"this model": s["val_bpb"], **s["compressors"]}
     lines += [f"| {name} | {bpb:.4f} |" for name, bpb in sorted(rows.items(), key=lambda item: item[1])]
     if s["compressors"]:
-        lines += ["", "The compressors saw the same bytes, files concatenated in path order; the model was trained on other files."]
+        lines += [
+            "",
+            "The compressors saw the same bytes, files concatenated in path order; the model was trained on other files.",
+        ]
     if s.get("time_by_op"):
         lines += ["", "## Where a step's time goes", "", "| op | share |", "|---|--:|"]
         lines += [f"| {name} | {100 * share:.1f} % |" for name, share in s["time_by_op"].items()]
@@ -395,5 +414,3 @@ def longest_run(text: str, char: str) -> int:
         run = run + 1 if c == char else 0
         longest = max(longest, run)
     return longest
-
-

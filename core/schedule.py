@@ -17,7 +17,13 @@ MUON_MOMENTUM = (0.85, 0.97, 0.90)  # at the start, on the plateau, at the end
 
 
 def horizon(
-    *, steps: int | None, target_flops: float | None, ratio: float, params_scaling: int, flops_per_token: int, batch: int
+    *,
+    steps: int | None,
+    target_flops: float | None,
+    ratio: float,
+    params_scaling: int,
+    flops_per_token: int,
+    batch: int,
 ) -> int:
     """Optimizer steps: given, else to spend `target_flops`, else `ratio` tokens per scaling parameter."""
     if steps is not None:

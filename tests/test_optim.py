@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core.config import ModelConfig
 from core.model import GPT
@@ -137,7 +138,9 @@ TINY = ModelConfig(depth=6, d_model=32, d_head=8, seq_len=16, vocab_size=64, n_k
 
 def test_muon_sees_separate_matrices_and_factors():
     model = GPT(TINY)
-    shapes = {n: [tuple(v.shape) for v in muon_views(n, p, model.dims)] for n, p in model.named_parameters() if p.dim() == 3}
+    shapes = {
+        n: [tuple(v.shape) for v in muon_views(n, p, model.dims)] for n, p in model.named_parameters() if p.dim() == 3
+    }
     assert shapes["attn_qkv.0"] == [(4, 32, 32), (4, 16, 32), (4, 16, 32)]
     assert shapes["attn_qkv.1"] == [(2, 32, 32), (2, 16, 32), (2, 16, 32)]
     assert shapes["mlp_up.0"] == [(4, 128, 32)]
@@ -149,7 +152,15 @@ def test_muon_sees_separate_matrices_and_factors():
     assert torch.equal(qkv[1], square.attn_qkv[0][0, 32:64])  # the first layer's k
 
 
-LRS = {"lm_head": 0.01, "wte": 0.1, "value_embeds": 0.1, "resid_lambdas": 0.01, "x0_lambdas": 0.1, "gates": 0.1, "matrices": 0.05}
+LRS = {
+    "lm_head": 0.01,
+    "wte": 0.1,
+    "value_embeds": 0.1,
+    "resid_lambdas": 0.01,
+    "x0_lambdas": 0.1,
+    "gates": 0.1,
+    "matrices": 0.05,
+}
 
 
 def make(dtype, cfg=TINY):
@@ -160,7 +171,9 @@ def make(dtype, cfg=TINY):
 
 def test_every_parameter_is_in_one_group_and_moves():
     model, optimizer = make(torch.float32)
-    assert sorted(n for g in optimizer.groups.values() for n in g.params) == sorted(n for n, _ in model.named_parameters())
+    assert sorted(n for g in optimizer.groups.values() for n in g.params) == sorted(
+        n for n, _ in model.named_parameters()
+    )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer.step(lambda p: torch.randn_like(p), step=0, lr_mult=1.0, momentum=0.9, decay_mult=1.0)
     for n, p in model.named_parameters():
@@ -171,9 +184,15 @@ def test_bf16_masters_follow_the_fp32_run_exactly_where_gradients_agree():
     """The master of a bf16 run is an fp32 weight: fed the same gradients, AdamW on the head gives the same bits."""
     m32, o32 = make(torch.float32)
     m16, o16 = make(torch.bfloat16)
-    assert m16.lm_head.dtype == torch.bfloat16 and m16.wte.dtype == torch.bfloat16 and m16.resid_lambdas.dtype == torch.float32
+    assert (
+        m16.lm_head.dtype == torch.bfloat16
+        and m16.wte.dtype == torch.bfloat16
+        and m16.resid_lambdas.dtype == torch.float32
+    )
     for step in range(5):
-        grads = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) for n, p in m32.named_parameters()}
+        grads = {
+            n: torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) for n, p in m32.named_parameters()
+        }
         for model, opt in ((m32, o32), (m16, o16)):
             name = {p: n for n, p in model.named_parameters()}
             opt.step(lambda p: grads[name[p]], step=step, lr_mult=1.0, momentum=0.9, decay_mult=1.0)

@@ -1,0 +1,121 @@
+"""Evaluates a trained model: `python eval.py RUN_OR_CHECKPOINT [--metrics bpb,sample] [--prompt TEXT ...]`."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from core import checkpoint, distributed, runlog
+from core.config import Config, ModelConfig, from_dict
+from core.data.corpus import open_corpus
+from core.data.tokenizer import Tokenizer
+from core.distributed import World
+from core.errors import user_errors
+from core.evals.bits_per_byte import bits_per_byte, validation_whole
+from core.generate import sample_text
+from core.model import GPT
+
+METRICS = ("bpb", "sample")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate and how. Under torchrun, processes share the work of bpb."""
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
+    """A run folder (its newest checkpoint counts) or one checkpoint."""
+    metrics: str = ",".join(METRICS)
+    """Which, separated by commas: bpb scores the validation text, sample writes text."""
+    prompt: list[str] = field(default_factory=list)
+    """Beginnings of texts to continue; unset: those of the training run."""
+    data: str | None = None
+    """Text for bpb, as for train.py (its validation split counts); unset: that of the training run."""
+    max_bytes: int | None = None
+    """Score at most this many bytes of text; unset: all."""
+    sample_tokens: int = 200
+    """Tokens per sample."""
+    temperature: float = 0.8
+    """Sampling temperature; 0 takes the likeliest token."""
+    top_k: int = 50
+    """Sample among this many likeliest tokens; 0: among all."""
+    seed: int = 42
+    """Seed of sampling."""
+    device_batch_size: int = 16
+    """Rows per forward pass."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Where to run; unset: cuda if there is one."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def load_model(folder: Path, device: torch.device) -> tuple[GPT, Tokenizer, Config]:
+    """The model of a checkpoint, in the types it was trained in, its tokenizer and the config of its run."""
+    state = checkpoint.load_state(folder)
+    with device:
+        model = GPT(ModelConfig(**state["model"]))
+    checkpoint.load_model(folder, model)
+    return model, Tokenizer.load(folder), from_dict(state["config"])
+
+
+def main(argv: list[str]) -> None:
+    cfg = tyro.cli(EvalConfig, prog="eval.py", description=__doc__, args=argv)
+    metrics = [name.strip() for name in cfg.metrics.split(",") if name.strip()]
+    if unknown := sorted(set(metrics) - set(METRICS)):
+        raise ValueError(f"--metrics {cfg.metrics}: unknown {', '.join(unknown)}; choose from {', '.join(METRICS)}")
+    if not metrics:
+        raise ValueError(f"--metrics is empty: choose from {', '.join(METRICS)}")
+    folder = checkpoint.find(cfg.path)
+    device_type = distributed.choose_device_type(cfg.device)
+    distributed.prepare_process(device_type, deterministic=False)
+    world = distributed.init_world(device_type)
+    try:
+        model, tokenizer, trained = load_model(folder, world.device)
+        result = {"checkpoint": str(folder), "device": runlog.device_name(world.device)}
+        if "bpb" in metrics:
+            result |= score(cfg, model, tokenizer, trained, world)
+        if "sample" in metrics and world.is_main:
+            options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
+            prompts = cfg.prompt or trained.sample_prompts
+            result["samples"] = [
+                {"prompt": p, "text": sample_text(model, tokenizer, p, cfg.sample_tokens, **options)} for p in prompts
+            ]
+        if world.is_main:
+            show(result, as_json=cfg.json)
+    finally:
+        distributed.shutdown()
+
+
+def score(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, trained: Config, world: World) -> dict:
+    cache_dir = Path(trained.data.cache_dir).expanduser()
+    source = cfg.data or trained.data.path
+    if not world.is_main:
+        distributed.barrier()
+    _, corpus = open_corpus(source, seed=trained.seed, val_every=trained.data.val_every, cache_dir=cache_dir)
+    if world.is_main:
+        distributed.barrier()
+    valset, _ = validation_whole(corpus, tokenizer, model.dims.seq_len, cfg.max_bytes)
+    batch = cfg.device_batch_size
+    bpb = bits_per_byte(model, valset.windows, tokenizer.token_bytes, batch_size=batch, world=world)
+    return {"data": source, "val_bpb": bpb.bpb, "val_bytes": bpb.num_bytes, "val_tokens": bpb.num_tokens} | {
+        "val_scope": valset.scope
+    }
+
+
+def show(result: dict, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"{result['checkpoint']} on {result['device']}")
+    if "val_bpb" in result:
+        print(f"{result['data']}: {result['val_bpb']:.4f} bits per byte\n  ({result['val_scope']})")
+    for s in result.get("samples", []):
+        print(f"--- {s['prompt']!r}\n{s['prompt']}{s['text']}\n---")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(sys.argv[1:])

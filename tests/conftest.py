@@ -1,0 +1,31 @@
+"""Shared fixtures: a small corpus on disk and the options of a run that takes a second."""
+
+import random
+
+import pytest
+
+WORDS = "the model reads a row of tokens and guesses what comes next while the clock runs fast or slow".split()
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory):
+    """120 text files of a few hundred words; some of them fall into the validation split of one in 10."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    for i in range(120):
+        words = [rng.choice(WORDS) for _ in range(rng.randint(30, 300))]
+        (folder / f"doc{i:03d}.txt").write_text(" ".join(words) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny(corpus_dir, cache_dir):
+    """Options of a quickstart run on that corpus with a model of a few thousand parameters."""
+    sizes = "--depth 2 --d-model 32 --d-head 16 --seq-len 32 --vocab-size 300 --total-batch-size 512 --steps 12"
+    pace = "--eval-every 5 --eval-tokens 500 --sample-every 6 --sample-tokens 4 --save-every 4 --profile-steps 0 --device cpu"
+    return [*sizes.split(), *pace.split(), "--val-every", "10", "--data", str(corpus_dir), "--cache-dir", str(cache_dir)]

@@ -1,0 +1,243 @@
+"""The model: initialisation, each feature against its formula, the switches, and learning at all."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from core.config import ModelConfig
+from core.model import (
+    GPT,
+    NORM_EPS,
+    attention,
+    norm,
+    rope,
+    rope_tables,
+    softcap,
+    window_mask,
+)
+
+CFG = ModelConfig(depth=4, d_model=64, d_head=16, n_kv_head=2, seq_len=256, vocab_size=100, window_pattern="SSSL")
+
+
+def build(cfg=CFG, seed=0):
+    model = GPT(cfg)
+    model.init_weights(seed)
+    return model
+
+
+def awake(cfg=CFG):
+    """A model in which every feature has an effect: no zero weights."""
+    model = build(cfg)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.split(".")[0] in ("attn_out", "mlp_down", "smear_lambda", "lm_head"):
+                p.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def tokens(cfg=CFG, batch=2, seed=0):
+    return torch.randint(0, cfg.vocab_size, (batch, cfg.seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def plain_forward(model, idx):
+    """The forward of nanochat's fact sheet, transcribed layer by layer in float64 without the model's helpers."""
+    d = model.dims
+    p = {n: v.detach().double() for n, v in model.named_parameters()}
+    bank = {k: torch.cat([p[f"{k}.{i}"] for i in range(len(getattr(model, k)))]) for k in ("attn_qkv", "attn_out", "mlp_up", "mlp_down", "ve_gate")}  # fmt: skip
+
+    def rms(x):
+        return x / (x.pow(2).mean(-1, keepdim=True) + NORM_EPS).sqrt()
+
+    B, T = idx.shape
+    x = rms(p["wte"][idx])
+    smeared = x.clone()
+    for t in range(1, T):
+        gate = p["smear_lambda"] * torch.sigmoid(x[:, t, :24] @ p["smear_gate"].T)
+        smeared[:, t] = x[:, t] + gate * x[:, t - 1]
+    x = x0 = smeared
+    D, H, G = d.d_head, d.n_head, d.n_kv_head
+    freq = 100000.0 ** (-torch.arange(0, D, 2).double() / D)
+    angle = torch.arange(T).double()[:, None] * freq
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    middle = None
+    for i in range(d.n_layer):
+        x = p["resid_lambdas"][i] * x + p["x0_lambdas"][i] * x0
+        y = rms(x)
+        w_q, w_k, w_v = bank["attn_qkv"][i].split((H * D, G * D, G * D))
+        q, k, v = ((y @ w.T).view(B, T, -1, D) for w in (w_q, w_k, w_v))
+        if i % 2 == (d.n_layer - 1) % 2:
+            j = i // 2
+            ve = p["value_embeds"][idx][..., j * G * D : (j + 1) * G * D].view(B, T, G, D)
+            v = v + 3 * torch.sigmoid(y[..., :12] @ bank["ve_gate"][j].T)[..., None] * ve
+        rot = []
+        for z in (q, k):
+            z1, z2 = z[..., : D // 2], z[..., D // 2 :]
+            z = torch.cat((z1 * cos + z2 * sin, -z1 * sin + z2 * cos), -1)
+            rot.append(1.2 * rms(z))
+        q, (k, v) = rot[0], (z.repeat_interleave(H // G, dim=2) for z in (rot[1], v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(D)
+        delta = torch.arange(T)[:, None] - torch.arange(T)[None]
+        scores = scores.masked_fill((delta < 0) | (delta > d.windows[i]), -torch.inf)
+        y = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).reshape(B, T, -1)
+        x = x + y @ bank["attn_out"][i].T
+        x = x + F.relu(rms(x) @ bank["mlp_up"][i].T) ** 2 @ bank["mlp_down"][i]
+        if i == d.n_layer // 2:
+            middle = x
+    x = rms(x - p["backout_lambda"] * middle)
+    z = (x @ p["lm_head"].T)[..., : d.vocab_size]
+    return 15 * torch.tanh(z / 15)
+
+
+def test_forward_matches_the_fact_sheet():
+    cfg = dataclasses.replace(CFG, seq_len=160, depth=5)
+    model = awake(cfg)
+    assert set(model.dims.windows) == {128, 160}
+    idx = tokens(cfg)
+    want = plain_forward(model, idx)
+    got = model(idx).double()
+    assert (got - want).pow(2).mean().sqrt() / want.pow(2).mean().sqrt() < 1e-5
+
+
+def test_loss_is_the_cross_entropy_of_the_logits():
+    model, idx = awake(), tokens()
+    targets = tokens(seed=1).clone()
+    targets[0, :5] = -1
+    logp = model(idx).log_softmax(-1)
+    want = -logp.gather(-1, targets.clamp_min(0)[..., None])[..., 0] * (targets >= 0)
+    torch.testing.assert_close(model(idx, targets), want.sum() / (targets >= 0).sum())
+    torch.testing.assert_close(model(idx, targets, reduction="sum"), want.sum())
+
+
+def test_initialisation():
+    cfg = dataclasses.replace(CFG, depth=5, d_model=128, d_head=32, vocab_size=4096)
+    model = build(cfg)
+    std = 128**-0.5
+    assert model.wte.std().item() == pytest.approx(0.8, rel=0.02)
+    assert model.lm_head.std().item() == pytest.approx(0.001, rel=0.02)
+    assert model.attn_qkv[0].std().item() == pytest.approx(std, rel=0.02)
+    assert model.attn_qkv[0].abs().max().item() <= math.sqrt(3) * std
+    assert model.value_embeds.std().item() == pytest.approx(std, rel=0.02)
+    assert model.mlp_up[0].std().item() == pytest.approx(0.4 * std, rel=0.02)
+    assert not model.attn_out[0].any() and not model.mlp_down[1].any() and not model.smear_lambda.any()
+    for gate in (model.ve_gate[0], model.smear_gate):
+        assert 0 <= gate.min() and gate.max() <= 0.02 and gate.std() > 0.003
+    torch.testing.assert_close(model.resid_lambdas.detach(), torch.tensor([1.15, 1.125, 1.1, 1.075, 1.05]))
+    torch.testing.assert_close(model.x0_lambdas.detach(), torch.tensor([0.2, 0.1625, 0.125, 0.0875, 0.05]))
+    assert model.backout_lambda.item() == pytest.approx(0.2)
+    again = build(cfg)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert not torch.equal(model.wte, build(cfg, seed=1).wte)
+
+
+SWITCHES = ["rope", "qk_norm", "relu2", "value_embeds", "resid_lambdas", "x0_lambdas", "smear", "backout", "untied_head"]
+
+
+@pytest.mark.parametrize("switch", [*SWITCHES, "logit_softcap", "window_pattern"])
+def test_each_switch_changes_the_model_and_nothing_else(switch):
+    off = {"logit_softcap": 0.0, "window_pattern": "L"}.get(switch, False)
+    cfg = dataclasses.replace(CFG, **{switch: off})
+    model, full = awake(cfg), awake()
+    idx = tokens()
+    assert not torch.allclose(model(idx), full(idx), atol=1e-4)
+    # parameters that both have start equal
+    ours, theirs = dict(model.named_parameters()), dict(full.named_parameters())
+    assert all(torch.equal(p, theirs[n]) for n, p in ours.items() if n != "wte" or switch != "untied_head")
+    gone = {
+        "value_embeds": 128 * 2 * 32 + 2 * 2 * 12,
+        "resid_lambdas": 4,
+        "x0_lambdas": 4,
+        "smear": 25,
+        "backout": 1,
+        "untied_head": 128 * 64,
+    }.get(switch, 0)
+    total = {n: sum(m.num_params().values()) for n, m in (("off", model), ("on", full))}
+    assert total["on"] - total["off"] == gone
+    assert sum(p.numel() for p in model.parameters()) == total["off"]
+    model(idx, tokens(seed=1)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_tied_head_still_scales_as_a_head():
+    tied = build(dataclasses.replace(CFG, untied_head=False))
+    counts = tied.num_params()
+    assert counts["wte"] == 0 and counts["lm_head"] == 128 * 64
+    assert tied.flops_per_token() == build().flops_per_token()
+
+
+def test_future_tokens_do_not_matter():
+    model, idx = awake(), tokens()
+    changed = idx.clone()
+    changed[:, 100:] = 0
+    torch.testing.assert_close(model(idx)[:, :100], model(changed)[:, :100])
+
+
+def test_window_hides_what_is_too_far():
+    q, k, v = torch.randn(1, 300, 2, 16), torch.randn(1, 300, 1, 16), torch.randn(1, 300, 1, 16)
+    out = attention(q, k, v, 128)
+    far, near = v.clone(), v.clone()
+    far[:, 299 - 129] += 100
+    near[:, 299 - 128] += 100
+    torch.testing.assert_close(attention(q, k, far, 128)[:, 299], out[:, 299])
+    assert not torch.allclose(attention(q, k, near, 128)[:, 299], out[:, 299])
+
+
+def test_flex_attention_mask_agrees_with_the_dense_one():
+    """The rule that CUDA windows use, run by FlexAttention's own eager path."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k, v = torch.randn(1, 256, 4, 16), torch.randn(1, 256, 2, 16), torch.randn(1, 256, 2, 16)
+    want = attention(q, k, v, 128)
+    block_mask = create_block_mask(lambda b, h, i, j: window_mask(i, j, 128), None, None, 256, 256, device="cpu")
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    got = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_rope_turns_by_the_difference_of_positions():
+    cos, sin = rope_tables(64, 16, torch.float64, torch.device("cpu"))
+    q, k = torch.randn(16).double(), torch.randn(16).double()
+    turned_q, turned_k = (rope(x.expand(1, 64, 1, 16), cos, sin)[0, :, 0] for x in (q, k))
+    torch.testing.assert_close(turned_q[40] @ turned_k[30], turned_q[15] @ turned_k[5], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(64), atol=1e-5, rtol=1e-5)
+
+
+def test_norm_and_softcap():
+    x = torch.randn(8, 32)
+    torch.testing.assert_close(norm(x).pow(2).mean(-1), torch.ones(8))
+    assert norm(torch.zeros(2, 8)).isfinite().all()
+    z = torch.tensor([-1e4, -1.0, 0.0, 1e-3, 1e4])
+    torch.testing.assert_close(softcap(z, 15.0), 15 * torch.tanh(z / 15))
+    assert softcap(z.bfloat16(), 15.0).dtype == torch.float32
+
+
+def test_padded_vocabulary_is_never_predicted():
+    model = awake(dataclasses.replace(CFG, vocab_size=100))
+    assert model.wte.shape[0] == 128
+    assert model(tokens()).shape[-1] == 100
+
+
+def test_a_small_model_learns():
+    from core import schedule
+    from core.config import OptimConfig
+    from core.optim import Gradients, Optimizer, learning_rates
+
+    cfg = dataclasses.replace(CFG, depth=2, seq_len=32, window_pattern="L")
+    model = build(cfg)
+    laws = OptimConfig(scaling_laws=False, warmup_steps=1, momentum_warmup_steps=10)
+    optimizer = Optimizer(
+        model, lrs=learning_rates(laws, 64, 1), weight_decay=0.0, ns_steps=5, compute_dtype=torch.float32
+    )
+    grads = Gradients(list(model.parameters()))
+    idx = tokens(cfg, batch=4)
+    first = None
+    for step in range(30):
+        loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step(grads, step=step, **schedule.at(step, 30, laws))
+        grads.zero()
+        first = first or loss.item()
+    assert first == pytest.approx(math.log(100), rel=0.01)
+    assert loss.item() < 0.5  # it can remember four rows

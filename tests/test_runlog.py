@@ -1,0 +1,57 @@
+"""The training clock, rates, and the report's small parts."""
+
+import time
+
+import pytest
+import torch
+
+from core.runlog import UNCOUNTED_STEPS, LaggingLoss, TrainingClock, clock, human, longest_run, peak_flops, sum_stats
+
+CPU = torch.device("cpu")
+
+
+def test_clock_leaves_out_the_first_steps_and_every_pause(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    c = TrainingClock(CPU)
+    for step in range(UNCOUNTED_STEPS + 4):
+        if step == UNCOUNTED_STEPS + 2:
+            c.stop()
+            now[0] += 100  # an evaluation
+        c.before_step(step)
+        now[0] += 1
+        c.after_step()
+    c.stop()
+    assert (c.counted_s, c.counted_steps) == (4.0, 4)
+    c.stop()
+    assert c.counted_s == 4.0
+    resumed = TrainingClock(CPU, c.counted_s, c.counted_steps)
+    resumed.before_step(UNCOUNTED_STEPS + 4)
+    now[0] += 2
+    resumed.after_step()
+    resumed.stop()
+    assert (resumed.counted_s, resumed.counted_steps) == (6.0, 5)
+
+
+def test_losses_of_the_cpu_are_read_at_once():
+    losses = LaggingLoss()
+    losses.put(3, torch.tensor(2.5))
+    assert losses.take() == [(3, 2.5)]
+    assert losses.take(flush=True) == []
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("AMD EPYC", None)],
+)
+def test_peaks(name, peak):
+    assert peak_flops(name) == peak
+
+
+def test_words():
+    assert human(1384122122, "B") == "1.38 GB"
+    assert human(0.5, "s") == "0.5 s"
+    assert clock(59.6) == "1:00" and clock(3725) == "1:02:05"
+    assert longest_run("a``b```", "`") == 3
+    stats = [{"tokens": 4, "documents": 1, "epochs": 0.5, "crop_waste": 0.2}] * 2
+    assert sum_stats(stats) == {"tokens": 8, "documents": 2, "epochs": 0.5, "crop_waste": 0.2}

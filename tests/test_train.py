@@ -1,0 +1,316 @@
+"""The program end to end on a tiny run: what it leaves, how it stops, and that it continues exactly."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval as evaluation
+import train
+from core import checkpoint
+from core.errors import TrainingError, user_errors
+
+ROOT = Path(train.__file__).resolve().parent
+
+
+def events(out, kind=None):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [e for e in lines if kind in (None, e["event"])]
+
+
+def losses(out):
+    return {e["step"]: e["loss"] for e in events(out, "step")}
+
+
+def final_tensors(out):
+    (file,) = checkpoint.find(out).glob("*.safetensors")
+    return load_file(file)
+
+
+def run(tiny, out, *options):
+    train.main([*tiny, "--out", str(out), *options])
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, corpus_dir, cache_dir, request):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    sizes = "--depth 2 --d-model 32 --d-head 16 --seq-len 32 --vocab-size 300 --total-batch-size 512 --steps 14"
+    pace = "--eval-every 5 --eval-tokens 500 --sample-every 6 --sample-tokens 4 --save-every 4 --profile-steps 1"
+    data = ["--val-every", "10", "--data", str(corpus_dir), "--cache-dir", str(cache_dir), "--device", "cpu"]
+    train.main([*sizes.split(), *pace.split(), *data, "--out", str(out)])
+    return out
+
+
+def test_a_run_leaves_everything_behind(finished, corpus_dir):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["steps"] == 14 and summary["tokens"] == 14 * 512
+    assert summary["flops"] == summary["tokens"] * (summary["flops"] // summary["tokens"])
+    assert set(summary) >= {
+        "val_bpb", "total_training_time_s", "tok_per_s", "mfu", "peak_memory_bytes", "params", "kernels", "git",
+        "compressors", "non_matmul_share", "wall_time_s",
+    }  # fmt: skip
+    assert summary["counted_steps"] == 2  # of 14, without the first 11 and the profiled one
+    assert 0 < summary["total_training_time_s"] < summary["wall_time_s"]
+    assert summary["tok_per_s"] == pytest.approx(2 * 512 / summary["total_training_time_s"])
+    assert 0 < summary["non_matmul_share"] < 1
+    assert json.loads((finished / "config.json").read_text())["model"]["depth"] == 2
+    report = (finished / "report.md").read_text()
+    assert f"{summary['val_bpb']:.4f}" in report and "xz -9e" in report and "## Samples" in report
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in checkpoint.checkpoints(finished)] == ["step_000012", "step_000014"]
+    assert not list(finished.rglob("*.pt")) and not list(finished.rglob("*.pkl")) and not list(finished.rglob(".*"))
+
+
+def test_log_has_every_step_and_the_intervals(finished):
+    assert sorted(losses(finished)) == list(range(14))
+    assert [e["step"] for e in events(finished, "eval")] == [0, 5, 10]
+    assert [e["step"] for e in events(finished, "sample")] == [6, 12, 14]
+    assert [e["step"] for e in events(finished, "checkpoint")] == [4, 8, 12, 14]
+    assert losses(finished)[13] < losses(finished)[0]
+
+
+def test_final_score_covers_every_byte(finished, corpus_dir):
+    from core.data.corpus import open_corpus
+
+    _, val = open_corpus(str(corpus_dir), seed=42, val_every=10, cache_dir=corpus_dir)
+    size = sum((corpus_dir / val.key(i)).stat().st_size for i in range(len(val)))
+    assert f"all {len(val)} validation documents" in events(finished, "end")[0]["scope"]
+    assert f"({size:,} bytes)" in events(finished, "end")[0]["scope"]
+
+
+def test_evaluation_repeats_the_score(finished, capsys):
+    evaluation.main([str(finished), "--metrics", "bpb,sample", "--prompt", "the model", "--sample-tokens", "3", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["val_bpb"] == json.loads((finished / "summary.json").read_text())["val_bpb"]
+    assert [s["prompt"] for s in result["samples"]] == ["the model"]
+    evaluation.main([str(finished / "checkpoints" / "step_000012"), "--metrics", "bpb", "--max-bytes", "2000"])
+    text = capsys.readouterr().out
+    assert "step_000012" in text and "the first" in text
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["nowhere"], "does not exist"),
+        (["."], "holds no checkpoint"),
+        (["RUN", "--metrics", "bpb,core"], "unknown core"),
+        (["RUN", "--metrics", ","], "empty"),
+    ],
+)
+def test_evaluation_errors(finished, argv, says):
+    with pytest.raises(ValueError, match=says):
+        evaluation.main([str(finished) if a == "RUN" else a for a in argv])
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
+    """SIGKILL at an arbitrary moment after a checkpoint, with steps and prefetched batches beyond it."""
+    whole = run(tiny, tmp_path / "whole", "--steps", "60", "--sample-every", "100")
+    killed = tmp_path / "killed"
+    argv = [*tiny, "--steps", "60", "--sample-every", "100", "--out", str(killed)]
+    child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (killed / "log.jsonl").exists() or max(losses(killed), default=0) < 14:
+        assert child.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    at = checkpoint.find(killed)
+    assert 8 <= int(at.name[5:]) < 60
+    (killed / "log.jsonl").open("a").write('{"event": "step", "st')  # the kill may also cut a line
+    train.main(["--resume", str(killed)])
+    assert losses(killed) == losses(whole)
+    assert len(events(killed, "step")) == 60
+    assert [e["event"] for e in events(killed)].count("resume") == 1
+    a, b = final_tensors(whole), final_tensors(killed)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert checkpoint.load_state(checkpoint.find(whole))["loader"] == checkpoint.load_state(checkpoint.find(killed))["loader"]
+
+
+@pytest.mark.parametrize("options", [["--precision", "bf16"], ["--packing", "crop", "--device-batch-size", "4"]])
+def test_resume_is_exact_in_other_modes(tiny, tmp_path, options):
+    whole = run(tiny, tmp_path / "whole", *options, "--keep-checkpoints", "9")
+    other = tmp_path / "other"
+    import shutil
+
+    shutil.copytree(whole, other)
+    for path in checkpoint.checkpoints(other)[1:]:
+        shutil.rmtree(path)
+    train.main(["--resume", str(other)])
+    a, b = final_tensors(whole), final_tensors(other)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert losses(whole) == losses(other)
+
+
+def test_resuming_a_finished_run_only_reports_again(finished, tmp_path):
+    import shutil
+
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    (out / "report.md").unlink()
+    train.main(["--resume", str(out)])
+    assert (out / "report.md").exists()
+    assert losses(out) == losses(finished)
+    before, after = (json.loads((d / "summary.json").read_text()) for d in (finished, out))
+    assert after["val_bpb"] == before["val_bpb"] and after["total_training_time_s"] == before["total_training_time_s"]
+
+
+@pytest.mark.parametrize("device_batch", ["4", "16"])
+def test_micro_batches_do_not_change_the_losses(tiny, tmp_path, device_batch, finished):
+    out = run(tiny, tmp_path / "run", "--steps", "14", "--device-batch-size", device_batch)
+    for step, loss in losses(finished).items():
+        assert losses(out)[step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_two_processes_train_like_one(tiny, tmp_path):
+    one = run(tiny, tmp_path / "one", "--steps", "10")
+    two = tmp_path / "two"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
+    done = subprocess.run([*command, *tiny, "--steps", "10", "--out", str(two)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "rows over 2 process(es)" in done.stdout
+    assert sorted(losses(two)) == list(range(10))
+    for step, loss in losses(one).items():
+        assert losses(two)[step] == pytest.approx(loss, rel=1e-4), step
+    bpb = [json.loads((d / "summary.json").read_text())["val_bpb"] for d in (one, two)]
+    assert bpb[0] == pytest.approx(bpb[1], rel=1e-4)
+    # and one process takes over from two
+    for path in checkpoint.checkpoints(two)[1:]:
+        path.rename(path.with_name(path.name + ".away"))
+    train.main(["--resume", str(two)])
+    for step, loss in losses(one).items():
+        assert losses(two)[step] == pytest.approx(loss, rel=1e-4), step
+
+
+def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny, tmp_path, monkeypatch):
+    honest = train.train_step
+
+    def poisoned(run, step):
+        honest(run, step)
+        if step == 6:
+            run.losses._pending[-1] = (step, torch.tensor(math.nan), None)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    out = tmp_path / "run"
+    with pytest.raises(TrainingError, match=r"step 6: the loss is nan; the last good checkpoint is .*step_000004"):
+        run(tiny, out)
+    assert events(out)[-1]["event"] == "stop"
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["step_000004"]
+    assert not (out / "summary.json").exists()
+
+
+def test_non_finite_weights_are_not_saved(tiny, tmp_path, monkeypatch):
+    honest = train.train_step
+
+    def poisoned(run, step):
+        honest(run, step)
+        if step == 7:
+            with torch.no_grad():
+                run.model.mlp_up[0][0, 0, 0] = math.inf
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(TrainingError, match="mlp_up.0 is not finite"):
+        run(tiny, tmp_path / "run")
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step_000004"]
+
+
+def test_resume_refuses_another_run(finished, corpus_dir):
+    with pytest.raises(ValueError, match="depth, matrix_lr"):
+        train.main(["--resume", str(finished), "--depth", "3", "--matrix-lr", "0.5"])
+    with pytest.raises(ValueError, match="preset quickstart, not gpt2"):
+        train.main(["gpt2", "--resume", str(finished)])
+
+
+def test_resume_refuses_a_changed_corpus(tiny, tmp_path, corpus_dir):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(corpus_dir, data)
+    out = run(tiny, tmp_path / "run", "--data", str(data))
+    (data / "doc000.txt").write_text("something else")
+    with pytest.raises(ValueError, match="corpus|tokenizer"):
+        train.main(["--resume", str(out)])
+    (data / "doc000.txt").write_text((corpus_dir / "doc000.txt").read_text())
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--device-batch-size", "5"], "one of"),
+        (["--kernels", "triton"], "no op has a triton backend"),
+        (["--kernels", "fast"], "unknown backend 'fast'"),
+        (["--json"], "--dry-run"),
+        (["--ns-steps", "6"], "ns_steps is 6"),
+        (["--resume", "no/such/run"], "does not exist"),
+        (["--vocab-size", "100"], "265"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(tiny, tmp_path, options, says, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        run(tiny, out, *options)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_defects_keep_their_traceback():
+    with pytest.raises(ValueError), user_errors():
+        json.loads("{")
+
+
+def test_a_run_folder_is_not_overwritten(tiny, finished):
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(tiny, finished)
+
+
+def test_dry_run_of_the_record(capsys):
+    train.main("gpt2 --depth 24 --ratio 8 --dry-run --json".split())
+    plan = json.loads(capsys.readouterr().out)
+    assert [plan[k] for k in ("params_total", "params_scaling", "total_batch_size", "steps")] == [
+        1384122122,
+        729810624,
+        1048576,
+        5568,
+    ]
+    assert plan["tokens"] == 5568 * 1048576 and f"{plan['flops_per_token']:.4e}" == "4.7752e+09"
+    train.main("gpt2 --depth 24 --ratio 8 --dry-run".split())
+    text = capsys.readouterr().out
+    assert "1,384,122,122" in text and "5,568 steps" in text and "predicted memory" in text
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for option in "--steps --depth --ratio --data --total-batch-size --device-batch-size --out --resume --device --kernels --precision --seed".split():  # fmt: skip
+        assert option + " " in text, option
+
+
+def test_config_survives_json():
+    from core.config import PRESETS, from_dict, preset, to_dict
+
+    for name in PRESETS:
+        for device in ("cpu", "cuda"):
+            cfg = preset(name, device)
+            assert from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
+    with pytest.raises(ValueError, match="another version"):
+        from_dict({**to_dict(cfg), "no_such_field": 1})
+
+
+def test_wrong_option_exits_with_two():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--no-such-option"], capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 2 and "no-such-option" in done.stderr + done.stdout
