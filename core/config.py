@@ -95,7 +95,7 @@ class DataConfig:
     """One document in this many is validation, chosen by a hash of its path."""
     packing: Literal["continue", "crop"] = "continue"
     """continue: long documents are cut and every token is used; crop: best fit, the rest of a cut document is dropped."""
-    buffer_docs: int = 64
+    buffer_docs: int = 1000
     """Documents (pieces, when packing=continue) each stream chooses from when it fills a row."""
     num_streams: int = 8
     """Fixed data streams; the number of processes must divide it, and results do not depend on it then."""
@@ -178,7 +178,7 @@ RESUMABLE_CHANGES = {
 
 _PYTHON_PROMPTS = ("def main(", "class TestCase(unittest.", "import os\nimport sys\n")
 
-_GPT2 = Config(preset="gpt2", data=DataConfig(packing="crop", buffer_docs=1000))
+_GPT2 = Config(preset="gpt2", data=DataConfig(packing="crop"))
 
 _QUICKSTART_CPU = Config(
     preset="quickstart",

@@ -215,7 +215,8 @@ class GPT(nn.Module):
         bound = (3 / self.dims.d_model) ** 0.5  # uniform with standard deviation 1/sqrt(C)
         depth_frac = torch.arange(self.dims.n_layer) / max(self.dims.n_layer - 1, 1)
         for name, p in self.named_parameters():
-            g = torch.Generator(device=p.device).manual_seed((seed << 32) + zlib.crc32(name.encode()))
+            # 32 bits: the CPU's generator ignores the others
+            g = torch.Generator(device=p.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             kind = name.split(".")[0]
             if kind == "lm_head" or (kind == "wte" and not self.cfg.untied_head):
                 p.normal_(0, 0.001, generator=g)

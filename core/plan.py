@@ -171,16 +171,16 @@ def predict_memory(
 
 
 def _activation_bytes_per_token(cfg: ModelConfig, width: int) -> int:
+    """What autograd keeps of one token between forward and backward, statistics of one number per head or row left out."""
     d = dims(cfg)
-    qk = d.d_model + d.d_kv
-    per_layer = (
-        # entry (x, a x, norm), second norm's input and output, residual sum, attention output
-        (2 * cfg.resid_lambdas + cfg.x0_lambdas + 6) * d.d_model
-        + (2 * qk if cfg.rope else 0)  # halves of q and k, twice each
-        + (2 * qk if cfg.qk_norm else 0)
-        + qk
-        + d.d_kv  # into attention
-        + (3 if cfg.relu2 else 2) * d.d_ff
-    )
-    ve = len(d.ve_layers) * (2 * d.d_kv)
-    return width * (d.n_layer * per_layer + ve + 6 * d.d_model)
+    elements = 5 * d.d_model  # embedding, smear and its input, the sum under the last norm, its output
+    for layer in range(d.n_layer):
+        # entry sum, norm, attention output, residual sum, second norm; the stream that a lambda scales
+        elements += (5 + cfg.resid_lambdas) * d.d_model
+        elements += (cfg.rope + cfg.qk_norm) * (d.d_model + d.d_kv)  # q and k after each
+        elements += 2 * d.d_ff
+        if layer in d.ve_layers:
+            elements += 2 * d.d_kv  # mixed values and the embeddings they came from
+        if layer not in d.ve_layers or not cfg.rope:
+            elements += d.d_model + 2 * d.d_kv  # v (or q) is a view that keeps the whole projection
+    return width * elements

@@ -139,7 +139,7 @@ def test_state_before_the_first_step(load):
     fresh = load()
     state = fresh.state()
     assert state["step"] == 0
-    assert state["streams"]["3"] == {"next_position": 3, "rows": 0, "documents": 0, "cropped": 0, "buffer": []}
+    assert state["streams"]["3"] == {"next_position": 3, "rows": 0, "documents": 0, "cropped": 0, "takes": 0, "buffer": []}
     resumed = load(state=state)
     assert resumed.state() == state
     np.testing.assert_array_equal(rows_of(resumed.next_step()), rows_of(fresh.next_step()))
@@ -214,7 +214,7 @@ def test_fewer_documents_than_streams(tmp_path, tokenizer, load):
         ({"device_batch_size": 16, "world_size": 2}, "does not divide the 8 rows"),
         ({"rank": 2, "world_size": 2}, "rank is 2, expected 0 to 1"),
         ({"device_batch_size": 0}, "must all be 1 or more"),
-        ({"mode": "pad"}, "expected one of crop, continue"),
+        ({"mode": "pad"}, "expected 'continue' or 'crop'"),
     ],
 )
 def test_sizes_that_do_not_fit(load, options, message):

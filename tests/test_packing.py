@@ -69,12 +69,22 @@ def test_largest_fit_then_shortest_cropped():
     assert (packer.num_documents, packer.num_placed, packer.num_cropped) == (5, 10, 1)
 
 
-def test_ties_go_to_the_oldest():
-    packer = BestFitPacker(6, mode="continue", buffer_docs=3)
+def test_crop_ties_go_to_the_oldest():
+    packer = BestFitPacker(6, mode="crop", buffer_docs=3)
     rows = pack(packer, endless([3]), 3)
     assert rows.reshape(-1).tolist() == list(range(18))
     packer = BestFitPacker(5, mode="crop", buffer_docs=3)
     assert pack(packer, endless([3]), 2).tolist() == [[0, 1, 2, 3, 4], [6, 7, 8, 9, 10]]
+
+
+def test_continue_mixes_the_documents_in_the_buffer():
+    """Eight documents of 50 rows each: in order of arrival, 50 rows in a row would come from one."""
+    rows = pack(BestFitPacker(10, mode="continue", buffer_docs=400, seed=3), endless([500]), 400)
+    document = rows[:, 0] // 500
+    assert len(set(document[:50].tolist())) >= 7
+    assert (np.diff(document) == 0).mean() < 0.3
+    other = pack(BestFitPacker(10, mode="continue", buffer_docs=400, seed=4), endless([500]), 400)
+    assert not np.array_equal(rows, other)
 
 
 @settings(max_examples=200, deadline=None)
@@ -102,7 +112,7 @@ def test_rebuilt_buffer_gives_the_same_rows(lengths, row_len, buffer_docs, mode,
     state = json.loads(json.dumps(packer.state()))
     snapshot = packer.snapshot()
     rebuilt = BestFitPacker(row_len, mode=mode, buffer_docs=buffer_docs)
-    rebuilt.restore(state, lambda position: tokens_of(lengths, position))
+    rebuilt.restore(state, lambda position: tokens_of(lengths, position), num_takes=packer.num_takes)
     assert rebuilt.state() == state
     rest = islice(endless(lengths), packer.num_documents, None)
     np.testing.assert_array_equal(pack(packer, source, 20), pack(rebuilt, rest, 20))

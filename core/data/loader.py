@@ -25,7 +25,7 @@ from core.data.packing import BestFitPacker, describe
 from core.data.tokenizer import Tokenizer
 
 # A longer buffer packs better where tails are discarded, and only costs memory and state where they are kept.
-DEFAULT_BUFFER_DOCS = {"crop": 1000, "continue": 64}
+DEFAULT_BUFFER_DOCS = 1000
 
 _ADVICE = {
     "corpus": "the training data changed since the checkpoint; restore it or start a new run",
@@ -48,7 +48,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         mode: str = "continue",
-        buffer_docs: int | None = None,
+        buffer_docs: int = DEFAULT_BUFFER_DOCS,
         device: str | torch.device = "cpu",
         state: dict[str, Any] | None = None,
         prefetch_steps: int = 2,
@@ -56,14 +56,11 @@ class Loader:
         """
         rows_per_step      rows of seq_len tokens in a step, of all ranks together
         device_batch_size  rows of a micro-batch of one rank
-        mode, buffer_docs  see core/data/packing.py; the buffer is per stream, by default DEFAULT_BUFFER_DOCS[mode]
+        mode, buffer_docs  see core/data/packing.py; the buffer is per stream, by default DEFAULT_BUFFER_DOCS
         state              merge_states() of all ranks' state(), to continue with the step after it
         Raises ValueError for sizes that do not fit together and for a state of another corpus or other settings.
         """
         _check_sizes(rows_per_step, device_batch_size, num_streams, rank, world_size)
-        if mode not in DEFAULT_BUFFER_DOCS:
-            raise ValueError(f"packing mode is {mode!r}, expected one of {', '.join(DEFAULT_BUFFER_DOCS)}")
-        buffer_docs = DEFAULT_BUFFER_DOCS[mode] if buffer_docs is None else buffer_docs
         self._corpus = corpus
         self._settings = {
             "corpus": corpus.fingerprint,
@@ -78,8 +75,9 @@ class Loader:
         self._num_micro = rows_per_step // world_size // device_batch_size
         self._device_batch_size = device_batch_size
         self._device = torch.device(device)
+        packing: dict[str, Any] = {"mode": mode, "buffer_docs": buffer_docs}
         self._streams = [
-            _Stream(corpus, tokenizer, s, num_streams, BestFitPacker(seq_len + 1, mode=mode, buffer_docs=buffer_docs))
+            _Stream(corpus, tokenizer, s, num_streams, BestFitPacker(seq_len + 1, seed=corpus.seed * num_streams + s, **packing))
             for s in range(rank, num_streams, world_size)
         ]
         self._step = 0
@@ -220,7 +218,13 @@ class _Stream:
     def snapshot(self) -> "_StreamSnapshot":
         packer = self._packer
         return _StreamSnapshot(
-            self.index, self._next_position, self._num_rows, packer.num_documents, packer.num_cropped, packer.snapshot()
+            self.index,
+            self._next_position,
+            self._num_rows,
+            packer.num_documents,
+            packer.num_cropped,
+            packer.num_takes,
+            packer.snapshot(),
         )
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -228,7 +232,7 @@ class _Stream:
         self._num_rows = state["rows"]
         self._packer.num_documents = state["documents"]
         self._packer.num_cropped = state["cropped"]
-        self._packer.restore(state["buffer"], self._tokens_of)
+        self._packer.restore(state["buffer"], self._tokens_of, num_takes=state["takes"])
 
     def _next_document(self) -> tuple[int, np.ndarray]:
         position = self._next_position
@@ -247,6 +251,7 @@ class _StreamSnapshot(NamedTuple):
     num_rows: int
     num_documents: int
     num_cropped: int
+    num_takes: int
     buffer: tuple  # of packing entries, by reference: described only when a state is asked for
 
     def describe(self) -> dict[str, Any]:
@@ -255,6 +260,7 @@ class _StreamSnapshot(NamedTuple):
             "rows": self.num_rows,
             "documents": self.num_documents,
             "cropped": self.num_cropped,
+            "takes": self.num_takes,
             "buffer": describe(self.buffer),
         }
 

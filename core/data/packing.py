@@ -2,14 +2,17 @@
 
 A row is filled from left to right. Before each placement the buffer is topped up to at least buffer_docs entries; then the
 LARGEST entry that fits wholly into the rest of the row is placed. When none fits, the SHORTEST entry is cut and its head
-fills the row exactly. Ties go to the entry that has been in the buffer longest.
+fills the row exactly.
 
 mode "crop"      the tail of a cut document is discarded: a document starts at its bos wherever it is seen, about a third
-                 of the tokens are lost (median document 400 tokens, rows of 2049)
+                 of the tokens are lost (median document 400 tokens, rows of 2049). Ties go to the entry that has been in
+                 the buffer longest
 mode "continue"  nothing is lost: a document longer than a row is cut into rows on entry (each piece is an entry of the
-                 buffer), the tail of a cut entry re-enters the buffer at its end. Continuations have no bos of their own
+                 buffer), the tail of a cut entry re-enters the buffer at its end. Continuations have no bos of their own.
+                 Ties go to a random entry: most pieces are as long as a row, and in order of arrival a stream would be
+                 in one document for many steps (1.63 instead of {NEW} bits per byte on the quickstart, LOG.md)
 
-The rule read literally scans the buffer at every placement. Here entries are held in a first-in-first-out queue for each
+The rule read literally scans the buffer at every placement. Here entries are held in a queue for each
 length, with one bit a length in an integer that tells which queues are occupied, so a placement costs two bit operations;
 entries longer than a row, which can only ever be the shortest, are in a heap.
 
@@ -30,7 +33,7 @@ _Entry = tuple[int, int, int, np.ndarray]
 class BestFitPacker:
     """num_documents, num_placed, num_cropped: documents taken in, tokens placed in rows, tokens discarded so far."""
 
-    def __init__(self, row_len: int, *, mode: str, buffer_docs: int):
+    def __init__(self, row_len: int, *, mode: str, buffer_docs: int, seed: int = 0):
         if mode not in ("continue", "crop"):
             raise ValueError(f"packing mode is {mode!r}, expected 'continue' or 'crop'")
         if row_len < 1 or buffer_docs < 1:
@@ -40,6 +43,8 @@ class BestFitPacker:
         self.num_documents = 0
         self.num_placed = 0
         self.num_cropped = 0
+        self.num_takes = 0  # entries taken so far: the state of the random choice
+        self._seed = seed
         self._crop = mode == "crop"
         self._entries: dict[int, _Entry] = {}  # by number of arrival, hence in buffer order
         self._arrivals = 0
@@ -82,11 +87,15 @@ class BestFitPacker:
         """[[position, start, stop], ...] of the buffer, in order; JSON."""
         return describe(self.snapshot())
 
-    def restore(self, state: Iterable[Iterable[int]], tokens_of: Callable[[int], np.ndarray]) -> None:
+    def restore(
+        self, state: Iterable[Iterable[int]], tokens_of: Callable[[int], np.ndarray], *, num_takes: int
+    ) -> None:
         """Fill the empty buffer with what state() described; tokens_of(position) gives a document's tokens again.
 
-        The rows that follow are those that would have followed state(). Counters are left alone.
+        num_takes is the counter of that name at the time. The rows that follow are those that would have followed state().
+        The other counters are left alone.
         """
+        self.num_takes = num_takes
         assert not self._entries, len(self._entries)
         known: dict[int, np.ndarray] = {}
         for position, start, stop in state:
@@ -121,7 +130,13 @@ class BestFitPacker:
 
     def _take(self, length: int) -> _Entry:
         queue = self._queues[length]
-        arrival = queue.popleft()
+        if self._crop or len(queue) == 1:
+            arrival = queue.popleft()
+        else:
+            i = random_bits(self._seed, self.num_takes) % len(queue)
+            arrival = queue[i]
+            del queue[i]
+        self.num_takes += 1
         if not queue:
             self._occupied ^= 1 << length
         return self._entries.pop(arrival)
@@ -130,6 +145,14 @@ class BestFitPacker:
         if self._occupied:
             return self._take((self._occupied & -self._occupied).bit_length() - 1)
         return self._entries.pop(heapq.heappop(self._long)[1])
+
+
+def random_bits(seed: int, n: int) -> int:
+    """64 random bits, a function of (seed, n): the n-th output of splitmix64 from a state that the seed scatters."""
+    z = (seed * 0xD1342543DE82EF95 + (n + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return z ^ (z >> 31)
 
 
 def describe(snapshot: Iterable[_Entry]) -> list[list[int]]:
