@@ -69,7 +69,7 @@ def saved_config(path: str) -> Config:
     """The config of the run that `--resume path` continues, pointing at that run's folder."""
     folder = checkpoint.find(path)
     config = from_dict(checkpoint.load_state(folder)["config"])
-    return dataclasses.replace(config, resume=str(folder), out=str(folder.parent.parent))
+    return dataclasses.replace(config, out=str(folder.parent.parent))
 
 
 @dataclass
@@ -102,7 +102,8 @@ class Run:
 
 
 def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
-    saved = checkpoint.load_state(Path(cfg.resume)) if cfg.resume else None
+    folder = checkpoint.find(cfg.resume) if cfg.resume else None
+    saved = checkpoint.load_state(folder) if folder else None
     if saved and (changed := changed_fields(from_dict(saved["config"]), cfg)):
         raise ValueError(
             f"--resume continues a run as it was, but these differ: {', '.join(changed)}; start a new run instead"
@@ -130,6 +131,7 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
     )
 
     # model and optimizer
+    torch.manual_seed(cfg.seed)
     with world.device:
         model = GPT(model_cfg)
     model.init_weights(cfg.seed)
@@ -137,9 +139,9 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
         model, lrs=plan.lr, weight_decay=plan.weight_decay, ns_steps=cfg.optim.ns_steps, compute_dtype=dtype
     )
     tensors = checkpoint.training_tensors(model, optimizer.state)
-    if saved:
-        checkpoint.load_tensors(Path(cfg.resume), tensors)
-        checkpoint.restore_rng(Path(cfg.resume), world.device)
+    if folder:
+        checkpoint.load_tensors(folder, tensors)
+        checkpoint.restore_rng(folder, world.device)
     loader = Loader(
         train_corpus,
         tokenizer,

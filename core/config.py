@@ -183,7 +183,7 @@ _GPT2 = Config(preset="gpt2", data=DataConfig(packing="crop"))
 _QUICKSTART_CPU = Config(
     preset="quickstart",
     model=ModelConfig(depth=4, d_model=256, d_head=64, seq_len=256, vocab_size=2048, window_pattern="L"),
-    optim=OptimConfig(scaling_laws=False, warmup_steps=10, momentum_warmup_steps=100, weight_decay=0.05),
+    optim=OptimConfig(scaling_laws=False, scalar_lr=0.05, warmup_steps=10, momentum_warmup_steps=100, weight_decay=0.05),
     steps=220,
     total_batch_size=4096,
     eval_every=50,

@@ -4,17 +4,21 @@ import random
 
 import pytest
 
-WORDS = "the model reads a row of tokens and guesses what comes next while the clock runs fast or slow".split()
+LETTERS = "etaoinshrdlucmfwygpb"
 
 
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory):
-    """120 text files of a few hundred words; some of them fall into the validation split of one in 10."""
+    """120 text files of a few hundred words; some of them fall into the validation split of one in 10.
+
+    Many different words: with a handful, gradients are nearly singular, and orthogonalising them amplifies rounding.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)
+    words = ["".join(rng.choices(LETTERS, k=rng.randint(1, 9))) for _ in range(2000)]
     for i in range(120):
-        words = [rng.choice(WORDS) for _ in range(rng.randint(30, 300))]
-        (folder / f"doc{i:03d}.txt").write_text(" ".join(words) + "\n")
+        text = " ".join(rng.choices(words, k=rng.randint(30, 300)))
+        (folder / f"doc{i:03d}.txt").write_text(text + "\n")
     return folder
 
 
