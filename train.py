@@ -219,7 +219,7 @@ def loop(run: Run) -> None:
         looked = step == run.start_step and cfg.resume is not None
         if not looked and (due(cfg.eval_every, step) and not last):
             pause(run)
-            run.log.eval(step, evaluate(run, run.subset), run.subset.scope)
+            run.log.eval(step, evaluate(run, run.subset), run.subset.scope, data_stats(run))
         if not looked and step > 0 and (due(cfg.sample_every, step) or last):
             pause(run)
             sample(run, step)
@@ -286,6 +286,11 @@ def evaluate(run: Run, valset: ValidationSet) -> float:
     return result.bpb
 
 
+def data_stats(run: Run) -> dict[str, float]:
+    """What the loaders of all ranks have counted."""
+    return runlog.sum_stats(distributed.gather_objects(run.loader.stats()))
+
+
 def sample(run: Run, step: int) -> None:
     if run.world.is_main:
         cfg = run.cfg
@@ -325,7 +330,7 @@ def save(run: Run, step: int) -> None:
 def finish(run: Run) -> None:
     valset, data = validation_whole(run.val_corpus, run.tokenizer, run.plan.seq_len, run.cfg.final_eval_bytes)
     bpb = evaluate(run, valset)
-    stats = distributed.gather_objects(run.loader.stats())
+    stats = data_stats(run)
     memory = max(distributed.gather_objects(runlog.peak_memory_bytes(run.world.device)))
     if not math.isfinite(bpb):
         stop(run, run.plan.steps, f"validation gives {bpb} bits per byte")
@@ -351,7 +356,7 @@ def finish(run: Run) -> None:
         "mfu": run.log.peak and flop_per_s and flop_per_s / run.log.peak,
         "peak_memory_bytes": memory,
         "predicted_memory_bytes": plan.memory_bytes["total"],
-        "loader": runlog.sum_stats(stats),
+        "data_stats": stats,
         **run.profile.shares(),
         "wall_time_s": time.time() - run.started,
     }

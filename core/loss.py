@@ -3,9 +3,8 @@
 z = x W^T,  y = c tanh(z / c),  loss = sum_i w (logsumexp(y_i) - y_i[target_i]) over targets >= 0
 dz = w (softmax(y) - onehot(target)) (1 - tanh^2(z / c)),  dx = dz W,  dW = dz^T x
 
-Only one chunk of logits exists at a time. On a CPU a chunk stays in the cache: forward and backward of 4096 rows and 4096
-columns took @OLD@ ms by autograd and @NEW@ ms so (width 192, 2 cores of an AMD EPYC). Because the loss is a scalar, its
-gradients are known up to the upstream factor when the forward ends; backward multiplies by that.
+Only one chunk of logits exists at a time. Because the loss is a scalar, its gradients are known up to the upstream factor
+when the forward ends; backward multiplies by that.
 """
 
 from typing import Any

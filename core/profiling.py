@@ -1,5 +1,6 @@
 """Where the time of training steps goes, by torch.profiler."""
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 ATTENTION = ("scaled_dot_product", "flash_attention", "flex_attention", "efficient_attention", "cudnn_attention")
-MATMUL = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_mm")
+MATMUL = ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::_scaled_mm")
 
 
 class StepProfile:
@@ -17,6 +18,8 @@ class StepProfile:
     """
 
     def __init__(self, device: torch.device) -> None:
+        # the profiler's library otherwise announces every start and stop on the terminal
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._cuda = device.type == "cuda"
         self._seconds: Counter[str] = Counter()
 

@@ -24,6 +24,8 @@ from core.distributed import World
 from core.plan import Plan
 
 UNCOUNTED_STEPS = 11  # steps 0..10 warm caches and compilers; the training clock leaves them out, as nanochat's does
+HIGH_NON_MATMUL_SHARE = 0.4  # above this the report says why
+PLAIN_WIDTH = 140  # of lines that go to a file
 RATE_STEPS = 20  # the shown rate is over this many steps
 
 # dense bf16 tensor-core peak in FLOP/s by a part of the device's name, first match counts [nanochat 92d63d4 core/common.py]
@@ -172,6 +174,8 @@ class RunLog:
         self.out, self.plan, self.log_every = out, plan, log_every
         self.is_main = world.is_main
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.is_main)
+        if not self.console.is_terminal:
+            self.console.width = PLAIN_WIDTH
         name = device_name(world.device)
         peak = peak_flops(name) if world.device.type == "cuda" else None
         self.peak = peak and peak * world.world_size
@@ -225,9 +229,14 @@ class RunLog:
         for note in notes:
             self.print(f"note: {note}")
 
-    def eval(self, step: int, bpb: float, scope: str) -> None:
-        self.event("eval", step, val_bpb=bpb, scope=scope)
-        self.print(f"step {step}/{self.plan.steps}  validation {bpb:.4f} bits per byte (fixed subset)")
+    def eval(self, step: int, bpb: float, scope: str, data: dict[str, float]) -> None:
+        """data: what the loader has counted so far."""
+        self.event("eval", step, val_bpb=bpb, scope=scope, data=data)
+        self.print(
+            f"step {step}/{self.plan.steps}  validation {bpb:.4f} bits per byte (fixed subset)  "
+            f"{human(data['tokens'], 'tokens')} of {data['documents']:,} documents, {data['epochs']:.2f} epochs, "
+            f"{100 * data['crop_waste']:.1f} % cropped"
+        )
 
     def sample(self, step: int, texts: list[tuple[str, str]], **options: Any) -> None:
         """texts: (prompt, continuation) pairs."""
@@ -294,7 +303,7 @@ def plan_table(plan: Plan) -> Table:
 
 def render(table: Table) -> str:
     """A table as plain text."""
-    console = Console(width=160, color_system=None, highlight=False)
+    console = Console(width=PLAIN_WIDTH, color_system=None, highlight=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
@@ -395,8 +404,12 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
     if s.get("time_by_op"):
         lines += ["", "## Where a step's time goes", "", "| op | share |", "|---|--:|"]
         lines += [f"| {name} | {100 * share:.1f} % |" for name, share in s["time_by_op"].items()]
-        if s.get("non_matmul_note"):
-            lines += ["", s["non_matmul_note"]]
+        if s["non_matmul_share"] > HIGH_NON_MATMUL_SHARE:
+            lines += [
+                "",
+                f"More than {100 * HIGH_NON_MATMUL_SHARE:.0f} % of the time is outside matmul and attention: the other ops "
+                "above pass over activations at the speed of memory, and a narrow model has little arithmetic per byte.",
+            ]
     lines += ["", "## Samples", ""]
     for e in [e for e in events if e["event"] == "sample"][-1:]:
         for sample in e["samples"]:
