@@ -1,6 +1,11 @@
 """Package metadata. `pip install -e .` installs Redline editable: it runs from its checkout."""
 
+import sys
+
 from setuptools import setup
+
+if not sys.platform.startswith("linux"):
+    raise SystemExit(f"Redline runs on Linux only; this is {sys.platform}")
 
 setup(
     name="redline-lm",

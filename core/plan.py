@@ -70,6 +70,7 @@ def make_plan(
     n_scaling_ref = scaling_params(meta_model(_reference(cfg.model)))
     batch = cfg.total_batch_size or schedule.batch_tokens(n_scaling, n_scaling_ref)
     rows = _rows_per_step(cfg, batch, world_size)
+
     def memory(device_batch: int) -> dict[str, int]:
         return predict_memory(cfg.model, counts, device_batch, compute_dtype, device_type)
 

@@ -11,7 +11,9 @@ def resolve(request: str) -> dict[str, str]:
     for part in request.split(","):
         op, _, backend = part.strip().rpartition("=")
         if op:
-            raise ValueError(f"--kernels {request}: there is no op {op!r} with backends to choose from; use auto or ref")
+            raise ValueError(
+                f"--kernels {request}: there is no op {op!r} with backends to choose from; use auto or ref"
+            )
         if backend not in ("auto", *BACKENDS):
             raise ValueError(f"--kernels {request}: unknown backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
         if backend not in ("auto", "ref"):

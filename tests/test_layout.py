@@ -64,7 +64,9 @@ def test_each_op_has_its_test_and_bench():
 def test_top_level_is_fixed():
     import subprocess
 
-    files = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True).stdout.split()
+    files = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
+    ).stdout.split()
     names = {f.split("/")[0] for f in files}
     allowed = {"core", "kernels", "csrc", "bench", "tests", "train.py", "eval.py", "setup.py", "README.md"}
     assert names <= allowed | {"pyproject.toml", "LICENSE", ".ci", ".gitignore"}

@@ -139,7 +139,14 @@ def test_state_before_the_first_step(load):
     fresh = load()
     state = fresh.state()
     assert state["step"] == 0
-    assert state["streams"]["3"] == {"next_position": 3, "rows": 0, "documents": 0, "cropped": 0, "takes": 0, "buffer": []}
+    assert state["streams"]["3"] == {
+        "next_position": 3,
+        "rows": 0,
+        "documents": 0,
+        "cropped": 0,
+        "takes": 0,
+        "buffer": [],
+    }
     resumed = load(state=state)
     assert resumed.state() == state
     np.testing.assert_array_equal(rows_of(resumed.next_step()), rows_of(fresh.next_step()))

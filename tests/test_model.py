@@ -132,7 +132,17 @@ def test_initialisation():
     assert not torch.equal(model.wte, build(cfg, seed=1).wte)
 
 
-SWITCHES = ["rope", "qk_norm", "relu2", "value_embeds", "resid_lambdas", "x0_lambdas", "smear", "backout", "untied_head"]
+SWITCHES = [
+    "rope",
+    "qk_norm",
+    "relu2",
+    "value_embeds",
+    "resid_lambdas",
+    "x0_lambdas",
+    "smear",
+    "backout",
+    "untied_head",
+]
 
 
 @pytest.mark.parametrize("switch", [*SWITCHES, "logit_softcap", "window_pattern"])

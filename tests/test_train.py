@@ -94,7 +94,9 @@ def test_final_score_covers_every_byte(finished, corpus_dir):
 
 
 def test_evaluation_repeats_the_score(finished, capsys):
-    evaluation.main([str(finished), "--metrics", "bpb,sample", "--prompt", "the model", "--sample-tokens", "3", "--json"])
+    evaluation.main(
+        [str(finished), "--metrics", "bpb,sample", "--prompt", "the model", "--sample-tokens", "3", "--json"]
+    )
     result = json.loads(capsys.readouterr().out)
     assert result["val_bpb"] == json.loads((finished / "summary.json").read_text())["val_bpb"]
     assert [s["prompt"] for s in result["samples"]] == ["the model"]
@@ -138,7 +140,10 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
     assert [e["event"] for e in events(killed)].count("resume") == 1
     a, b = final_tensors(whole), final_tensors(killed)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert checkpoint.load_state(checkpoint.find(whole))["loader"] == checkpoint.load_state(checkpoint.find(killed))["loader"]
+    assert (
+        checkpoint.load_state(checkpoint.find(whole))["loader"]
+        == checkpoint.load_state(checkpoint.find(killed))["loader"]
+    )
 
 
 @pytest.mark.parametrize("options", [["--precision", "bf16"], ["--packing", "crop", "--device-batch-size", "4"]])
@@ -179,8 +184,17 @@ def test_micro_batches_do_not_change_the_losses(tiny, tmp_path, device_batch, fi
 def test_two_processes_train_like_one(tiny, tmp_path):
     one = run(tiny, tmp_path / "one", "--steps", "10")
     two = tmp_path / "two"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
-    done = subprocess.run([*command, *tiny, "--steps", "10", "--out", str(two)], capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(ROOT / "train.py"),
+    ]
+    done = subprocess.run(
+        [*command, *tiny, "--steps", "10", "--out", str(two)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "rows over 2 process(es)" in done.stdout
     assert sorted(losses(two)) == list(range(10))

@@ -24,7 +24,7 @@ from core.data.corpus import Corpus
 from core.data.packing import BestFitPacker, describe
 from core.data.tokenizer import Tokenizer
 
-# A longer buffer packs better where tails are discarded, and only costs memory and state where they are kept.
+# A longer buffer packs better where tails are discarded, and mixes better where the pieces of a document are many.
 DEFAULT_BUFFER_DOCS = 1000
 
 _ADVICE = {
@@ -77,7 +77,13 @@ class Loader:
         self._device = torch.device(device)
         packing: dict[str, Any] = {"mode": mode, "buffer_docs": buffer_docs}
         self._streams = [
-            _Stream(corpus, tokenizer, s, num_streams, BestFitPacker(seq_len + 1, seed=corpus.seed * num_streams + s, **packing))
+            _Stream(
+                corpus,
+                tokenizer,
+                s,
+                num_streams,
+                BestFitPacker(seq_len + 1, seed=corpus.seed * num_streams + s, **packing),
+            )
             for s in range(rank, num_streams, world_size)
         ]
         self._step = 0
