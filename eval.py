@@ -15,7 +15,7 @@ from core.data.corpus import open_corpus
 from core.data.tokenizer import Tokenizer
 from core.distributed import World
 from core.errors import user_errors
-from core.evals.bits_per_byte import bits_per_byte, validation_whole
+from core.evals.bits_per_byte import score, validation_whole
 from core.generate import sample_text
 from core.model import GPT
 
@@ -35,7 +35,7 @@ class EvalConfig:
     data: str | None = None
     """Text for bpb, as for train.py (its validation split counts); unset: that of the training run."""
     max_bytes: int | None = None
-    """Score at most this many bytes of text; unset: all."""
+    """Score whole documents up to this many bytes, one at least; unset: all."""
     sample_tokens: int = 200
     """Tokens per sample."""
     temperature: float = 0.8
@@ -68,6 +68,9 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--metrics {cfg.metrics}: unknown {', '.join(unknown)}; choose from {', '.join(METRICS)}")
     if not metrics:
         raise ValueError(f"--metrics is empty: choose from {', '.join(METRICS)}")
+    for name, least in (("device_batch_size", 1), ("max_bytes", 1), ("sample_tokens", 0), ("seed", 0)):
+        if (value := getattr(cfg, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: expected {least} or more")
     folder = checkpoint.find(cfg.path)
     device_type = distributed.choose_device_type(cfg.device)
     distributed.prepare_process(device_type, deterministic=False)
@@ -76,12 +79,12 @@ def main(argv: list[str]) -> None:
         model, tokenizer, trained = load_model(folder, world.device)
         result = {"checkpoint": str(folder), "device": runlog.device_name(world.device)}
         if "bpb" in metrics:
-            result |= score(cfg, model, tokenizer, trained, world)
+            result |= score_text(cfg, model, tokenizer, trained, world)
         if "sample" in metrics and world.is_main:
-            options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
-            prompts = cfg.prompt or trained.sample_prompts
+            options = {"temperature": cfg.temperature, "top_k": cfg.top_k}
             result["samples"] = [
-                {"prompt": p, "text": sample_text(model, tokenizer, p, cfg.sample_tokens, **options)} for p in prompts
+                {"prompt": p, "text": sample_text(model, tokenizer, p, cfg.sample_tokens, seed=cfg.seed + i, **options)}
+                for i, p in enumerate(cfg.prompt or trained.sample_prompts)
             ]
         if world.is_main:
             show(result, as_json=cfg.json)
@@ -89,17 +92,14 @@ def main(argv: list[str]) -> None:
         distributed.shutdown()
 
 
-def score(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, trained: Config, world: World) -> dict:
+def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, trained: Config, world: World) -> dict:
     cache_dir = Path(trained.data.cache_dir).expanduser()
     source = cfg.data or trained.data.path
-    if not world.is_main:
-        distributed.barrier()
-    _, corpus = open_corpus(source, seed=trained.seed, val_every=trained.data.val_every, cache_dir=cache_dir)
-    if world.is_main:
-        distributed.barrier()
+    _, corpus = distributed.main_first(
+        lambda: open_corpus(source, seed=trained.seed, val_every=trained.data.val_every, cache_dir=cache_dir)
+    )
     valset, _ = validation_whole(corpus, tokenizer, model.dims.seq_len, cfg.max_bytes)
-    batch = cfg.device_batch_size
-    bpb = bits_per_byte(model, valset.windows, tokenizer.token_bytes, batch_size=batch, world=world)
+    bpb = score(model, valset, tokenizer, batch_size=cfg.device_batch_size, world=world)
     return {"data": source, "val_bpb": bpb.bpb, "val_bytes": bpb.num_bytes, "val_tokens": bpb.num_tokens} | {
         "val_scope": valset.scope
     }

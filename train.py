@@ -25,8 +25,9 @@ from core.distributed import World
 from core.errors import TrainingError, user_errors
 from core.evals.bits_per_byte import (
     ValidationSet,
-    bits_per_byte,
+    check_readable,
     compressor_bits_per_byte,
+    score,
     validation_subset,
     validation_whole,
 )
@@ -42,13 +43,17 @@ from kernels import dispatch
 def main(argv: list[str]) -> None:
     started = time.time()
     cfg = parse_args(argv, distributed.choose_device_type, saved_config)
-    device_type = distributed.choose_device_type(cfg.device)
+    planned = cfg.dry_run and cfg.device  # a plan needs no device
+    device_type = planned or distributed.choose_device_type(cfg.device)
     dtype = distributed.choose_dtype(cfg.precision, device_type)
     dispatch.resolve(cfg.kernels)
     if cfg.json and not cfg.dry_run:
         raise ValueError("--json prints the plan of a --dry-run: give both")
     if cfg.dry_run:
-        plan = make_plan(cfg, device_type=device_type, compute_dtype=dtype)
+        rank, world_size = distributed.rank_and_size()
+        plan = make_plan(cfg, device_type=device_type, world_size=world_size, compute_dtype=dtype)
+        if rank > 0:
+            return
         print(json.dumps(dataclasses.asdict(plan)) if cfg.json else runlog.render(runlog.plan_table(plan)))
         return
     distributed.prepare_process(device_type, deterministic=cfg.deterministic)
@@ -94,6 +99,7 @@ class Run:
     facts: dict[str, Any]
     started: float
     start_step: int
+    memory_before: int  # peak of the processes that this one continues, bytes
     losses: LaggingLoss
     profile: StepProfile
 
@@ -108,27 +114,30 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
         raise ValueError(
             f"--resume continues a run as it was, but these differ: {', '.join(changed)}; start a new run instead"
         )
+    plan_of = {"device_type": world.device.type, "world_size": world.world_size, "compute_dtype": dtype}
+    make_plan(cfg, **plan_of)  # sizes that do not fit are told before any work
     stamp = f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(distributed.broadcast_object(cfg.out or stamp)).expanduser()
+    if folder and out.resolve() != folder.resolve().parent.parent:
+        raise ValueError(f"--resume continues in the folder of the run, {folder.parent.parent}: leave --out {out} away")
     if not saved and (out / "log.jsonl").exists():
-        raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
+        advice = (
+            f"continue it with --resume {out}" if checkpoint.checkpoints(out) else "it saved nothing: remove the folder"
+        )
+        raise ValueError(f"{out} holds a run already: {advice}, or choose another --out")
 
     # text and tokens; rank 0 trains and stores the tokenizer, the others find it
     cache_dir = Path(cfg.data.cache_dir).expanduser()
-    corpora = {"seed": cfg.seed, "val_every": cfg.data.val_every, "cache_dir": cache_dir}
-    if not world.is_main:
-        distributed.barrier()
-    train_corpus, val_corpus = open_corpus(cfg.data.path, **corpora)
-    tokenizer = get_tokenizer(train_corpus, cfg.model.vocab_size, cache_dir=cache_dir, on_train=print)
-    if world.is_main:
-        distributed.barrier()
+
+    def read_text() -> tuple[Corpus, Corpus, Tokenizer]:
+        split = open_corpus(cfg.data.path, seed=cfg.seed, val_every=cfg.data.val_every, cache_dir=cache_dir)
+        if world.is_main:
+            check_readable(split[1], cfg.final_eval_bytes)
+        return *split, get_tokenizer(split[0], cfg.model.vocab_size, cache_dir=cache_dir, on_train=print)
+
+    train_corpus, val_corpus, tokenizer = distributed.main_first(read_text)
     model_cfg = dataclasses.replace(cfg.model, vocab_size=tokenizer.vocab_size)
-    plan = make_plan(
-        dataclasses.replace(cfg, model=model_cfg),
-        device_type=world.device.type,
-        world_size=world.world_size,
-        compute_dtype=dtype,
-    )
+    plan = make_plan(dataclasses.replace(cfg, model=model_cfg), **plan_of)
 
     # model and optimizer
     torch.manual_seed(cfg.seed)
@@ -157,7 +166,8 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
         state=saved and saved["loader"],
     )
 
-    # the run folder and its header
+    # the run folder and its header, when nothing can fail any more that the user might have to mend
+    subset = validation_subset(val_corpus, tokenizer, model_cfg.seq_len, cfg.eval_tokens)
     start_step = saved["step"] if saved else 0
     log = RunLog(
         out, world, plan, log_every=cfg.log_every, start_step=start_step, log_bytes=saved and saved["log_bytes"]
@@ -180,10 +190,15 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
         )
     if world.device.type == "cpu" and dtype == torch.float32 and runlog.cpu_has_bf16():
         notes.append("this CPU multiplies bf16 in hardware: --precision bf16 is faster")
-    subset = validation_subset(val_corpus, tokenizer, model_cfg.seq_len, cfg.eval_tokens)
+    if saved and world.is_main:
+        notes += [
+            f"dropped {path.name}, which comes after step {start_step}"
+            for path in checkpoint.drop_after(out, start_step)
+        ]
     notes.append(f"evaluations during training score {subset.scope}")
     log.header(facts, plan, notes)
     log.event("resume" if saved else "start", start_step, **facts)
+    profile = StepProfile(world.device, saved["profile"] if saved else {})
     return Run(
         cfg=cfg,
         world=world,
@@ -201,10 +216,11 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
         clock=TrainingClock(world.device, **(saved["clock"] if saved else {})),
         subset=subset,
         facts=facts,
-        started=started,
+        started=started - (saved["wall_time_s"] if saved else 0.0),
         start_step=start_step,
+        memory_before=saved["peak_memory_bytes"] if saved else 0,
         losses=LaggingLoss(),
-        profile=StepProfile(world.device),
+        profile=profile,
     )
 
 
@@ -232,6 +248,7 @@ def loop(run: Run) -> None:
             pause(run)
             with run.profile:
                 train_step(run, step)
+            pause(run)
         else:
             run.clock.before_step(step)
             train_step(run, step)
@@ -250,7 +267,8 @@ def train_step(run: Run, step: int) -> None:
         loss = run.model(micro_inputs, micro_targets) / run.plan.grad_accum_steps
         loss.backward()
         loss_sum += loss.detach()
-    run.gradients.average(lambda grads: distributed.average_([*grads, loss_sum]))
+    if run.world.world_size > 1:
+        run.gradients.average(lambda grads: distributed.average_([*grads, loss_sum]))
     run.optimizer.step(run.gradients, step=step, **schedule.at(step, run.plan.steps, run.cfg.optim))
     run.gradients.zero()
     run.losses.put(step, loss_sum)
@@ -280,10 +298,7 @@ def stop(run: Run, step: int, why: str) -> None:
 
 
 def evaluate(run: Run, valset: ValidationSet) -> float:
-    batch = run.plan.device_batch_size
-    result = bits_per_byte(run.model, valset.windows, run.tokenizer.token_bytes, batch_size=batch, world=run.world)
-    assert result.num_bytes == valset.num_bytes, f"scored {result.num_bytes} of {valset.num_bytes} bytes"
-    return result.bpb
+    return score(run.model, valset, run.tokenizer, batch_size=run.plan.device_batch_size, world=run.world).bpb
 
 
 def data_stats(run: Run) -> dict[str, float]:
@@ -294,21 +309,24 @@ def data_stats(run: Run) -> dict[str, float]:
 def sample(run: Run, step: int) -> None:
     if run.world.is_main:
         cfg = run.cfg
-        options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
+        options = {"temperature": cfg.temperature, "top_k": cfg.top_k}
         texts = [
-            (p, sample_text(run.model, run.tokenizer, p, cfg.sample_tokens, **options)) for p in cfg.sample_prompts
+            (p, sample_text(run.model, run.tokenizer, p, cfg.sample_tokens, seed=cfg.seed + i, **options))
+            for i, p in enumerate(cfg.sample_prompts)
         ]
-        run.log.sample(step, texts, **options)
+        run.log.sample(step, texts, **options, seed=cfg.seed)
 
 
 def save(run: Run, step: int) -> None:
     loader_states = distributed.gather_objects(run.loader.state())
+    memory = peak_memory(run)
     if not run.world.is_main:
         return
     bad = [name for name, t in run.tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
         stop(run, step, f"{bad[0]} is not finite")
     folder = checkpoint.checkpoint_dir(run.out, step)
+    run.log.event("checkpoint", step, path=folder.name)  # a run that resumes here keeps the log up to this line
     state = {
         "step": step,
         "config": to_dict(dataclasses.replace(run.cfg, out=None, resume=None)),
@@ -316,12 +334,19 @@ def save(run: Run, step: int) -> None:
         "precision": run.facts["precision"],
         "loader": merge_states(loader_states),
         "log_bytes": run.log.log_bytes,
+        "wall_time_s": time.time() - run.started,
+        "peak_memory_bytes": memory,
+        "profile": run.profile.seconds,
         "clock": {"counted_s": run.clock.counted_s, "counted_steps": run.clock.counted_steps},
     }
     tensors = run.tensors | checkpoint.rng_tensors(run.world.device)
     checkpoint.save(folder, tensors, state, run.tokenizer)
     checkpoint.prune(run.out, run.cfg.keep_checkpoints)
-    run.log.event("checkpoint", step, path=folder.name)
+
+
+def peak_memory(run: Run) -> int:
+    """Most bytes that one process of the run has held."""
+    return max(run.memory_before, *distributed.gather_objects(runlog.peak_memory_bytes(run.world.device)))
 
 
 # report -------------------------------------------------------------------
@@ -331,7 +356,7 @@ def finish(run: Run) -> None:
     valset, data = validation_whole(run.val_corpus, run.tokenizer, run.plan.seq_len, run.cfg.final_eval_bytes)
     bpb = evaluate(run, valset)
     stats = data_stats(run)
-    memory = max(distributed.gather_objects(runlog.peak_memory_bytes(run.world.device)))
+    memory = peak_memory(run)
     if not math.isfinite(bpb):
         stop(run, run.plan.steps, f"validation gives {bpb} bits per byte")
     if not run.world.is_main:

@@ -28,6 +28,7 @@ from core.data.tokenizer import Tokenizer
 
 FORMAT = 1
 STATE_FILE = "state.json"
+_STATE_KEYS = {"step", "config", "model", "loader", "log_bytes", "clock", "wall_time_s", "peak_memory_bytes", "profile"}
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -55,10 +56,12 @@ def save(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], tokeni
     write_json(tmp / STATE_FILE, {"format": FORMAT, **state})
     for path in (*tmp.iterdir(), tmp):
         _fsync(path)
-    if folder.exists():
-        shutil.rmtree(folder)
+    old = folder.with_name(f".{folder.name}.old.tmp")
+    if folder.exists():  # out of the way under a dotted name first: a half-deleted folder must not look whole
+        os.replace(folder, old)
     os.replace(tmp, folder)
     _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
@@ -73,6 +76,14 @@ def checkpoints(run_dir: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     folders = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name)]
     return sorted((p for p in folders if (p / STATE_FILE).exists()), key=lambda p: int(p.name[5:]))
+
+
+def drop_after(run_dir: Path, step: int) -> list[Path]:
+    """Deletes the checkpoints beyond `step`, which a run that continues there will make anew; returns them."""
+    later = [p for p in checkpoints(run_dir) if int(p.name[5:]) > step]
+    for path in later:
+        shutil.rmtree(path)
+    return later
 
 
 def prune(run_dir: Path, keep: int) -> None:
@@ -101,17 +112,22 @@ def load_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        missing = _STATE_KEYS - state.keys()
+    except (ValueError, AttributeError) as error:  # not UTF-8, not JSON, not an object
         raise ValueError(f"{path} is damaged ({error}): use another checkpoint") from error
     if state.get("format") != FORMAT:
         raise ValueError(
             f"{path} has format {state.get('format')}, this Redline reads {FORMAT}: use the version that wrote it"
         )
+    if missing:
+        raise ValueError(f"{path} is damaged (no {', '.join(sorted(missing))}): use another checkpoint")
     return state
 
 
 def _stored(folder: Path) -> dict[str, Any]:
     """Metadata of every tensor of a checkpoint by name."""
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} has lost its .safetensors file: use another checkpoint")
     try:
         return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (OSError, KeyError, ValueError, SafetensorError) as error:

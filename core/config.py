@@ -6,8 +6,10 @@ nanochat at 92d63d4 for the `gpt2` preset; `quickstart` was tuned on two CPU cor
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -121,7 +123,7 @@ class Config:
     total_batch_size: int | None = None
     """Tokens per optimizer step over all processes; unset: by the batch law."""
     device_batch_size: int | None = None
-    """Rows per forward pass and process; unset: the preset's, lowered until it divides."""
+    """Rows per forward pass and process; unset: 16 on a CPU, what fits on a GPU, lowered until it divides."""
     seed: int = 42
     """Seed of initialisation, data order and sampling."""
 
@@ -143,11 +145,11 @@ class Config:
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     eval_every: int | None = 250
-    """Steps between evaluations on a fixed subset; unset: only at the end."""
+    """Steps between evaluations on a fixed subset; unset: none. The end always scores the whole split."""
     eval_tokens: int = 80 * 524288
     """Tokens of that subset."""
     final_eval_bytes: int | None = 200_000_000
-    """Largest validation text, in bytes, that the final evaluation scores whole; a larger one is cut to this. Unset: no limit."""
+    """The final evaluation scores whole documents up to this many bytes, one at least; unset: all."""
     sample_every: int | None = 2000
     """Steps between text samples; unset: only at the end."""
     sample_prompts: tuple[str, ...] = ("The capital of France is", "If yesterday was Friday, then tomorrow will be")
@@ -172,7 +174,7 @@ class Config:
 # Changing one of these between stop and resume leaves the training result as it is.
 RESUMABLE_CHANGES = {
     "device_batch_size", "device", "kernels", "deterministic", "out", "resume", "save_every", "keep_checkpoints",
-    "eval_every", "final_eval_bytes", "sample_every", "sample_prompts", "sample_tokens", "temperature",
+    "eval_every", "eval_tokens", "final_eval_bytes", "cache_dir", "path", "sample_every", "sample_prompts", "sample_tokens", "temperature",
     "top_k", "log_every", "profile_steps", "dry_run", "json",
 }  # fmt: skip
 
@@ -230,6 +232,32 @@ def preset(name: str, device_type: str) -> Config:
 
 
 PRESETS = ("quickstart", "gpt2")
+STDLIB = "stdlib"
+
+
+# field: smallest and largest value
+_RANGES: dict[str, tuple[float, float]] = {
+    "log_every": (1, math.inf), "eval_every": (1, math.inf), "save_every": (1, math.inf), "sample_every": (1, math.inf),
+    "eval_tokens": (1, math.inf), "final_eval_bytes": (1, math.inf), "keep_checkpoints": (1, math.inf),
+    "sample_tokens": (0, math.inf), "profile_steps": (0, math.inf), "temperature": (0, 100), "top_k": (0, math.inf),
+    "seed": (0, 2**62), "ratio": (0, 1e9), "target_flops": (0, 1e40),
+    "warmup_steps": (0, math.inf), "momentum_warmup_steps": (0, math.inf), "warmdown_ratio": (0, 1),
+    "final_lr_frac": (0, 1), "weight_decay": (0, 1e6), "logit_softcap": (0, 1e6),
+    "embedding_lr": (0, 1e6), "unembedding_lr": (0, 1e6), "matrix_lr": (0, 1e6), "scalar_lr": (0, 1e6), "gate_lr": (0, 1e6),
+}  # fmt: skip
+
+
+def check_ranges(config: Any) -> None:
+    """ValueError for the first value of a dataclass, or of one inside it, that is out of its range (or not a number)."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value)
+        elif f.name in _RANGES and value is not None:
+            low, high = _RANGES[f.name]
+            if not low <= value <= high:
+                expected = f"{low} or more" if high == math.inf else f"{low} to {high:g}"
+                raise ValueError(f"--{f.name.replace('_', '-')} is {value}: expected {expected}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -255,7 +283,8 @@ def changed_fields(old: Config, new: Config) -> list[str]:
     for f in dataclasses.fields(Config):
         a, b = getattr(old, f.name), getattr(new, f.name)
         if dataclasses.is_dataclass(a):
-            names += [g.name for g in dataclasses.fields(a) if getattr(a, g.name) != getattr(b, g.name)]
+            fields = [g.name for g in dataclasses.fields(a) if g.name not in RESUMABLE_CHANGES]
+            names += [name for name in fields if getattr(a, name) != getattr(b, name)]
         elif a != b and f.name not in RESUMABLE_CHANGES:
             names.append(f.name)
     return names
@@ -270,14 +299,16 @@ def parse_args(argv: list[str], device_type: Callable[[str | None], str], saved:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--device")
     peek.add_argument("--resume")
+    peek.add_argument("--dry-run", action="store_true")
     known, _ = peek.parse_known_args(options)
     if known.resume:
         default = saved(known.resume)
         if name not in (None, default.preset):
             raise ValueError(f"{known.resume} is a run of preset {default.preset}, not {name}: leave the preset out")
     else:
-        default = preset(name or PRESETS[0], device_type(known.device))
-    return tyro.cli(
+        planned = known.dry_run and known.device  # a plan needs no device
+        default = preset(name or PRESETS[0], planned or device_type(known.device))
+    config = tyro.cli(
         Config,
         prog="train.py [preset]",
         description=f"Train a language model. Presets: {', '.join(PRESETS)} (default {PRESETS[0]}); shown values are those of "
@@ -286,3 +317,8 @@ def parse_args(argv: list[str], device_type: Callable[[str | None], str], saved:
         args=options,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
+    check_ranges(config)
+    if config.data.path != STDLIB:  # a run can be resumed from another folder
+        path = str(Path(config.data.path).expanduser().resolve())
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+    return config

@@ -7,15 +7,16 @@ gradients are summed over ranks in a few flat buckets after backward.
 import ctypes
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 BUCKET_BYTES = 64 * 2**20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,14 @@ def choose_device_type(requested: str | None) -> str:
     return requested or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun describes them in the environment; alone without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def init_world(device_type: str) -> World:
-    """Joins the process group that torchrun describes in the environment; alone without it."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Joins the process group of all processes."""
+    rank, world_size = rank_and_size()
     device = torch.device("cpu")
     if device_type == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -142,16 +148,32 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def main_first(work: Callable[[], T]) -> T:
+    """`work()` on rank 0, then on the others; its ValueError is raised on rank 0 alone, the others end quietly."""
+    value, error = None, None
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    if main:
+        try:
+            value = work()
+        except ValueError as e:
+            error = e
+    failed = broadcast_object(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(2)
+    return value if main else work()
+
+
+def _gpu_has_bf16() -> bool:
+    """Of the GPU that is there; when a run is planned for one that is not, of the one it will have."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
 def choose_dtype(precision: str | None, device_type: str) -> torch.dtype:
     """Compute type: as asked; unset: bf16 on GPUs of compute capability 8.0 and newer, else fp32."""
     if precision is None:
-        bf16 = device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-        return torch.bfloat16 if bf16 else torch.float32
-    if precision == "bf16" and device_type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        return torch.bfloat16 if device_type == "cuda" and _gpu_has_bf16() else torch.float32
+    if precision == "bf16" and device_type == "cuda" and not _gpu_has_bf16():
         raise ValueError("--precision bf16: this GPU is older than compute capability 8.0; use --precision fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

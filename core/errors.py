@@ -16,22 +16,27 @@ class TrainingError(RuntimeError):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the process with one sentence and status 2 for a ValueError that this repository raised, 1 for a TrainingError.
+    """Ends the process with one sentence: status 1 for a TrainingError, 2 for a ValueError that this repository raised and
+    for a file that cannot be read or written.
 
     Errors from libraries and failed assertions are defects, not user errors: they keep their traceback.
     """
     try:
         yield
     except TrainingError as error:
-        _exit(error, 1)
+        _exit(str(error), 1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _exit(f"{error.filename}: {error.strerror}; check the path, its permissions and the space left", 2)
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if type(error) is not ValueError or not raised_in.is_relative_to(ROOT) or "site-packages" in raised_in.parts:
             raise
-        _exit(error, 2)
+        _exit(str(error), 2)
 
 
-def _exit(error: Exception, status: int) -> None:
-    if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
-        print(f"error: {error}", file=sys.stderr)
+def _exit(sentence: str, status: int) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {sentence}" if rank == "0" else f"error on rank {rank}: {sentence}", file=sys.stderr)
     raise SystemExit(status)

@@ -155,7 +155,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     seq_len, gqa = q.size(2), q.size(1) != k.size(1)
     if window >= seq_len - 1:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    elif q.is_cuda:
+    elif (
+        q.is_cuda and seq_len % WINDOW_MULTIPLE == 0
+    ):  # training; a ragged prompt is not worth a compilation of its own
         block_mask = _block_window_mask(seq_len, window, q.device)
         y = _compiled_flex_attention()(q, k, v, block_mask=block_mask, enable_gqa=gqa)
     else:
@@ -205,7 +207,7 @@ class GPT(nn.Module):
             self.smear_lambda = nn.Parameter(torch.empty(1))
         if cfg.backout:
             self.backout_lambda = nn.Parameter(torch.empty(1))
-        self._rope_cache: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._rope_cache: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     # parameters -----------------------------------------------------------
 
@@ -260,10 +262,11 @@ class GPT(nn.Module):
     # forward --------------------------------------------------------------
 
     def _rope(self, seq_len: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        key = (seq_len, like.dtype, like.device)
+        key = (like.dtype, like.device)
         if key not in self._rope_cache:
-            self._rope_cache[key] = rope_tables(seq_len, self.dims.d_head, like.dtype, like.device)
-        return self._rope_cache[key]
+            self._rope_cache[key] = rope_tables(self.dims.seq_len, self.dims.d_head, *key)
+        cos, sin = self._rope_cache[key]
+        return cos[:seq_len], sin[:seq_len]
 
     def _smear(self, x: Tensor) -> Tensor:
         gate = torch.sigmoid(x[:, 1:, :SMEAR_CHANNELS] @ self.smear_gate.to(x.dtype).T)  # (B, T-1, 1)

@@ -131,7 +131,7 @@ def muon_update(
 ) -> None:
     """One Muon step on fp32 matrices (K, rows, cols); p, momentum_buf, second_buf in place.
 
-    Nesterov momentum, row equilibration (MuonEq), Polar Express in `compute_dtype`, Frobenius norm set to
+    Nesterov momentum, row equilibration (MuonEq; in fp32 here, after the cast in nanochat), Polar Express in `compute_dtype`, Frobenius norm set to
     sqrt(min(rows, cols)) (Muon+), variance normalised per row of a tall and per column of a wide matrix with the norm
     preserved (NorMuon), decay only where it agrees with the update (cautious). lr grows by sqrt(rows / cols) if tall.
     """
@@ -293,7 +293,7 @@ class Gradients:
         return torch.zeros_like(p, dtype=torch.float32) if g is None else g
 
     def average(self, average_: Callable[[list[Tensor]], None]) -> None:
-        """Applies `average_` (in place, over ranks) to all gradients."""
+        """Applies `average_` (in place, over ranks) to all gradients; for several processes."""
         for p in self.params:
             if p.dtype == torch.float32:
                 p.grad = self(p)

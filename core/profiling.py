@@ -17,11 +17,12 @@ class StepProfile:
     Times are the GPU's if there is one, else the CPU's.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, seconds: dict[str, float]) -> None:
+        """seconds: by op, of steps that were profiled before."""
         # the profiler's library otherwise announces every start and stop on the terminal
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._cuda = device.type == "cuda"
-        self._seconds: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter(seconds)
 
     def __enter__(self) -> None:
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._cuda else [])
@@ -34,16 +35,16 @@ class StepProfile:
         self._profile.__exit__(*exc)
         attr = "self_device_time_total" if self._cuda else "self_cpu_time_total"
         for event in self._profile.key_averages():
-            self._seconds[event.key] += getattr(event, attr) * 1e-6
+            self.seconds[event.key] += getattr(event, attr) * 1e-6
 
     def shares(self, top: int = 12) -> dict[str, Any]:
         """non_matmul_share: time outside matrix products and attention; time_by_op: the largest shares by op.
         Empty when nothing was profiled."""
-        total = sum(self._seconds.values())
+        total = sum(self.seconds.values())
         if not total:
             return {}
-        core = sum(t for name, t in self._seconds.items() if name in MATMUL or any(a in name for a in ATTENTION))
+        core = sum(t for name, t in self.seconds.items() if name in MATMUL or any(a in name for a in ATTENTION))
         return {
             "non_matmul_share": round(1 - core / total, 4),
-            "time_by_op": {name: round(t / total, 4) for name, t in self._seconds.most_common(top)},
+            "time_by_op": {name: round(t / total, 4) for name, t in self.seconds.most_common(top)},
         }

@@ -1,7 +1,7 @@
 """What a run shows and leaves behind: console, log.jsonl, summary.json, report.md with its loss curve.
 
-Only rank 0 writes. log.jsonl has one object per line with `event` (start, step, eval, sample, checkpoint, profile,
-resume, end), `step` and the event's own fields; each line is flushed as it is written. Times are seconds, rates per second.
+Only rank 0 writes. log.jsonl has one object per line with `event` (start, step, eval, sample, checkpoint, resume, stop,
+end), `step` and the event's own fields; each line is flushed as it is written. Times are seconds, rates per second.
 """
 
 import json
@@ -105,8 +105,8 @@ def clock(seconds: float) -> str:
 class TrainingClock:
     """Training time as the races count it: optimizer steps from data to update, without evaluation, samples and saves.
 
-    The device is synchronised where the clock starts and stops, not at every step. The first UNCOUNTED_STEPS steps of a
-    process's work are measured apart.
+    The device is synchronised where the clock starts and stops, not at every step. Steps 0 to UNCOUNTED_STEPS - 1 are
+    left out.
     """
 
     def __init__(self, device: torch.device, counted_s: float = 0.0, counted_steps: int = 0) -> None:
@@ -121,8 +121,8 @@ class TrainingClock:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def before_step(self, step: int, *, counts: bool = True) -> None:
-        counts = counts and step >= UNCOUNTED_STEPS
+    def before_step(self, step: int) -> None:
+        counts = step >= UNCOUNTED_STEPS
         if self._start is not None and counts != self._counts:
             self.stop()
         if self._start is None:
@@ -149,7 +149,8 @@ class LaggingLoss:
     def put(self, step: int, loss: Tensor) -> None:
         event = None
         if loss.is_cuda:
-            loss = loss.to("cpu", non_blocking=True)
+            pinned = torch.empty((), dtype=loss.dtype, pin_memory=True)  # a copy to pageable memory would wait
+            loss = pinned.copy_(loss, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self._pending.append((step, loss, event))
@@ -210,7 +211,10 @@ class RunLog:
 
     def event(self, event: str, step: int, **fields: Any) -> None:
         if self._file:
-            self._file.write(json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **fields}) + "\n")
+            self._file.write(
+                json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **fields}, allow_nan=False)
+                + "\n"
+            )
             self._file.flush()
 
     def print(self, text: Any = "") -> None:
@@ -248,11 +252,11 @@ class RunLog:
         """Forgets step times: what follows is not training."""
         self._times.clear()
 
-    def step(self, step: int, loss: float, **fields: Any) -> None:
+    def step(self, step: int, loss: float) -> None:
         """Logs one finished step (its loss as the mean over its tokens, nats)."""
         self._times.append((step, time.perf_counter()))
         rates = self._rates()
-        self.event("step", step, loss=loss if math.isfinite(loss) else str(loss), **fields, **rates)
+        self.event("step", step, loss=loss if math.isfinite(loss) else str(loss), **rates)
         status = f"loss {loss:.4f}"
         if rates:
             speed = f"MFU {100 * rates['mfu']:.1f} %" if "mfu" in rates else f"{rates['gflop_per_s']:.0f} GFLOP/s"
@@ -342,17 +346,17 @@ def plot_loss(events: list[dict[str, Any]], path: Path) -> None:
     figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     if steps:
         ax.plot(*zip(*steps), color="tab:blue", linewidth=0.8, alpha=0.5)
-        smooth, ema = [], None
+        smooth, ema, weight = [], 0.0, 0.0
         for step, loss in steps:
-            ema = loss if ema is None else 0.95 * ema + 0.05 * loss
-            smooth.append((step, ema))
-        ax.plot(*zip(*smooth), color="tab:blue", label="training loss, smoothed")
+            ema, weight = 0.95 * ema + 0.05 * loss, 0.95 * weight + 0.05
+            smooth.append((step, ema / weight))
+        ax.plot(*zip(*smooth), color="tab:blue")
     ax.set_xlabel("step")
     ax.set_ylabel("training loss (nats per token)", color="tab:blue")
     if evals:
         right = ax.twinx()
-        right.plot(*zip(*evals), "o-", color="tab:red", markersize=4, label="validation")
-        right.set_ylabel("validation (bits per byte)", color="tab:red")
+        right.plot(*zip(*evals), "o-", color="tab:red", markersize=4)
+        right.set_ylabel("validation, fixed subset (bits per byte)", color="tab:red")
     ax.grid(alpha=0.3)
     tmp = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(tmp, dpi=120)

@@ -100,6 +100,15 @@ def compressor_bits_per_byte(data: bytes) -> dict[str, float]:
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 
+def check_readable(corpus: Corpus, max_bytes: int | None) -> None:
+    """Reads what the final evaluation will read: a damaged row must not be found after the training."""
+    left = math.inf if max_bytes is None else max_bytes
+    for i in range(len(corpus)):
+        if left <= 0:
+            return
+        left -= len(corpus[i].encode())
+
+
 @dataclass(frozen=True)
 class ValidationSet:
     """Windows to score and what they cover."""
@@ -107,6 +116,14 @@ class ValidationSet:
     windows: list[Window]
     num_bytes: int
     scope: str  # in words, for people
+
+
+def score(model: GPT, valset: ValidationSet, tokenizer: Tokenizer, *, batch_size: int, world: World) -> BitsPerByte:
+    """Bits per byte of a validation set; every byte of it must have been counted."""
+    result = bits_per_byte(model, valset.windows, tokenizer.token_bytes, batch_size=batch_size, world=world)
+    if result.num_bytes != valset.num_bytes:
+        raise AssertionError(f"scored {result.num_bytes} bytes of a text of {valset.num_bytes}")
+    return result
 
 
 def validation_subset(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, max_tokens: int) -> ValidationSet:
@@ -139,6 +156,10 @@ def validation_whole(
         if max_bytes is not None and len(data) + corpus.num_bytes(i) > max_bytes and num_docs:
             break
         text = corpus[i]
+        if len(text.encode()) != corpus.num_bytes(i):
+            raise ValueError(
+                f"{corpus.key(i)} changed while the run was reading it: {corpus.num_bytes(i)} bytes before"
+            )
         items += windows([tokenizer.bos_id, *tokenizer.encode(text)], seq_len, stride)
         data += text.encode()
         num_docs += 1
