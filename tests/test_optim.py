@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from core.config import ModelConfig
 from core.model import GPT
 from core.optim import (
+    ADAM_EPS,
+    ADAM_GROUPS,
+    MUON_BETA2,
     POLAR_EXPRESS,
     Gradients,
     Optimizer,
@@ -22,6 +25,27 @@ from core.optim import (
     polar_express,
     split_master,
 )
+
+# by exact arithmetic from the coefficients in the facts, apart from the code
+PUBLISHED_POLYNOMIAL = [1.027110178427, 1.059161137958, 0.910610875741, 0.859128963113]
+
+
+def test_constants_are_the_published_ones():
+    """nanochat 92d63d4: betas and decay by group, eps; Polar Express for five steps."""
+    assert ADAM_GROUPS == {
+        "lm_head": ((0.8, 0.96), 0.01),
+        "wte": ((0.8, 0.995), 0.001),
+        "value_embeds": ((0.8, 0.995), 0.01),
+        "resid_lambdas": ((0.8, 0.95), 0.05),
+        "x0_lambdas": ((0.96, 0.95), 0.0),
+        "gates": ((0.8, 0.95), 0.0),
+    }
+    assert (ADAM_EPS, MUON_BETA2, len(POLAR_EXPRESS)) == (1e-10, 0.9, 5)
+    # what the five polynomials make of singular values from 0.01 to 1, in float64
+    x = torch.tensor([0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
+    for a, b, c in POLAR_EXPRESS:
+        x = a * x + b * x**3 + c * x**5
+    assert x.tolist() == pytest.approx(PUBLISHED_POLYNOMIAL, rel=1e-9)
 
 
 def rel_rms(a, b):

@@ -1,8 +1,11 @@
 """The program end to end on a tiny run: what it leaves, how it stops, and that it continues exactly."""
 
+import contextlib
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +22,14 @@ from core import checkpoint
 from core.errors import TrainingError, user_errors
 
 ROOT = Path(train.__file__).resolve().parent
+
+
+def plan_of(out):
+    """What --dry-run --json prints for the run in `out`."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        train.main(["--resume", str(out), "--dry-run", "--json"])
+    return text.getvalue()
 
 
 def events(out, kind=None):
@@ -59,7 +70,7 @@ def finished(tmp_path_factory, corpus_dir, cache_dir, request):
 def test_a_run_leaves_everything_behind(finished, corpus_dir):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["steps"] == 14 and summary["tokens"] == 14 * 512
-    assert summary["flops"] == summary["tokens"] * (summary["flops"] // summary["tokens"])
+    assert summary["flops"] == summary["tokens"] * json.loads(plan_of(finished))["flops_per_token"]
     assert set(summary) >= {
         "val_bpb", "total_training_time_s", "tok_per_s", "mfu", "peak_memory_bytes", "params", "kernels", "git",
         "compressors", "non_matmul_share", "wall_time_s",
@@ -150,8 +161,6 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
 def test_resume_is_exact_in_other_modes(tiny, tmp_path, options):
     whole = run(tiny, tmp_path / "whole", *options, "--keep-checkpoints", "9")
     other = tmp_path / "other"
-    import shutil
-
     shutil.copytree(whole, other)
     for path in checkpoint.checkpoints(other)[1:]:
         shutil.rmtree(path)
@@ -162,8 +171,6 @@ def test_resume_is_exact_in_other_modes(tiny, tmp_path, options):
 
 
 def test_resuming_a_finished_run_only_reports_again(finished, tmp_path):
-    import shutil
-
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
     (out / "report.md").unlink()
@@ -250,8 +257,6 @@ def test_resume_refuses_another_run(finished, corpus_dir):
 
 
 def test_resume_refuses_a_changed_corpus(tiny, tmp_path, corpus_dir):
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(corpus_dir, data)
     out = run(tiny, tmp_path / "run", "--data", str(data))
@@ -282,6 +287,133 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tiny, tmp_path, options, s
     error = capsys.readouterr().err
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--log-every", "0"], "--log-every is 0: expected 1 or more"),
+        (["--save-every", "0"], "--save-every is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--matrix-lr", "nan"], "--matrix-lr is nan"),
+        (["--temperature", "-1"], "--temperature is -1"),
+        (["--warmdown-ratio", "2"], "expected 0 to 1"),
+        (["--ratio", "inf"], "--ratio is inf"),
+    ],
+)
+def test_values_out_of_range_are_named(tiny, tmp_path, options, says):
+    with pytest.raises(ValueError, match=says):
+        run(tiny, tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_the_way_is_one_sentence(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        run(tiny, tmp_path / "file" / "run")
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+def test_resume_stays_in_its_folder(finished, tmp_path):
+    with pytest.raises(ValueError, match="continues in the folder of the run"):
+        train.main(["--resume", str(finished), "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+def test_resuming_an_older_checkpoint_drops_the_later_ones(tiny, tmp_path):
+    """Otherwise pruning would keep the stale later ones and delete the fresh ones."""
+    out = run(tiny, tmp_path / "run", "--keep-checkpoints", "9")
+    whole, steps = final_tensors(out), losses(out)
+    train.main(["--resume", str(out / "checkpoints" / "step_000004"), "--keep-checkpoints", "2"])
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["step_000008", "step_000012"]
+    assert all(torch.equal(t, whole[name]) for name, t in final_tensors(out).items())
+    assert losses(out) == steps and len(events(out, "step")) == 12
+    assert [e["step"] for e in events(out, "checkpoint")] == [4, 8, 12]
+
+
+def test_resume_notices_a_change_inside_a_file_of_the_same_size(tiny, tmp_path, corpus_dir):
+    data = tmp_path / "data"
+    shutil.copytree(corpus_dir, data)
+    for path in data.iterdir():  # long enough that both ends stay
+        path.write_text(path.read_text() * 200)
+    out = run(tiny, tmp_path / "run", "--data", str(data), "--steps", "2", "--final-eval-bytes", "1000")
+    path = sorted(data.iterdir())[0]
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2] + "?" + text[len(text) // 2 + 1 :])
+    with pytest.raises(ValueError, match="corpus"):
+        train.main(["--resume", str(out)])
+
+
+def test_moved_data_can_be_resumed(tiny, tmp_path, corpus_dir):
+    data, moved = tmp_path / "data", tmp_path / "moved"
+    shutil.copytree(corpus_dir, data)
+    out = run(tiny, tmp_path / "run", "--data", str(data))
+    data.rename(moved)
+    train.main(["--resume", str(out), "--data", str(moved)])
+    assert (out / "report.md").exists()
+
+
+def test_damaged_validation_rows_are_found_before_training(tiny, tmp_path):
+    lines = [json.dumps({"text": f"document {i} " + "with words in it " * 20}) for i in range(300)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(lines))
+    from core.data.corpus import open_corpus
+
+    _, val = open_corpus(str(data), seed=42, val_every=10, cache_dir=tmp_path)
+    row = int(val.key(len(val) - 1).split(":")[1])
+    lines[row] = json.dumps({"words": "?"})
+    data.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="text"):
+        run(tiny, tmp_path / "run", "--data", str(data), "--eval-tokens", "10")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda f: (f / "state.json").write_text('{"format": 1}'), "damaged"),
+        (lambda f: (f / "state.json").write_text("[1]"), "damaged"),
+        (lambda f: (f / "state.json").write_bytes(b"\xff\x00"), "damaged"),
+        (lambda f: next(f.glob("*.safetensors")).unlink(), "lost its .safetensors"),
+        (lambda f: os.truncate(next(f.glob("*.safetensors")), 1000), "damaged"),
+    ],
+)
+def test_damaged_checkpoints_are_named(finished, tmp_path, damage, says):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    damage(checkpoint.find(out))
+    with pytest.raises(ValueError, match=says):
+        train.main(["--resume", str(out)])
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(finished, tmp_path, monkeypatch):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    before = [p.name for p in checkpoint.checkpoints(out)]
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_fsync", killed)
+    from core.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(checkpoint.find(out))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(checkpoint.checkpoint_dir(out, 20), {"a": torch.ones(3)}, {"step": 20}, tokenizer)
+    assert [p.name for p in checkpoint.checkpoints(out)] == before
+
+
+def test_an_error_of_another_rank_is_told(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit), user_errors():
+        checkpoint.find("nowhere")
+    assert capsys.readouterr().err.startswith("error on rank 1: nowhere")
+
+
+def test_a_plan_for_a_gpu_needs_none(capsys):
+    train.main("gpt2 --depth 24 --ratio 8 --device cuda --dry-run --json".split())
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["memory_bytes"]["total"] < 80e9 and plan["device_batch_size"] >= 1
 
 
 def test_defects_keep_their_traceback():

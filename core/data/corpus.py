@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-_EDGE_BYTES = 1 << 20
+_EDGE_BYTES = 1 << 20  # of either end of a file, for fingerprints: a file of twice this is hashed whole
 _CHUNK_BYTES = 16 << 20  # of one read when a whole file is passed through
 _ROW_GROUP_CACHE_BYTES = 512 << 20
 _ORDERS_KEPT = 3  # streams drift apart, so at the turn of an epoch two orders are in use

@@ -10,7 +10,7 @@ mode "crop"      the tail of a cut document is discarded: a document starts at i
 mode "continue"  nothing is lost: a document longer than a row is cut into rows on entry (each piece is an entry of the
                  buffer), the tail of a cut entry re-enters the buffer at its end. Continuations have no bos of their own.
                  Ties go to a random entry: most pieces are as long as a row, and in order of arrival a stream would be
-                 in one document for many steps (1.63 instead of {NEW} bits per byte on the quickstart, LOG.md)
+                 in one document for many steps (1.63 instead of 1.50 bits per byte, bench/LOG.md)
 
 The rule read literally scans the buffer at every placement. Here entries are held in a queue for each
 length, with one bit a length in an integer that tells which queues are occupied, so a placement costs two bit operations;
