@@ -301,7 +301,7 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("learning rates", ", ".join(f"{name} {lr:.4g}" for name, lr in plan.lr.items()))
     table.add_row("weight decay of matrices", f"{plan.weight_decay:.4g}")
     parts = ", ".join(f"{k} {human(v, 'B')}" for k, v in plan.memory_bytes.items() if k != "total")
-    table.add_row("predicted memory per process", f"{human(plan.memory_bytes['total'], 'B')} ({parts})")
+    table.add_row("predicted memory of tensors, per process", f"{human(plan.memory_bytes['total'], 'B')} ({parts})")
     return table
 
 
