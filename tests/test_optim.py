@@ -171,6 +171,7 @@ def test_muon_sees_separate_matrices_and_factors():
     assert shapes["mlp_down.0"] == [(4, 32, 128)]
     assert shapes["ve_gate.0"] == [(3, 2, 12)]
     square = GPT(dataclasses.replace(TINY, n_kv_head=None))
+    square.init_weights(0)
     (qkv,) = muon_views("attn_qkv.0", square.attn_qkv[0], square.dims)
     assert qkv.shape == (12, 32, 32)
     assert torch.equal(qkv[1], square.attn_qkv[0][0, 32:64])  # the first layer's k
