@@ -100,13 +100,20 @@ def compressor_bits_per_byte(data: bytes) -> dict[str, float]:
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 
+def documents_within(corpus: Corpus, max_bytes: int | None) -> Iterator[tuple[int, str]]:
+    """(i, text) of the documents in path order that max_bytes holds whole, one at least; None: all."""
+    total = 0
+    for i in range(len(corpus)):
+        total += corpus.num_bytes(i)
+        if max_bytes is not None and total > max_bytes and i > 0:
+            return
+        yield i, corpus[i]
+
+
 def check_readable(corpus: Corpus, max_bytes: int | None) -> None:
     """Reads what the final evaluation will read: a damaged row must not be found after the training."""
-    left = math.inf if max_bytes is None else max_bytes
-    for i in range(len(corpus)):
-        if left <= 0:
-            return
-        left -= len(corpus[i].encode())
+    for _ in documents_within(corpus, max_bytes):
+        pass
 
 
 @dataclass(frozen=True)
@@ -152,10 +159,7 @@ def validation_whole(
     stride = max(1, seq_len // 2)
     items, data = [], bytearray()
     num_docs = 0
-    for i in range(len(corpus)):
-        if max_bytes is not None and len(data) + corpus.num_bytes(i) > max_bytes and num_docs:
-            break
-        text = corpus[i]
+    for i, text in documents_within(corpus, max_bytes):
         if len(text.encode()) != corpus.num_bytes(i):
             raise ValueError(
                 f"{corpus.key(i)} changed while the run was reading it: {corpus.num_bytes(i)} bytes before"
