@@ -155,9 +155,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     seq_len, gqa = q.size(2), q.size(1) != k.size(1)
     if window >= seq_len - 1:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    elif (
-        q.is_cuda and seq_len % WINDOW_MULTIPLE == 0
-    ):  # training; a ragged prompt is not worth a compilation of its own
+    elif q.is_cuda and seq_len % WINDOW_MULTIPLE == 0:
+        # whole tiles, as in training; a ragged prompt is not worth a compilation of its own
         block_mask = _block_window_mask(seq_len, window, q.device)
         y = _compiled_flex_attention()(q, k, v, block_mask=block_mask, enable_gqa=gqa)
     else:

@@ -131,8 +131,8 @@ def muon_update(
 ) -> None:
     """One Muon step on fp32 matrices (K, rows, cols); p, momentum_buf, second_buf in place.
 
-    Nesterov momentum, row equilibration (MuonEq; in fp32 here, after the cast in nanochat), Polar Express in `compute_dtype`, Frobenius norm set to
-    sqrt(min(rows, cols)) (Muon+), variance normalised per row of a tall and per column of a wide matrix with the norm
+    Nesterov momentum, row equilibration (MuonEq; in fp32 here, after the cast in nanochat), Polar Express in
+    `compute_dtype`, Frobenius norm set to sqrt(min(rows, cols)) (Muon+), variance normalised per row of a tall and per column of a wide matrix with the norm
     preserved (NorMuon), decay only where it agrees with the update (cautious). lr grows by sqrt(rows / cols) if tall.
     """
     rows, cols = p.shape[-2:]

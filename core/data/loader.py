@@ -24,9 +24,6 @@ from core.data.corpus import Corpus
 from core.data.packing import BestFitPacker, describe
 from core.data.tokenizer import Tokenizer
 
-# A longer buffer packs better where tails are discarded, and mixes better where the pieces of a document are many.
-DEFAULT_BUFFER_DOCS = 1000
-
 _ADVICE = {
     "corpus": "the training data changed since the checkpoint; restore it or start a new run",
     "tokenizer": "the tokenizer changed since the checkpoint; restore it or start a new run",
@@ -44,11 +41,11 @@ class Loader:
         seq_len: int,
         rows_per_step: int,
         device_batch_size: int,
-        num_streams: int = 8,
+        num_streams: int,
+        buffer_docs: int,
         rank: int = 0,
         world_size: int = 1,
         mode: str = "continue",
-        buffer_docs: int = DEFAULT_BUFFER_DOCS,
         device: str | torch.device = "cpu",
         state: dict[str, Any] | None = None,
         prefetch_steps: int = 2,
@@ -56,7 +53,8 @@ class Loader:
         """
         rows_per_step      rows of seq_len tokens in a step, of all ranks together
         device_batch_size  rows of a micro-batch of one rank
-        mode, buffer_docs  see core/data/packing.py; the buffer is per stream, by default DEFAULT_BUFFER_DOCS
+        mode, buffer_docs  see core/data/packing.py; the buffer is per stream; a longer one packs better where tails are
+                           discarded, and mixes better where the pieces of a document are many
         state              merge_states() of all ranks' state(), to continue with the step after it
         Raises ValueError for sizes that do not fit together and for a state of another corpus or other settings.
         """
