@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from core.config import ModelConfig
 from core.loss import linear_cross_entropy
@@ -107,12 +108,12 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
-def rope_tables(seq_len: int, d_head: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (T, 1, D/2) in `dtype`; angles in fp32."""
+def rope_tables(seq_len: int, d_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, each (T, 1, D/2) fp32."""
     j = torch.arange(d_head // 2, dtype=torch.float32, device=device)
     inv_freq = ROPE_BASE ** (-2 * j / d_head)
     angle = torch.arange(seq_len, dtype=torch.float32, device=device)[:, None, None] * inv_freq
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return angle.cos(), angle.sin()
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -126,15 +127,18 @@ def window_mask(q_idx: Tensor, kv_idx: Tensor, window: int) -> Tensor:
     return (kv_idx <= q_idx) & (q_idx - kv_idx <= window)
 
 
-@functools.lru_cache(maxsize=8)
-def _dense_window_mask(seq_len: int, window: int, device: torch.device) -> Tensor:
+def dense_mask(seq_len: int, window: int, device: torch.device) -> Tensor | None:
+    """(T, T) bool, True where a query may look; None where the window hides nothing that causality shows."""
+    if window >= seq_len - 1:
+        return None
     i = torch.arange(seq_len, device=device)
-    return window_mask(i[:, None], i[None, :], window)  # (T, T)
+    return window_mask(i[:, None], i[None, :], window)
 
 
-@functools.lru_cache(maxsize=8)
-def _block_window_mask(seq_len: int, window: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+def block_mask(seq_len: int, window: int, device: torch.device) -> BlockMask | None:
+    """The same for FlexAttention, which skips the tiles that are hidden whole."""
+    if window >= seq_len - 1:
+        return None
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return window_mask(q_idx, kv_idx, window)
@@ -144,24 +148,22 @@ def _block_window_mask(seq_len: int, window: int, device: torch.device) -> Any:
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention over a window; q (B, T, H, D), k and v (B, T, G, D) -> (B, T, H, D). Softmax scale 1/sqrt(D)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    """q (B, T, H, D), k and v (B, S, G, D) -> (B, T, H, D), softmax scale 1/sqrt(D).
+
+    mask: bool that broadcasts to (B, H, T, S), True where a query may look; a BlockMask takes FlexAttention; None is causal.
+    """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
-    seq_len, gqa = q.size(2), q.size(1) != k.size(1)
-    if window >= seq_len - 1:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    elif q.is_cuda and seq_len % WINDOW_MULTIPLE == 0:
-        # whole tiles, as in training; a ragged prompt is not worth a compilation of its own
-        block_mask = _block_window_mask(seq_len, window, q.device)
-        y = _compiled_flex_attention()(q, k, v, block_mask=block_mask, enable_gqa=gqa)
+    gqa = q.size(1) != k.size(1)
+    if isinstance(mask, BlockMask):
+        # uncompiled, FlexAttention makes all scores; within a compiled model it is compiled already
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        y = flex(q, k, v, block_mask=mask, enable_gqa=gqa)
     else:
-        mask = _dense_window_mask(seq_len, window, q.device)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     return y.transpose(1, 2)
 
 
@@ -206,7 +208,13 @@ class GPT(nn.Module):
             self.smear_lambda = nn.Parameter(torch.empty(1))
         if cfg.backout:
             self.backout_lambda = nn.Parameter(torch.empty(1))
-        self._rope_cache: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        if cfg.rope:
+            cos, sin = rope_tables(d.seq_len, d.d_head, self.wte.device)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        # windows of sequences of the training length; others, not worth a compilation each, take dense masks
+        self.flex_attention = self.wte.is_cuda
+        self._block_masks: dict[int, BlockMask | None] = {}  # by window
 
     # parameters -----------------------------------------------------------
 
@@ -260,12 +268,29 @@ class GPT(nn.Module):
 
     # forward --------------------------------------------------------------
 
-    def _rope(self, seq_len: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        key = (like.dtype, like.device)
-        if key not in self._rope_cache:
-            self._rope_cache[key] = rope_tables(self.dims.seq_len, self.dims.d_head, *key)
-        cos, sin = self._rope_cache[key]
-        return cos[:seq_len], sin[:seq_len]
+    def prepare_attention(self) -> None:
+        """Makes FlexAttention's masks on the model's device. Call it before torch.compile: in the graph, they cost each step."""
+        T, device = self.dims.seq_len, self.wte.device
+        if self.flex_attention and T % WINDOW_MULTIPLE == 0:
+            self._block_masks = {w: block_mask(T, w, device) for w in set(self.dims.windows)}
+
+    def _masks(self, seq_len: int) -> list[Tensor | BlockMask | None]:
+        """What `attention` takes for each layer, for whole sequences."""
+        windows = self.dims.windows
+        masks: dict[int, Any]
+        if self.flex_attention and seq_len == self.dims.seq_len and seq_len % WINDOW_MULTIPLE == 0:
+            if not self._block_masks:
+                self.prepare_attention()
+            masks = self._block_masks
+        else:
+            masks = {w: dense_mask(seq_len, w, self.wte.device) for w in dict.fromkeys(windows)}
+        return [masks[w] for w in windows]
+
+    def rope_tables(self, seq_len: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, 1, D/2) fp32; any length."""
+        if seq_len > self.dims.seq_len:
+            return rope_tables(seq_len, self.dims.d_head, self.wte.device)
+        return self.rope_cos[:seq_len], self.rope_sin[:seq_len]
 
     def _smear(self, x: Tensor) -> Tensor:
         gate = torch.sigmoid(x[:, 1:, :SMEAR_CHANNELS] @ self.smear_gate.to(x.dtype).T)  # (B, T-1, 1)
@@ -287,7 +312,8 @@ class GPT(nn.Module):
         qkv_w, out_w, up_w, down_w = (_unbind(b) for b in (self.attn_qkv, self.attn_out, self.mlp_up, self.mlp_down))
         resid = self.resid_lambdas.unbind() if cfg.resid_lambdas else None
         share = self.x0_lambdas.unbind() if cfg.x0_lambdas else None
-        cos, sin = self._rope(T, x) if cfg.rope else (None, None)
+        cos, sin = (t.to(x.dtype) for t in self.rope_tables(T)) if cfg.rope else (None, None)
+        masks = self._masks(T)
         x_mid = None
         for i in range(d.n_layer):
             if resid is not None:
@@ -307,7 +333,7 @@ class GPT(nn.Module):
                 q, k = rope(q, cos, sin), rope(k, cos, sin)
             if cfg.qk_norm:
                 q, k = QK_SCALE * norm(q), QK_SCALE * norm(k)
-            y = attention(q, k, v, d.windows[i]).reshape(B, T, d.d_model)
+            y = attention(q, k, v, masks[i]).reshape(B, T, d.d_model)
             x = x + y @ out_w[i].T
             y = norm(x) @ up_w[i].T
             y = F.relu(y).square() if cfg.relu2 else F.gelu(y)

@@ -7,16 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from core import loss as loss_module
 from core.config import ModelConfig
 from core.model import (
     GPT,
     NORM_EPS,
     attention,
+    dense_mask,
     norm,
     rope,
     rope_tables,
     softcap,
-    window_mask,
 )
 
 CFG = ModelConfig(depth=4, d_model=64, d_head=16, n_kv_head=2, seq_len=256, vocab_size=100, window_pattern="SSSL")
@@ -186,28 +187,72 @@ def test_future_tokens_do_not_matter():
 
 def test_window_hides_what_is_too_far():
     q, k, v = torch.randn(1, 300, 2, 16), torch.randn(1, 300, 1, 16), torch.randn(1, 300, 1, 16)
-    out = attention(q, k, v, 128)
+    mask = dense_mask(300, 128, q.device)
+    out = attention(q, k, v, mask)
     far, near = v.clone(), v.clone()
     far[:, 299 - 129] += 100
     near[:, 299 - 128] += 100
-    torch.testing.assert_close(attention(q, k, far, 128)[:, 299], out[:, 299])
-    assert not torch.allclose(attention(q, k, near, 128)[:, 299], out[:, 299])
+    torch.testing.assert_close(attention(q, k, far, mask)[:, 299], out[:, 299])
+    assert not torch.allclose(attention(q, k, near, mask)[:, 299], out[:, 299])
 
 
-def test_flex_attention_mask_agrees_with_the_dense_one():
-    """The rule that CUDA windows use, run by FlexAttention's own eager path."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def loss_and_gradients(call, model):
+    model.zero_grad()
+    value = call(tokens(), tokens(seed=1))
+    value.backward()
+    return {"loss": value.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}}
 
-    q, k, v = torch.randn(1, 256, 4, 16), torch.randn(1, 256, 2, 16), torch.randn(1, 256, 2, 16)
-    want = attention(q, k, v, 128)
-    block_mask = create_block_mask(lambda b, h, i, j: window_mask(i, j, 128), None, None, 256, 256, device="cpu")
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    got = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize("flex", [False, True])
+def test_compiles_as_one_graph_with_the_loss_and_gradients_of_eager(monkeypatch, flex):
+    """With CUDA's windows too: FlexAttention runs on a CPU, backward included once its device check is out of the way."""
+    monkeypatch.setitem(loss_module.CHUNK_LOGITS, "cpu", 200 * CFG.vocab_size)  # ragged last chunk
+    model = awake()
+    want = loss_and_gradients(model, model)
+    if flex:
+        monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda q, k, v: None)
+        monkeypatch.setattr("core.model.dense_mask", None)  # not to be used
+        model.flex_attention = True
+        model.prepare_attention()
+    torch._dynamo.reset()
+    got = loss_and_gradients(torch.compile(model, backend="aot_eager", fullgraph=True), model)
+    torch.testing.assert_close(got, want)
+
+
+def test_flex_attention_is_for_the_training_length_in_whole_tiles():
+    model = awake()
+    assert not model.flex_attention  # on a CPU
+    model.flex_attention = True
+    kinds = {n: [type(m).__name__ for m in model._masks(n)] for n in (256, 255, 512)}
+    assert kinds[256] == ["BlockMask", "BlockMask", "BlockMask", "NoneType"]
+    assert kinds[255] == ["Tensor", "Tensor", "Tensor", "NoneType"]
+    assert kinds[512] == ["Tensor"] * 4
+    ragged = build(dataclasses.replace(CFG, seq_len=160))
+    ragged.flex_attention = True
+    ragged.prepare_attention()
+    assert isinstance(ragged._masks(160)[0], torch.Tensor)
+
+
+def test_sequences_beyond_the_training_length_see_what_the_windows_show():
+    """Each of the last positions equals that of a sequence that starts where the widest view of all layers ends."""
+    cfg = dataclasses.replace(CFG, depth=2, seq_len=16, smear=False, window_pattern="L")
+    model = awake(cfg)
+    idx = torch.cat((tokens(cfg), tokens(cfg, seed=1), tokens(cfg, seed=2), tokens(cfg, seed=3)), dim=1)  # (2, 64)
+    logits = model(idx)
+    assert logits.shape == (2, 64, 100)
+    torch.testing.assert_close(model(idx[:, 63 - 32 :])[:, -1], logits[:, -1], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(model(idx[:, 63 - 31 :])[:, -1], logits[:, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_buffers_are_no_part_of_a_checkpoint():
+    model = build()
+    assert [n for n, _ in model.named_buffers()] == ["rope_cos", "rope_sin"]
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+    assert not list(build(dataclasses.replace(CFG, rope=False)).buffers())
 
 
 def test_rope_turns_by_the_difference_of_positions():
-    cos, sin = rope_tables(64, 16, torch.float64, torch.device("cpu"))
+    cos, sin = (t.double() for t in rope_tables(64, 16, torch.device("cpu")))
     q, k = torch.randn(16).double(), torch.randn(16).double()
     turned_q, turned_k = (rope(x.expand(1, 64, 1, 16), cos, sin)[0, :, 0] for x in (q, k))
     torch.testing.assert_close(turned_q[40] @ turned_k[30], turned_q[15] @ turned_k[5], atol=1e-5, rtol=1e-5)
