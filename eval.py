@@ -2,9 +2,10 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -16,7 +17,7 @@ from core.data.tokenizer import Tokenizer
 from core.distributed import World
 from core.errors import user_errors
 from core.evals.bits_per_byte import score, validation_whole
-from core.generate import sample_text
+from core.generate import sample_texts, stream_text
 from core.model import GPT
 
 METRICS = ("bpb", "sample")
@@ -68,7 +69,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--metrics {cfg.metrics}: unknown {', '.join(unknown)}; choose from {', '.join(METRICS)}")
     if not metrics:
         raise ValueError(f"--metrics is empty: choose from {', '.join(METRICS)}")
-    for name, least in (("device_batch_size", 1), ("max_bytes", 1), ("sample_tokens", 0), ("seed", 0)):
+    least_of = {"device_batch_size": 1, "max_bytes": 1, "sample_tokens": 0, "temperature": 0, "top_k": 0, "seed": 0}
+    for name, least in least_of.items():
         if (value := getattr(cfg, name)) is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: expected {least} or more")
     folder = checkpoint.find(cfg.path)
@@ -77,17 +79,27 @@ def main(argv: list[str]) -> None:
     world = distributed.init_world(device_type)
     try:
         model, tokenizer, trained = load_model(folder, world.device)
-        result = {"checkpoint": str(folder), "device": runlog.device_name(world.device)}
+        device = runlog.device_name(world.device)
+        result: dict[str, Any] = {"checkpoint": str(folder), "device": device}
+        talks = world.is_main and not cfg.json
+        if talks:
+            print(f"{folder} on {device}")
         if "bpb" in metrics:
             result |= score_text(cfg, model, tokenizer, trained, world)
+            if talks:
+                print(f"{result['data']}: {result['val_bpb']:.4f} bits per byte\n  ({result['val_scope']})")
         if "sample" in metrics and world.is_main:
-            options = {"temperature": cfg.temperature, "top_k": cfg.top_k}
-            result["samples"] = [
-                {"prompt": p, "text": sample_text(model, tokenizer, p, cfg.sample_tokens, seed=cfg.seed + i, **options)}
-                for i, p in enumerate(cfg.prompt or trained.sample_prompts)
-            ]
-        if world.is_main:
-            show(result, as_json=cfg.json)
+            prompts = list(cfg.prompt or trained.sample_prompts)
+            options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
+            if talks and len(prompts) == 1:
+                show_sample(prompts[0], stream_text(model, tokenizer, prompts[0], cfg.sample_tokens, **options))
+            else:
+                texts = sample_texts(model, tokenizer, prompts, cfg.sample_tokens, **options)
+                result["samples"] = [{"prompt": p, "text": t} for p, t in zip(prompts, texts)]
+                for p, t in zip(prompts, texts) if talks else ():
+                    show_sample(p, [t])
+        if world.is_main and cfg.json:
+            print(json.dumps(result))
     finally:
         distributed.shutdown()
 
@@ -105,15 +117,12 @@ def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, trained: Confi
     }
 
 
-def show(result: dict, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result))
-        return
-    print(f"{result['checkpoint']} on {result['device']}")
-    if "val_bpb" in result:
-        print(f"{result['data']}: {result['val_bpb']:.4f} bits per byte\n  ({result['val_scope']})")
-    for s in result.get("samples", []):
-        print(f"--- {s['prompt']!r}\n{s['prompt']}{s['text']}\n---")
+def show_sample(prompt: str, pieces: Iterable[str]) -> None:
+    """Prints a prompt and each piece of what follows as it comes."""
+    print(f"--- {prompt!r}\n{prompt}", end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print("\n---")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from core.evals.bits_per_byte import (
     validation_subset,
     validation_whole,
 )
-from core.generate import sample_text
+from core.generate import sample_texts
 from core.model import GPT
 from core.optim import Gradients, Optimizer
 from core.plan import Plan, make_plan
@@ -309,12 +309,9 @@ def data_stats(run: Run) -> dict[str, float]:
 def sample(run: Run, step: int) -> None:
     if run.world.is_main:
         cfg = run.cfg
-        options = {"temperature": cfg.temperature, "top_k": cfg.top_k}
-        texts = [
-            (p, sample_text(run.model, run.tokenizer, p, cfg.sample_tokens, seed=cfg.seed + i, **options))
-            for i, p in enumerate(cfg.sample_prompts)
-        ]
-        run.log.sample(step, texts, **options, seed=cfg.seed)
+        options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
+        texts = sample_texts(run.model, run.tokenizer, list(cfg.sample_prompts), cfg.sample_tokens, **options)
+        run.log.sample(step, list(zip(cfg.sample_prompts, texts)), **options)
 
 
 def save(run: Run, step: int) -> None:

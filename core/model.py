@@ -15,7 +15,7 @@ Precision    explicit, no autocast: matrices and embeddings are kept in the comp
 import functools
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from core.config import ModelConfig
 from core.loss import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from core.generate import KVCache
 
 BANK_LAYERS = 4
 VOCAB_MULTIPLE = 64  # padded vocabulary: rows divide over ranks and fill tensor-core tiles
@@ -292,18 +295,26 @@ class GPT(nn.Module):
             return rope_tables(seq_len, self.dims.d_head, self.wte.device)
         return self.rope_cos[:seq_len], self.rope_sin[:seq_len]
 
-    def _smear(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(x[:, 1:, :SMEAR_CHANNELS] @ self.smear_gate.to(x.dtype).T)  # (B, T-1, 1)
+    def _smear(self, x: Tensor, before: Tensor | None) -> Tensor:
+        """x (B, T, C) with a share of each token's predecessor; `before` (B, 1, C) is that of the first, None: it has none."""
+        later, earlier = (x[:, 1:], x[:, :-1]) if before is None else (x, torch.cat((before, x[:, :-1]), dim=1))
+        gate = torch.sigmoid(later[..., :SMEAR_CHANNELS] @ self.smear_gate.to(x.dtype).T)  # (B, T-1 or T, 1)
         gate = self.smear_lambda.to(x.dtype) * gate
-        return torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+        smeared = later + gate * earlier
+        return torch.cat((x[:, :1], smeared), dim=1) if before is None else smeared
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """Token ids (B, T) -> normalised hidden states (B, T, C) in the compute type."""
+    def hidden(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """Token ids (B, T) -> normalised hidden states (B, T, C) in the compute type.
+
+        With a cache, idx continues its rows: by one token each, or by the beginning of rows that are empty.
+        """
         d, cfg = self.dims, self.cfg
         B, T = idx.shape
+        if cache is not None:
+            cache.begin(B, T)
         x = norm(F.embedding(idx, self.wte))
         if cfg.smear:
-            x = self._smear(x)
+            x = self._smear(x, None if cache is None else cache.swap_embedding(x))
         x0 = x
         ve = gates = ()
         if cfg.value_embeds:
@@ -312,8 +323,12 @@ class GPT(nn.Module):
         qkv_w, out_w, up_w, down_w = (_unbind(b) for b in (self.attn_qkv, self.attn_out, self.mlp_up, self.mlp_down))
         resid = self.resid_lambdas.unbind() if cfg.resid_lambdas else None
         share = self.x0_lambdas.unbind() if cfg.x0_lambdas else None
-        cos, sin = (t.to(x.dtype) for t in self.rope_tables(T)) if cfg.rope else (None, None)
-        masks = self._masks(T)
+        if cache is not None and T == 1:  # each row at a position of its own
+            cos, sin = cache.rope_tables() if cfg.rope else (None, None)
+            masks = cache.masks()
+        else:
+            cos, sin = (t.to(x.dtype) for t in self.rope_tables(T)) if cfg.rope else (None, None)
+            masks = self._masks(T)
         x_mid = None
         for i in range(d.n_layer):
             if resid is not None:
@@ -333,6 +348,8 @@ class GPT(nn.Module):
                 q, k = rope(q, cos, sin), rope(k, cos, sin)
             if cfg.qk_norm:
                 q, k = QK_SCALE * norm(q), QK_SCALE * norm(k)
+            if cache is not None:
+                k, v = cache.extend(i, k, v)
             y = attention(q, k, v, masks[i]).reshape(B, T, d.d_model)
             x = x + y @ out_w[i].T
             y = norm(x) @ up_w[i].T
@@ -340,6 +357,8 @@ class GPT(nn.Module):
             x = x + y @ down_w[i]
             if i == d.n_layer // 2:
                 x_mid = x
+        if cache is not None:
+            cache.advance(T)
         if cfg.backout:
             x = x - self.backout_lambda.to(x.dtype) * x_mid
         return norm(x)

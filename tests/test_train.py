@@ -116,6 +116,20 @@ def test_evaluation_repeats_the_score(finished, capsys):
     assert "step_000012" in text and "the first" in text
 
 
+@pytest.mark.parametrize("prompts", [["the model"], ["the model", ""]])
+def test_evaluation_prints_scores_then_samples(finished, capsys, prompts):
+    """A single sample is streamed, several are made at once: the first has the same text."""
+    options = ["--max-bytes", "2000", "--sample-tokens", "5", "--prompt", *prompts]
+    evaluation.main([str(finished), *options, "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert [s["prompt"] for s in result["samples"]] == prompts
+    evaluation.main([str(finished), *options])
+    title, score, scope, samples = capsys.readouterr().out.split("\n", 3)
+    assert title == f"{result['checkpoint']} on {result['device']}"
+    assert f"{result['val_bpb']:.4f} bits per byte" in score and result["val_scope"] in scope
+    assert samples == "".join(f"--- {s['prompt']!r}\n{s['prompt']}{s['text']}\n---\n" for s in result["samples"])
+
+
 @pytest.mark.parametrize(
     "argv, says",
     [
@@ -123,6 +137,8 @@ def test_evaluation_repeats_the_score(finished, capsys):
         (["."], "holds no checkpoint"),
         (["RUN", "--metrics", "bpb,core"], "unknown core"),
         (["RUN", "--metrics", ","], "empty"),
+        (["RUN", "--top-k", "-1"], "--top-k is -1"),
+        (["RUN", "--temperature", "-0.5"], "--temperature is -0.5"),
     ],
 )
 def test_evaluation_errors(finished, argv, says):
