@@ -19,6 +19,7 @@ from core.errors import user_errors
 from core.evals.bits_per_byte import score, validation_whole
 from core.generate import sample_texts, stream_text
 from core.model import GPT
+from kernels.dispatch import Backends
 
 METRICS = ("bpb", "sample")
 
@@ -49,15 +50,18 @@ class EvalConfig:
     """Rows per forward pass."""
     device: Literal["cpu", "cuda"] | None = None
     """Where to run; unset: cuda if there is one."""
+    kernels: str = "auto"
+    """Backend of the ops, as for train.py."""
     json: bool = False
     """Print one JSON object instead of text."""
 
 
-def load_model(folder: Path, device: torch.device) -> tuple[GPT, Tokenizer, Config]:
+def load_model(folder: Path, device: torch.device, kernels: str, batch_size: int) -> tuple[GPT, Tokenizer, Config]:
     """The model of a checkpoint, in the types it was trained in, its tokenizer and the config of its run."""
     state = checkpoint.load_state(folder)
+    backends = Backends(kernels, device=device, dtype=getattr(torch, state["precision"]))
     with device:
-        model = GPT(ModelConfig(**state["model"]))
+        model = GPT(ModelConfig(**state["model"]), backends, batch_size)
     checkpoint.load_model(folder, model)
     return model, Tokenizer.load(folder), from_dict(state["config"])
 
@@ -78,7 +82,7 @@ def main(argv: list[str]) -> None:
     distributed.prepare_process(device_type, deterministic=False)
     world = distributed.init_world(device_type)
     try:
-        model, tokenizer, trained = load_model(folder, world.device)
+        model, tokenizer, trained = load_model(folder, world.device, cfg.kernels, cfg.device_batch_size)
         device = runlog.device_name(world.device)
         result: dict[str, Any] = {"checkpoint": str(folder), "device": device}
         talks = world.is_main and not cfg.json

@@ -17,7 +17,7 @@ setup(
     py_modules=["train", "eval"],
     install_requires=[
         "torch>=2.11,<2.14",
-        "triton>=3.6; platform_machine == 'x86_64'",
+        "triton>=3.6",
         "numpy>=1.26",
         "tiktoken",
         "rustbpe",

@@ -32,12 +32,13 @@ from core.evals.bits_per_byte import (
     validation_whole,
 )
 from core.generate import sample_texts
-from core.model import GPT
+from core.model import GPT, choose_ops, dims
 from core.optim import Gradients, Optimizer
 from core.plan import Plan, make_plan
 from core.profiling import StepProfile
 from core.runlog import LaggingLoss, RunLog, TrainingClock
 from kernels import dispatch
+from kernels.dispatch import Backends
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     planned = cfg.dry_run and cfg.device  # a plan needs no device
     device_type = planned or distributed.choose_device_type(cfg.device)
     dtype = distributed.choose_dtype(cfg.precision, device_type)
-    dispatch.resolve(cfg.kernels)
+    dispatch.parse(cfg.kernels)
     if cfg.json and not cfg.dry_run:
         raise ValueError("--json prints the plan of a --dry-run: give both")
     if cfg.dry_run:
@@ -115,7 +116,10 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
             f"--resume continues a run as it was, but these differ: {', '.join(changed)}; start a new run instead"
         )
     plan_of = {"device_type": world.device.type, "world_size": world.world_size, "compute_dtype": dtype}
-    make_plan(cfg, **plan_of)  # sizes that do not fit are told before any work
+    # sizes that do not fit, and kernels that cannot run, are told before any work
+    batch_size = make_plan(cfg, **plan_of).device_batch_size
+    backends = Backends(cfg.kernels, device=world.device, dtype=dtype)
+    choose_ops(dims(cfg.model), backends, batch_size)
     stamp = f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(distributed.broadcast_object(cfg.out or stamp)).expanduser()
     if folder and out.resolve() != folder.resolve().parent.parent:
@@ -142,7 +146,7 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
     # model and optimizer
     torch.manual_seed(cfg.seed)
     with world.device:
-        model = GPT(model_cfg)
+        model = GPT(model_cfg, backends, plan.device_batch_size)
     model.init_weights(cfg.seed)
     optimizer = Optimizer(
         model, lrs=plan.lr, weight_decay=plan.weight_decay, ns_steps=cfg.optim.ns_steps, compute_dtype=dtype
@@ -178,7 +182,7 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
         "versions": runlog.versions(),
         "git": runlog.git_state(),
         "precision": str(dtype).removeprefix("torch."),
-        "kernels": dispatch.resolve(cfg.kernels),
+        "kernels": backends.facts(),
         "data": f"{train_corpus.name}: {len(train_corpus):,} documents to train on, {len(val_corpus):,} to validate",
     }
     if world.is_main:

@@ -14,6 +14,7 @@ Precision    explicit, no autocast: matrices and embeddings are kept in the comp
 
 import functools
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from core.config import ModelConfig
 from core.loss import linear_cross_entropy
+from kernels.dispatch import Backends
+from kernels.rms_norm import rms_norm
 
 if TYPE_CHECKING:
     from core.generate import KVCache
@@ -36,7 +39,6 @@ QK_SCALE = 1.2
 VE_GATE_CHANNELS = 12
 VE_GATE_RANGE = 3.0
 SMEAR_CHANNELS = 24
-NORM_EPS = torch.finfo(torch.float32).eps
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -106,9 +108,13 @@ def dims(cfg: ModelConfig) -> Dims:
     )
 
 
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, no gain; statistics in fp32 for bf16 input."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+def choose_ops(d: Dims, backends: Backends, batch_size: int) -> dict[str, Callable[..., Any]]:
+    """The functions of the model's ops by attribute name, for batches of that many rows; ValueError as `Backends.choose`."""
+    tokens = batch_size * d.seq_len
+    return {
+        "norm": backends.choose(rms_norm, tokens, d.d_model),
+        "head_norm": backends.choose(rms_norm, tokens * d.n_head, d.d_head),
+    }
 
 
 def rope_tables(seq_len: int, d_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -188,7 +194,8 @@ def _unbind(banks: nn.ParameterList) -> list[Tensor]:
 class GPT(nn.Module):
     """The language model. Build it on the meta device to count, or on a device and call `init_weights`."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, backends: Backends | None = None, batch_size: int = 1):
+        """backends: of the ops, chosen here for batches of batch_size rows (None: the references)."""
         super().__init__()
         self.cfg = cfg
         d = self.dims = dims(cfg)
@@ -211,6 +218,9 @@ class GPT(nn.Module):
             self.smear_lambda = nn.Parameter(torch.empty(1))
         if cfg.backout:
             self.backout_lambda = nn.Parameter(torch.empty(1))
+        backends = backends or Backends("ref", device=self.wte.device, dtype=self.wte.dtype)
+        for name, function in choose_ops(d, backends, batch_size).items():
+            setattr(self, name, function)
         if cfg.rope:
             cos, sin = rope_tables(d.seq_len, d.d_head, self.wte.device)
             self.register_buffer("rope_cos", cos, persistent=False)
@@ -312,7 +322,7 @@ class GPT(nn.Module):
         B, T = idx.shape
         if cache is not None:
             cache.begin(B, T)
-        x = norm(F.embedding(idx, self.wte))
+        x = self.norm(F.embedding(idx, self.wte)).y
         if cfg.smear:
             x = self._smear(x, None if cache is None else cache.swap_embedding(x))
         x0 = x
@@ -331,11 +341,12 @@ class GPT(nn.Module):
             masks = self._masks(T)
         x_mid = None
         for i in range(d.n_layer):
-            if resid is not None:
-                x = resid[i] * x
+            scale = None if resid is None else resid[i]
             if share is not None:
-                x = x + share[i] * x0
-            y = norm(x)
+                y, x, *_ = self.norm(x, x0, scale, share[i])
+            else:
+                x = x if scale is None else scale * x
+                y = self.norm(x).y
             q, k, v = (y @ qkv_w[i].T).split((d.d_model, d.d_kv, d.d_kv), dim=-1)
             q = q.view(B, T, d.n_head, d.d_head)
             k = k.view(B, T, d.n_kv_head, d.d_head)
@@ -347,12 +358,12 @@ class GPT(nn.Module):
             if cfg.rope:
                 q, k = rope(q, cos, sin), rope(k, cos, sin)
             if cfg.qk_norm:
-                q, k = QK_SCALE * norm(q), QK_SCALE * norm(k)
+                q, k = QK_SCALE * self.head_norm(q).y, QK_SCALE * self.head_norm(k).y
             if cache is not None:
                 k, v = cache.extend(i, k, v)
             y = attention(q, k, v, masks[i]).reshape(B, T, d.d_model)
-            x = x + y @ out_w[i].T
-            y = norm(x) @ up_w[i].T
+            y, x, *_ = self.norm(x, y @ out_w[i].T)
+            y = y @ up_w[i].T
             y = F.relu(y).square() if cfg.relu2 else F.gelu(y)
             x = x + y @ down_w[i]
             if i == d.n_layer // 2:
@@ -360,8 +371,8 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(T)
         if cfg.backout:
-            x = x - self.backout_lambda.to(x.dtype) * x_mid
-        return norm(x)
+            return self.norm(x, x_mid, None, -self.backout_lambda).y
+        return self.norm(x).y
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) fp32 softcapped logits of the true vocabulary."""

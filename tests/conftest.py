@@ -1,8 +1,19 @@
-"""Shared fixtures: a small corpus on disk and the options of a run that takes a second."""
+"""Shared fixtures: a small corpus on disk and the options of a run that takes a second.
 
+Without a GPU, Triton kernels run in Triton's interpreter, which has to be said before Triton is imported.
+"""
+
+import os
 import random
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    from tests import interpreter
+
+    interpreter.install()
 
 LETTERS = "etaoinshrdlucmfwygpb"
 

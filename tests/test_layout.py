@@ -46,10 +46,15 @@ def test_imports_point_one_way(path):
 
 @pytest.mark.parametrize("path", [p for p in python_files() if package(p) in ("core", "kernels")], ids=str)
 def test_importing_does_nothing(path):
-    """Module level holds definitions, not work: no calls as statements, no prints, no environment changes."""
+    """Module level holds definitions, not work: no calls as statements, no prints, no environment changes.
+
+    Giving a torch op its gradient belongs to the op's definition."""
     for node in ast.parse(path.read_text()).body:
         assert not isinstance(node, (ast.For, ast.While, ast.With, ast.Try)), f"{path.name}:{node.lineno}"
         if isinstance(node, ast.Expr):
+            if package(path) == "kernels" and isinstance(node.value, ast.Call):
+                assert getattr(node.value.func, "attr", None) == "register_autograd", f"{path.name}:{node.lineno}"
+                continue
             assert isinstance(node.value, ast.Constant), f"{path.name}:{node.lineno} is a statement at import time"
 
 

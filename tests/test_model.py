@@ -11,14 +11,13 @@ from core import loss as loss_module
 from core.config import ModelConfig
 from core.model import (
     GPT,
-    NORM_EPS,
     attention,
     dense_mask,
-    norm,
     rope,
     rope_tables,
     softcap,
 )
+from kernels.rms_norm import EPS
 
 CFG = ModelConfig(depth=4, d_model=64, d_head=16, n_kv_head=2, seq_len=256, vocab_size=100, window_pattern="SSSL")
 
@@ -50,7 +49,7 @@ def plain_forward(model, idx):
     bank = {k: torch.cat([p[f"{k}.{i}"] for i in range(len(getattr(model, k)))]) for k in ("attn_qkv", "attn_out", "mlp_up", "mlp_down", "ve_gate")}  # fmt: skip
 
     def rms(x):
-        return x / (x.pow(2).mean(-1, keepdim=True) + NORM_EPS).sqrt()
+        return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
 
     B, T = idx.shape
     x = rms(p["wte"][idx])
@@ -259,10 +258,7 @@ def test_rope_turns_by_the_difference_of_positions():
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(64), atol=1e-5, rtol=1e-5)
 
 
-def test_norm_and_softcap():
-    x = torch.randn(8, 32)
-    torch.testing.assert_close(norm(x).pow(2).mean(-1), torch.ones(8))
-    assert norm(torch.zeros(2, 8)).isfinite().all()
+def test_softcap():
     z = torch.tensor([-1e4, -1.0, 0.0, 1e-3, 1e4])
     torch.testing.assert_close(softcap(z, 15.0), 15 * torch.tanh(z / 15))
     assert softcap(z.bfloat16(), 15.0).dtype == torch.float32

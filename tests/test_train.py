@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -204,6 +205,31 @@ def test_micro_batches_do_not_change_the_losses(tiny, tmp_path, device_batch, fi
         assert losses(out)[step] == pytest.approx(loss, rel=1e-4)
 
 
+def test_triton_trains_like_the_reference(tiny, tmp_path, capsys):
+    """Forward, backward and optimizer, with every op that has a Triton kernel on it (interpreted, on a CPU)."""
+    options = ["--steps", "3", "--eval-every", "9", "--sample-every", "9", "--sample-tokens", "0"]
+    options += ["--seq-len", "16", "--total-batch-size", "128", "--final-eval-bytes", "200"]
+    ref = run(tiny, tmp_path / "ref", *options, "--kernels", "ref")
+    capsys.readouterr()
+    fast = run(tiny, tmp_path / "fast", *options, "--kernels", "triton")
+    assert re.search(r"rms_norm +M=128 N=32 +float32 +triton +forced", capsys.readouterr().out)
+    for step, loss in losses(ref).items():
+        assert losses(fast)[step] == pytest.approx(loss, rel=1e-4)
+    weights = final_tensors(ref), final_tensors(fast)
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])  # it was another code
+    scores = [json.loads((out / "summary.json").read_text()) for out in (ref, fast)]
+    assert scores[0]["val_bpb"] == pytest.approx(scores[1]["val_bpb"], rel=1e-4)
+    assert {row["backend"] for row in scores[1]["kernels"]["choices"]} == {"triton"}
+    assert events(fast, "start")[0]["kernels"] == scores[1]["kernels"]
+
+
+def test_kernels_that_cannot_run_are_told_before_any_work(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="rms_norm=triton cannot run on cpu with M=.*available there: ref"):
+        run(tiny, tmp_path / "run", "--kernels", "rms_norm=triton", "--cache-dir", str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
+
+
 def test_two_processes_train_like_one(tiny, tmp_path):
     one = run(tiny, tmp_path / "one", "--steps", "10")
     two = tmp_path / "two"
@@ -287,7 +313,8 @@ def test_resume_refuses_a_changed_corpus(tiny, tmp_path, corpus_dir):
     [
         (["--data", "no/such/folder"], "no/such/folder"),
         (["--device-batch-size", "5"], "one of"),
-        (["--kernels", "triton"], "no op has a triton backend"),
+        (["--kernels", "cuda"], "no op has a cuda backend"),
+        (["--kernels", "rms_norm=cuda"], "rms_norm has no cuda backend; rms_norm has ref, triton"),
         (["--kernels", "fast"], "unknown backend 'fast'"),
         (["--json"], "--dry-run"),
         (["--ns-steps", "6"], "ns_steps is 6"),

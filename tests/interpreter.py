@@ -1,0 +1,77 @@
+"""Makes Triton's interpreter compute what the hardware would, so that a test on a CPU proves a kernel's arithmetic.
+
+As released (3.6 to 3.9) it truncates fp32 to bf16, mis-rounds to fp8, multiplies bf16 operands of tl.dot as integers, and so
+does every arithmetic operation on bf16 that was not converted to fp32 after its load. The last is an error here, since it
+would be one in a kernel. Private functions of Triton are replaced: a Triton that renames them fails loudly at import.
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+TORCH_TYPES = {
+    tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: torch.float32, tl.float64: torch.float64,
+    tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2,
+}  # fmt: skip
+STORED_AS_BITS = (tl.bfloat16, tl.float8e4nv, tl.float8e5)
+
+
+def as_torch(data: np.ndarray, dtype: tl.dtype) -> torch.Tensor:
+    """The numbers of an interpreter array, whose element may be bits in an integer."""
+    bits = np.ascontiguousarray(data).view(f"int{dtype.primitive_bitwidth}")
+    return torch.from_numpy(bits.copy()).view(TORCH_TYPES[dtype])
+
+
+def convert_float(data, source, target, rounding_mode):
+    """Replaces interpreter._convert_float: round to nearest even, fp8 saturates; returns bits as unsigned integers."""
+    if rounding_mode not in (None, interpreter._ir.ROUNDING_MODE.RTNE):
+        raise NotImplementedError(f"the interpreter of these tests rounds to nearest only, not {rounding_mode}")
+    shape = np.shape(data)
+    numbers = as_torch(np.asarray(data), source.scalar)
+    target = target.scalar
+    if target in (tl.float8e4nv, tl.float8e5):
+        limit = torch.finfo(TORCH_TYPES[target]).max
+        numbers = numbers.to(torch.float32).clamp(-limit, limit)
+    width = target.primitive_bitwidth
+    bits = numbers.to(TORCH_TYPES[target]).view(getattr(torch, f"int{width}")).numpy()
+    return bits.view(f"uint{width}").reshape(shape)
+
+
+def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    """Replaces InterpreterBuilder.create_dot: operands of every float type as the numbers they are."""
+
+    def numbers(x):
+        return as_torch(x.data, x.dtype.scalar).to(torch.float32).numpy() if x.dtype.is_floating() else x.data
+
+    product = np.matmul(numbers(a), numbers(b), dtype=d.data.dtype)
+    return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def strict(name):
+    original = getattr(interpreter.InterpreterBuilder, name)
+
+    def checked(self, *operands_and_op):
+        for x in operands_and_op[:-1]:
+            if x.dtype.scalar in STORED_AS_BITS and operands_and_op[-1] is not np.where:
+                raise TypeError(f"{operands_and_op[-1].__name__} of {x.dtype}: convert to float32 right after the load")
+        return original(self, *operands_and_op)
+
+    return checked
+
+
+def install() -> None:
+    builder = interpreter.InterpreterBuilder
+    assert hasattr(interpreter, "_convert_float") and hasattr(builder, "create_dot")
+    interpreter._convert_float = convert_float
+    builder.create_dot = create_dot
+    for name in ("unary_op", "binary_op", "ternary_op"):
+        setattr(builder, name, strict(name))
+    original = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, *scope):
+        # Triton 3.6 turns a one-element array into an index, which numpy 2.4 refuses
+        original(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor

@@ -1,0 +1,96 @@
+"""Every Triton kernel at every size of the tracks compiles for sm_90: nothing spilled, within its shared memory, wide loads.
+
+`tests/aot.py` compiles in a process of its own, once for all these tests.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import dispatch
+
+MAX_SHARED = 232_448  # bytes a block may have on sm_90
+ROOT = Path(__file__).resolve().parent.parent
+COMPILED = [name for name, op in dispatch.ops().items() if "triton" in op.backends]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # the default of fused multiply-add changes in Triton 3.10
+    env |= {"TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", "tests.aot"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def describe(k):
+    return f"{k['kernel']} {k['case']} {k['form']} {k['dtype']}: {k}"
+
+
+def test_every_op_case_and_form_was_compiled(kernels):
+    got = {(k["op"], k["case"], k["form"]) for k in kernels}
+    ops = dispatch.ops()
+    assert got == {(name, case, form) for name in COMPILED for case in ops[name].cases for form in ops[name].forms}
+    assert {k["kernel"] for k in kernels if k["op"] == "rms_norm"} == {"_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel"}
+
+
+def test_nothing_spills_or_is_serialized(kernels):
+    for k in kernels:
+        assert k["spill_bytes"] == 0 and not k["serialized"] and "STL" not in k["instructions"], describe(k)
+
+
+def test_shared_memory_fits(kernels):
+    for k in kernels:
+        assert k["shared_bytes"] <= MAX_SHARED, describe(k)
+
+
+def test_rms_norm_moves_16_bytes_at_a_time(kernels):
+    """Each tensor that a thread reads or writes goes in the fewest possible instructions: N / (lanes * 8) of them in bf16."""
+    tensors = {"plain": (1, 1, 2, 1), "add": (2, 2, 3, 1), "mix": (2, 2, 4, 2)}  # forward reads, writes; backward
+    for k in kernels:
+        if k["op"] != "rms_norm" or k["dtype"] != "bfloat16" or k["form"] not in tensors:
+            continue
+        backward = "bwd" in k["kernel"]
+        reads, writes = tensors[k["form"]][2 * backward : 2 * backward + 2]
+        M, N = k["shape"]
+        rows = max(1, 1024 // N) if N < 512 else 1
+        per_tensor = -(-N * rows // (32 * 8 * k["num_warps"]))
+        got = k["instructions"]
+        assert (got["LDG.E.128"], got["STG.E.128"]) == (reads * per_tensor, writes * per_tensor), describe(k)
+
+
+def test_a_spill_would_be_seen(tmp_path):
+    """The checks above read what they should: a kernel with too much in registers spills, and the report says so."""
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    env["TRITON_DEFAULT_FP_FUSION"] = "1"
+    done = subprocess.run([sys.executable, "-m", "greedy"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (facts,) = json.loads(done.stdout)
+    assert facts["spill_bytes"] > 0 and facts["instructions"]["STL"] > 0
+
+
+GREEDY = """
+import json, torch, triton, triton.language as tl
+from tests.aot import compile_only
+
+@triton.jit
+def greedy(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)
+    tl.store(y_ptr + offs, x / tl.sum(x * x))
+
+with compile_only() as compiled:
+    greedy[(1,)](torch.empty(2**15), torch.empty(2**15), BLOCK=2**15, num_warps=2)
+print(json.dumps(compiled))
+"""
+
+
+def test_this_process_interprets():
+    assert dispatch.interpreted() or torch.cuda.is_available()

@@ -1,0 +1,197 @@
+"""rms_norm: every form, layout and odd shape against float64, what is bitwise, what is refused, and that the tests can fail."""
+
+import pytest
+import torch
+
+import kernels.rms_norm as module
+from kernels.rms_norm import EPS, FP8, FP8_MAX, MAX_N, rms_norm, rms_norm_cost
+from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
+
+triton_norm = rms_norm.backends["triton"]
+FACTOR = 1.25  # each result is rounded once, at its store
+DTYPES = (torch.bfloat16, torch.float32)
+SHAPES = ((5, 128), (3, 768), (37, 33), (2, 1100), (1, 1), (9, 8), (300, 20))
+
+
+def inputs(form, shape, dtype=torch.float32, seed=0):
+    return rms_norm.forms[form](randn(seed, dtype), *shape)
+
+
+def check(form, shape, dtype=torch.float32, op=rms_norm, **options):
+    return check_op(op, inputs(form, shape, dtype), no_grad=("scale",), factor=FACTOR, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", rms_norm.forms)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_float64(form, shape, dtype):
+    check(form, shape, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("form", rms_norm.forms)
+def test_layouts(form, layout):
+    check(form, (11, 40), torch.bfloat16, layout=layout)
+
+
+@pytest.mark.parametrize("given", ["a", "b"])
+def test_one_coefficient_alone(given):
+    both = inputs("mix", (6, 50), torch.bfloat16)
+    one = {name: t for name, t in both.items() if name in ("x", "x0", given)}
+    result = check_op(rms_norm, one, factor=FACTOR)
+    assert f"d{given}" in result
+
+
+@pytest.mark.parametrize("form", ["add", "mix"])
+@pytest.mark.parametrize("upstream", ["y", "h"])
+def test_gradient_of_one_output_alone(form, upstream):
+    check(form, (7, 40), upstream_of=(upstream,))
+
+
+@pytest.mark.parametrize("form", rms_norm.forms)
+def test_torch_compile_and_opcheck(form):
+    check(form, (4, 32), torch.bfloat16, compiled=True, opcheck=True)
+
+
+@pytest.mark.parametrize("form", rms_norm.forms)
+def test_empty(form):
+    result = check(form, (0, 16))
+    assert result["y"].shape == (0, 16)
+    if form == "mix":
+        assert result["da"].item() == 0
+
+
+def test_leading_sizes_and_zero_rows():
+    x = torch.randn(2, 3, 5, 24, device=DEVICE)
+    x[1, 2] = 0
+    result = check_op(rms_norm, {"x": x}, factor=FACTOR)
+    assert result["y"].shape == x.shape and not result["y"][1, 2].any()
+    assert result["dx"][1, 2].isfinite().all()
+    check_op(rms_norm, {"x": torch.randn(24, device=DEVICE)}, factor=FACTOR)
+
+
+def test_heads_of_a_packed_projection():
+    """Rows that no single stride reaches, as q and k have in a packed projection."""
+    packed = torch.randn(2, 6, 96, device=DEVICE)
+    q = packed[..., :64].view(2, 6, 4, 16)
+    assert not q.is_contiguous()
+    want = rms_norm.backends["ref"](q).y
+    torch.testing.assert_close(triton_norm(q).y, want)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-6, 1e4, 1e18])
+def test_extreme_values(size):
+    x = torch.randn(8, 64, device=DEVICE) * size
+    check_op(rms_norm, {"x": x}, factor=FACTOR)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_a_number_stays_one():
+    x = torch.randn(4, 32, device=DEVICE)
+    x[1, 3], x[2, 5] = torch.nan, torch.inf
+    scale = torch.ones((), device=DEVICE)
+    out = triton_norm(x, x0=torch.zeros_like(x), scale=scale)
+    assert out.y[1].isnan().all() and out.y[2, 5].isnan() and out.y[[0, 3]].isfinite().all()
+    assert out.y_fp8.float()[1].isnan().all() and out.amax.isinf()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_y_is_the_norm_of_the_h_that_is_returned(dtype):
+    out = triton_norm(**inputs("mix", (33, 70), dtype))
+    assert torch.equal(triton_norm(out.h).y, out.y)
+    assert torch.equal(out.h, rms_norm.backends["ref"](**inputs("mix", (33, 70), dtype)).h) or dtype == torch.float32
+
+
+def test_the_fp8_copy_is_y_rounded_to_nearest():
+    args = inputs("mix_fp8", (40, 96), torch.bfloat16)
+    for scale in (0.37, 1e-3):  # the second saturates
+        out = triton_norm(**{**args, "scale": torch.tensor(scale, device=DEVICE)})
+        want = (out.y.float() / torch.tensor(scale, device=DEVICE)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+        assert torch.equal(out.y_fp8.view(torch.uint8), want.view(torch.uint8))
+        assert out.amax == out.y.float().abs().max()
+    assert not out.y_fp8.requires_grad and not out.amax.requires_grad
+
+
+def test_rows_and_columns_beyond_a_program():
+    """Many programs, whose partial sums of da and db come together."""
+    result = check("mix", (200, 40), torch.bfloat16)
+    assert result["da"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(x=torch.ones(2, 4, dtype=torch.float64)), "expected .* bfloat16 or float32"),
+        (dict(x=torch.ones(2, 0)), "1 <= N"),
+        (dict(x=torch.ones(1, MAX_N + 1)), "1 <= N"),
+        (dict(x=torch.ones(())), "expected"),
+        (dict(x=torch.ones(2, 4), a=torch.ones(())), "give x0"),
+        (dict(x=torch.ones(2, 4), x0=torch.ones(2, 5)), r"x0 is \(2, 5\)"),
+        (dict(x=torch.ones(2, 4), x0=torch.ones(2, 4).bfloat16()), "x0 is"),
+        (dict(x=torch.ones(2, 4), x0=torch.ones(2, 4), b=torch.ones(2)), r"b is \(2,\)"),
+        (dict(x=torch.ones(2, 4), scale=torch.ones((), dtype=torch.float64)), "scale is"),
+    ],
+)
+def test_bad_calls_are_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        triton_norm(**change)
+
+
+def test_the_gradient_has_no_gradient():
+    x = torch.randn(2, 8, device=DEVICE, requires_grad=True)
+    (dx,) = torch.autograd.grad(triton_norm(x).y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dx.sum().backward()
+
+
+def test_cost():
+    assert rms_norm_cost((10, 100), torch.bfloat16) == (3000, 4000)
+    assert rms_norm_cost((10, 100), torch.bfloat16, "add", backward=True)[1] == 8000
+    assert rms_norm_cost((10, 100), torch.float32, "mix_fp8")[1] == 17000
+
+
+MUTATIONS = {
+    "columns beyond N are read": {"mask = mask_m[:, None] & (offs_n < N)[None, :]": "mask = mask_m[:, None]"},
+    "rows beyond M are written": {"mask_m = offs_m < M": "mask_m = offs_m < M + 1"},
+    "the mean is over the tile": {"tl.sum(h * h, axis=1) / N": "tl.sum(h * h, axis=1) / BLOCK_N"},
+    "eps is forgotten": {"axis=1) / N + eps)": "axis=1) / N)"},
+    "the upstream gradient is one": {"(dy - xhat * (tl.sum(dy * xhat": "(1.0 - xhat * (tl.sum(xhat"},
+    "the upstream gradient of h is dropped": {"    if HAS_DH:\n": "    if False:\n"},
+    "the mean of the gradient is dropped": {"* (tl.sum(dy * xhat, axis=1) / N)[:, None]": "* 0.0"},
+    "da misses the last program": {"partial.sum() for": "partial[:-1].sum() for"},
+    "a is not in dx": {"dx = g * tl.load(a_ptr)": "dx = g"},
+    "b is not in dx0": {"dx0 = g * tl.load(b_ptr)": "dx0 = g"},
+    "h is not rounded before the norm": {"h = stored.to(tl.float32)": "h = _mix(h, x0, a_ptr, b_ptr, HAS_A, HAS_B) * 1.01"},
+    "y is truncated": {
+        "y = (h * rstd[:, None]).to(y_ptr.dtype.element_ty)":
+        "y = ((h * rstd[:, None]).to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True).to(y_ptr.dtype.element_ty)"
+    },
+    "the scale is inverted": {"tl.div_rn(y, tl.load(scale_ptr))": "y * tl.load(scale_ptr)"},
+    "amax has a sign": {"tl.where(y == y, tl.abs(y)": "tl.where(y == y, -y"},
+    "rstd is not written": {"tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)": "pass"},
+    "a stride is forgotten": {"tl.load(dy_ptr + offs_m[:, None] * stride_dy_row": "tl.load(dy_ptr + offs_m[:, None] * N"},
+}  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_noticed(name, tmp_path):
+    broken = mutant(module, MUTATIONS[name], tmp_path).rms_norm
+    with pytest.raises(Failed):
+        check("mix_fp8", (21, 40), torch.bfloat16, op=broken)
+        check("mix_fp8", (21, 40), torch.bfloat16, op=broken, layout="rows apart")
+        small = inputs("plain", (4, 40))
+        check_op(broken, {"x": small["x"] * 1e-4}, factor=FACTOR)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as above")
+def test_a_copy_that_is_not_broken_passes(tmp_path):
+    same = mutant(module, {"EPS = ": "EPS  = "}, tmp_path).rms_norm
+    check("mix_fp8", (21, 40), torch.bfloat16, op=same)
+    assert same.backends["triton"] is not triton_norm
+    with pytest.raises(ValueError, match="no longer exists"):
+        mutant(module, {"no such text": ""}, tmp_path)
+
+
+def test_eps_is_torch_s_own():
+    assert EPS == torch.finfo(torch.float32).eps
