@@ -1,12 +1,14 @@
 """Trains, evaluates and reports one language model: `python train.py [preset] [options]`, or the same under torchrun.
 
 Visit k of the loop evaluates, samples and saves the model that k optimizer steps made, then takes step k; the last visit
-only looks. `--resume` enters the loop at the visit that wrote the checkpoint.
+only looks. `--resume` enters the loop at the visit that wrote the checkpoint. SIGINT and SIGTERM end the loop after a step,
+with a checkpoint.
 """
 
 import dataclasses
 import json
 import math
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from core.data.corpus import Corpus, open_corpus
 from core.data.loader import Loader, merge_states
 from core.data.tokenizer import Tokenizer, get_tokenizer
 from core.distributed import World
-from core.errors import TrainingError, user_errors
+from core.errors import Stopped, TrainingError, user_errors
 from core.evals.bits_per_byte import (
     ValidationSet,
     check_readable,
@@ -37,6 +39,7 @@ from core.optim import Gradients, Optimizer
 from core.plan import Plan, make_plan
 from core.profiling import StepProfile
 from core.runlog import LaggingLoss, RunLog, TrainingClock
+from core.signals import StopRequest
 from kernels import dispatch
 
 
@@ -58,14 +61,21 @@ def main(argv: list[str]) -> None:
         return
     distributed.prepare_process(device_type, deterministic=cfg.deterministic)
     world = distributed.init_world(device_type)
+    stamp = f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(distributed.broadcast_object(cfg.out or stamp)).expanduser()
     try:
-        run = build(cfg, world, dtype, started)
+        run = build(cfg, world, dtype, out, started)
         try:
             loop(run)
             finish(run)
         finally:
             run.loader.close()
             run.log.close()
+    except Stopped:
+        distributed.barrier()  # torchrun kills the others when one has ended: rank 0 closes its files first
+        raise
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped by SIGINT; {kept(out)}", signal.SIGINT) from None
     finally:
         distributed.shutdown()
 
@@ -100,14 +110,16 @@ class Run:
     started: float
     start_step: int
     memory_before: int  # peak of the processes that this one continues, bytes
+    looked: bool  # the visit of start_step was made before
     losses: LaggingLoss
+    stop: StopRequest
     profile: StepProfile
 
 
 # build --------------------------------------------------------------------
 
 
-def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
+def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: float) -> Run:
     folder = checkpoint.find(cfg.resume) if cfg.resume else None
     saved = checkpoint.load_state(folder) if folder else None
     if saved and (changed := changed_fields(from_dict(saved["config"]), cfg)):
@@ -116,8 +128,6 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
         )
     plan_of = {"device_type": world.device.type, "world_size": world.world_size, "compute_dtype": dtype}
     make_plan(cfg, **plan_of)  # sizes that do not fit are told before any work
-    stamp = f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = Path(distributed.broadcast_object(cfg.out or stamp)).expanduser()
     if folder and out.resolve() != folder.resolve().parent.parent:
         raise ValueError(f"--resume continues in the folder of the run, {folder.parent.parent}: leave --out {out} away")
     if not saved and (out / "log.jsonl").exists():
@@ -219,7 +229,9 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
         started=started - (saved["wall_time_s"] if saved else 0.0),
         start_step=start_step,
         memory_before=saved["peak_memory_bytes"] if saved else 0,
+        looked=bool(saved and saved["looked"]),
         losses=LaggingLoss(),
+        stop=StopRequest(),
         profile=profile,
     )
 
@@ -228,11 +240,16 @@ def build(cfg: Config, world: World, dtype: torch.dtype, started: float) -> Run:
 
 
 def loop(run: Run) -> None:
+    with run.stop:
+        visits(run)
+
+
+def visits(run: Run) -> None:
     cfg, steps = run.cfg, run.plan.steps
     profiled = range(runlog.UNCOUNTED_STEPS, runlog.UNCOUNTED_STEPS + cfg.profile_steps)
     for step in range(run.start_step, steps + 1):
         last = step == steps
-        looked = step == run.start_step and cfg.resume is not None
+        looked = step == run.start_step and run.looked
         if not looked and (due(cfg.eval_every, step) and not last):
             pause(run)
             run.log.eval(step, evaluate(run, run.subset), run.subset.scope, data_stats(run))
@@ -243,6 +260,8 @@ def loop(run: Run) -> None:
             pause(run)
             save(run, step)
         if last:
+            if any(distributed.gather_objects(run.stop.signum)):
+                halt(run, step, looked=True)
             return
         if step in profiled:
             pause(run)
@@ -267,18 +286,24 @@ def train_step(run: Run, step: int) -> None:
         loss = run.model(micro_inputs, micro_targets) / run.plan.grad_accum_steps
         loss.backward()
         loss_sum += loss.detach()
+    wish = torch.full_like(loss_sum, run.stop.signum > 0)
+    outcome = torch.stack((loss_sum, wish))
     if run.world.world_size > 1:
-        run.gradients.average(lambda grads: distributed.average_([*grads, loss_sum]))
+        run.gradients.average(lambda grads: distributed.average_([*grads, outcome]))
     run.optimizer.step(run.gradients, step=step, **schedule.at(step, run.plan.steps, run.cfg.optim))
     run.gradients.zero()
-    run.losses.put(step, loss_sum)
+    run.losses.put(step, outcome)
 
 
 def read_losses(run: Run, *, flush: bool = False) -> None:
-    for step, loss in run.losses.take(flush=flush):
+    halted = False
+    for step, loss, wish in run.losses.take(flush=flush):
         run.log.step(step, loss)
         if not math.isfinite(loss):
             stop(run, step, f"the loss is {loss}")
+        halted |= wish
+    if halted:
+        halt(run, step + 1, looked=False)
 
 
 def pause(run: Run) -> None:
@@ -295,6 +320,24 @@ def stop(run: Run, step: int, why: str) -> None:
     )
     run.log.event("stop", step, reason=why)
     raise TrainingError(f"training stopped at step {step}: {why}; {kept}")
+
+
+def halt(run: Run, step: int, *, looked: bool) -> None:
+    """Ends the run after `step` steps because a process had a signal; looked: the visit that follows them was made."""
+    run.clock.stop()
+    signum = max(distributed.gather_objects(run.stop.signum))
+    name = signal.Signals(signum).name
+    run.log.event("stop", step, reason=name)
+    save(run, step, looked=looked)
+    raise Stopped(f"stopped by {name} after {step} of {run.plan.steps} steps; {kept(run.out)}", signum)
+
+
+def kept(out: Path) -> str:
+    """What a run that ended early left, and how it goes on."""
+    saved = checkpoint.checkpoints(out)
+    if not saved:
+        return "no checkpoint had been saved yet (see --save-every): start again"
+    return f"{saved[-1]} is saved, continue with: python train.py --resume {out}"
 
 
 def evaluate(run: Run, valset: ValidationSet) -> float:
@@ -317,7 +360,8 @@ def sample(run: Run, step: int) -> None:
         run.log.sample(step, texts, **options, seed=cfg.seed)
 
 
-def save(run: Run, step: int) -> None:
+def save(run: Run, step: int, *, looked: bool = True) -> None:
+    """looked: the evaluation and the samples of this step were made."""
     loader_states = distributed.gather_objects(run.loader.state())
     memory = peak_memory(run)
     if not run.world.is_main:
@@ -329,6 +373,7 @@ def save(run: Run, step: int) -> None:
     run.log.event("checkpoint", step, path=folder.name)  # a run that resumes here keeps the log up to this line
     state = {
         "step": step,
+        "looked": looked,
         "config": to_dict(dataclasses.replace(run.cfg, out=None, resume=None)),
         "model": dataclasses.asdict(run.model.cfg),
         "precision": run.facts["precision"],

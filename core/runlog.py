@@ -141,28 +141,35 @@ class TrainingClock:
 
 
 class LaggingLoss:
-    """Reads each step's loss one step late on a GPU, so that reading it never waits for the step just launched."""
+    """Reads each step's loss one step late on a GPU, so that reading it never waits for the step just launched.
+
+    The wish of any process to stop rides with the loss: both are averaged over ranks in one tensor, and how many entries
+    are read when is the same on every rank, so that all learn of it at the same step.
+    """
 
     def __init__(self) -> None:
         self._pending: deque[tuple[int, Tensor, Any]] = deque()
 
-    def put(self, step: int, loss: Tensor) -> None:
+    def put(self, step: int, outcome: Tensor) -> None:
+        """outcome: (2,) loss, and more than 0 when a process shall stop; means over ranks."""
         event = None
-        if loss.is_cuda:
-            pinned = torch.empty((), dtype=loss.dtype, pin_memory=True)  # a copy to pageable memory would wait
-            loss = pinned.copy_(loss, non_blocking=True)
+        if outcome.is_cuda:
+            pinned = torch.empty_like(outcome, device="cpu", pin_memory=True)  # a copy to pageable memory would wait
+            outcome = pinned.copy_(outcome, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending.append((step, loss, event))
+        self._pending.append((step, outcome, event))
 
-    def take(self, *, flush: bool = False) -> list[tuple[int, float]]:
-        """(step, loss) of the steps whose loss may be read now; all of them with `flush`."""
+    def take(self, *, flush: bool = False) -> list[tuple[int, float, bool]]:
+        """(step, loss, stop) of the steps that may be read now; all of them with `flush`, and when one says stop."""
         done = []
         while self._pending and (flush or self._pending[0][2] is None or len(self._pending) > 1):
-            step, loss, event = self._pending.popleft()
+            step, outcome, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            done.append((step, float(loss)))
+            loss, wish = outcome.tolist()
+            done.append((step, loss, wish > 0))
+            flush |= wish > 0
         return done
 
 

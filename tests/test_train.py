@@ -223,7 +223,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny, tmp_path, monkeypa
     def poisoned(run, step):
         honest(run, step)
         if step == 6:
-            run.losses._pending[-1] = (step, torch.tensor(math.nan), None)
+            run.losses._pending[-1] = (step, torch.tensor([math.nan, 0]), None)
 
     monkeypatch.setattr(train, "train_step", poisoned)
     out = tmp_path / "run"
@@ -371,7 +371,7 @@ def test_damaged_validation_rows_are_found_before_training(tiny, tmp_path):
 @pytest.mark.parametrize(
     "damage, says",
     [
-        (lambda f: (f / "state.json").write_text('{"format": 1}'), "damaged"),
+        (lambda f: (f / "state.json").write_text(f'{{"format": {checkpoint.FORMAT}}}'), "damaged"),
         (lambda f: (f / "state.json").write_text("[1]"), "damaged"),
         (lambda f: (f / "state.json").write_bytes(b"\xff\x00"), "damaged"),
         (lambda f: next(f.glob("*.safetensors")).unlink(), "lost its .safetensors"),
