@@ -24,7 +24,7 @@ from core.data.corpus import Corpus, open_corpus
 from core.data.loader import Loader, merge_states
 from core.data.tokenizer import Tokenizer, get_tokenizer
 from core.distributed import World
-from core.errors import Stopped, TrainingError, user_errors
+from core.errors import Stopped, TrainingError, out_of_memory, user_errors
 from core.evals.bits_per_byte import (
     ValidationSet,
     check_readable,
@@ -36,11 +36,13 @@ from core.evals.bits_per_byte import (
 from core.generate import sample_text
 from core.model import GPT
 from core.optim import Gradients, Optimizer
-from core.plan import Plan, make_plan
+from core.plan import Plan, make_plan, smaller_device_batch
 from core.profiling import StepProfile
 from core.runlog import LaggingLoss, RunLog, TrainingClock
 from core.signals import StopRequest
 from kernels import dispatch
+
+LESS_MEMORY = "--precision bf16, a smaller --depth, or fewer other programs on this machine (--dry-run predicts memory)"
 
 
 def main(argv: list[str]) -> None:
@@ -64,10 +66,12 @@ def main(argv: list[str]) -> None:
     stamp = f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(distributed.broadcast_object(cfg.out or stamp)).expanduser()
     try:
-        run = build(cfg, world, dtype, out, started)
+        with out_of_memory("weights and optimizer state", lambda: f"try {LESS_MEMORY}"):
+            run = build(cfg, world, dtype, out, started)
         try:
-            loop(run)
-            finish(run)
+            with out_of_memory(f"{run.plan.device_batch_size} rows per forward pass", lambda: fewer_rows(run)):
+                loop(run)
+                finish(run)
         finally:
             run.loader.close()
             run.log.close()
@@ -338,6 +342,16 @@ def kept(out: Path) -> str:
     if not saved:
         return "no checkpoint had been saved yet (see --save-every): start again"
     return f"{saved[-1]} is saved, continue with: python train.py --resume {out}"
+
+
+def fewer_rows(run: Run) -> str:
+    """What to try when memory was short."""
+    rows = smaller_device_batch(run.plan)
+    if rows is None:
+        return f"fewer than one is impossible; try a shorter --seq-len, {LESS_MEMORY}; {kept(run.out)}"
+    saved = checkpoint.checkpoints(run.out)
+    command = f"continue {saved[-1].name} with: python train.py --resume {run.out}" if saved else "start again with"
+    return f"{command} --device-batch-size {rows}"
 
 
 def evaluate(run: Run, valset: ValidationSet) -> float:

@@ -4,11 +4,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch raises a plain RuntimeError for it
 
 
 class TrainingError(RuntimeError):
@@ -21,6 +24,17 @@ class Stopped(RuntimeError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+@contextmanager
+def out_of_memory(what: str, advice: Callable[[], str]) -> Iterator[None]:
+    """Turns a lack of memory for `what` inside the block into a TrainingError that ends with the advice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and CPU_OUT_OF_MEMORY not in str(error):
+            raise
+        raise TrainingError(f"out of memory for {what}: {advice()}") from error
 
 
 @contextmanager
