@@ -37,7 +37,7 @@ from core.generate import sample_text
 from core.model import GPT
 from core.optim import Gradients, Optimizer
 from core.plan import Plan, make_plan, smaller_device_batch
-from core.profiling import StepProfile
+from core.profiling import SETTLING_STEPS, StepProfile, window
 from core.runlog import LaggingLoss, RunLog, TrainingClock
 from core.signals import StopRequest
 from kernels import dispatch
@@ -118,6 +118,7 @@ class Run:
     losses: LaggingLoss
     stop: StopRequest
     profile: StepProfile
+    profiled: range  # steps
 
 
 # build --------------------------------------------------------------------
@@ -209,10 +210,16 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
             f"dropped {path.name}, which comes after step {start_step}"
             for path in checkpoint.drop_after(out, start_step)
         ]
+    pauses = (cfg.eval_every, cfg.sample_every, cfg.save_every)
+    first_profiled = max(runlog.UNCOUNTED_STEPS, start_step + SETTLING_STEPS)
+    profiled = window(cfg.profile, first_profiled, plan.steps, lambda step: any(due(n, step) for n in pauses))
+    if len(profiled) < cfg.profile and start_step < plan.steps:
+        notes.append(
+            f"{len(profiled)} of {cfg.profile} steps are profiled: there are no more in a row from step {first_profiled} on"
+        )
     notes.append(f"evaluations during training score {subset.scope}")
     log.header(facts, plan, notes)
     log.event("resume" if saved else "start", start_step, **facts)
-    profile = StepProfile(world.device, saved["profile"] if saved else {})
     return Run(
         cfg=cfg,
         world=world,
@@ -236,7 +243,8 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
         looked=bool(saved and saved["looked"]),
         losses=LaggingLoss(),
         stop=StopRequest(),
-        profile=profile,
+        profile=StepProfile(world, out, saved["profile"] if saved else {}),
+        profiled=profiled,
     )
 
 
@@ -249,34 +257,41 @@ def loop(run: Run) -> None:
 
 
 def visits(run: Run) -> None:
-    cfg, steps = run.cfg, run.plan.steps
-    profiled = range(runlog.UNCOUNTED_STEPS, runlog.UNCOUNTED_STEPS + cfg.profile_steps)
-    for step in range(run.start_step, steps + 1):
-        last = step == steps
-        looked = step == run.start_step and run.looked
-        if not looked and (due(cfg.eval_every, step) and not last):
-            pause(run)
-            run.log.eval(step, evaluate(run, run.subset), run.subset.scope, data_stats(run))
-        if not looked and step > 0 and (due(cfg.sample_every, step) or last):
-            pause(run)
-            sample(run, step)
-        if not looked and step > 0 and (due(cfg.save_every, step) or last):
-            pause(run)
-            save(run, step)
-        if last:
+    step, steps = run.start_step, run.plan.steps
+    while True:
+        if not (step == run.start_step and run.looked):
+            look(run, step)
+        if step == steps:
             if any(distributed.gather_objects(run.stop.signum)):
                 halt(run, step, looked=True)
             return
-        if step in profiled:
+        if step in run.profiled:
             pause(run)
             with run.profile:
-                train_step(run, step)
+                for step in run.profiled:
+                    train_step(run, step)
+                    read_losses(run)
             pause(run)
         else:
             run.clock.before_step(step)
             train_step(run, step)
             run.clock.after_step()
-        read_losses(run)
+            read_losses(run)
+        step += 1
+
+
+def look(run: Run, step: int) -> None:
+    """What is due before step `step`."""
+    cfg, last = run.cfg, step == run.plan.steps
+    if due(cfg.eval_every, step) and not last:
+        pause(run)
+        run.log.eval(step, evaluate(run, run.subset), run.subset.scope, data_stats(run))
+    if step > 0 and (due(cfg.sample_every, step) or last):
+        pause(run)
+        sample(run, step)
+    if step > 0 and (due(cfg.save_every, step) or last):
+        pause(run)
+        save(run, step)
 
 
 def due(every: int | None, step: int) -> bool:

@@ -421,6 +421,12 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
                 f"More than {100 * HIGH_NON_MATMUL_SHARE:.0f} % of the time is outside matmul and attention: the other ops "
                 "above pass over activations at the speed of memory, and a narrow model has little arithmetic per byte.",
             ]
+    if s.get("profile_files"):
+        lines += [
+            "",
+            f"More in {', '.join(f'`{name}`' for name in s['profile_files'])}: time lines open at ui.perfetto.dev, memory "
+            "snapshots of GPUs at pytorch.org/memory_viz.",
+        ]
     lines += ["", "## Samples", ""]
     for e in [e for e in events if e["event"] == "sample"][-1:]:
         for sample in e["samples"]:

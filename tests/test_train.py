@@ -61,7 +61,7 @@ def run(tiny, out, *options):
 def finished(tmp_path_factory, corpus_dir, cache_dir, request):
     out = tmp_path_factory.mktemp("finished") / "run"
     sizes = "--depth 2 --d-model 32 --d-head 16 --seq-len 32 --vocab-size 300 --total-batch-size 512 --steps 14"
-    pace = "--eval-every 5 --eval-tokens 500 --sample-every 6 --sample-tokens 4 --save-every 4 --profile-steps 1"
+    pace = "--eval-every 5 --eval-tokens 500 --sample-every 6 --sample-tokens 4 --save-every 4 --profile 1"
     data = ["--val-every", "10", "--data", str(corpus_dir), "--cache-dir", str(cache_dir), "--device", "cpu"]
     train.main([*sizes.split(), *pace.split(), *data, "--out", str(out)])
     return out
@@ -79,6 +79,7 @@ def test_a_run_leaves_everything_behind(finished, corpus_dir):
     assert 0 < summary["total_training_time_s"] < summary["wall_time_s"]
     assert summary["tok_per_s"] == pytest.approx(2 * 512 / summary["total_training_time_s"])
     assert 0 < summary["non_matmul_share"] < 1
+    assert summary["profile_files"] == ["profile/memory.json", "profile/trace.json.gz"]
     assert json.loads((finished / "config.json").read_text())["model"]["depth"] == 2
     report = (finished / "report.md").read_text()
     assert f"{summary['val_bpb']:.4f}" in report and "xz -9e" in report and "## Samples" in report
