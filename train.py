@@ -127,12 +127,18 @@ class Run:
 def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: float) -> Run:
     folder = checkpoint.find(cfg.resume) if cfg.resume else None
     saved = checkpoint.load_state(folder) if folder else None
-    if saved and (changed := changed_fields(from_dict(saved["config"]), cfg)):
+    old_cfg = from_dict(saved["config"]) if saved else cfg
+    if changed := [name for name in changed_fields(old_cfg, cfg) if name != "steps"]:
         raise ValueError(
             f"--resume continues a run as it was, but these differ: {', '.join(changed)}; start a new run instead"
         )
     plan_of = {"device_type": world.device.type, "world_size": world.world_size, "compute_dtype": dtype}
-    make_plan(cfg, **plan_of)  # sizes that do not fit are told before any work
+    plan = make_plan(cfg, **plan_of)  # sizes that do not fit are told before any work
+    start_step = saved["step"] if saved else 0
+    if cfg.steps != old_cfg.steps and plan.steps <= start_step:
+        raise ValueError(
+            f"--steps is {plan.steps}, but the checkpoint has made {start_step} already: expected {start_step + 1} or more"
+        )
     if folder and out.resolve() != folder.resolve().parent.parent:
         raise ValueError(f"--resume continues in the folder of the run, {folder.parent.parent}: leave --out {out} away")
     if not saved and (out / "log.jsonl").exists():
@@ -183,7 +189,6 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
 
     # the run folder and its header, when nothing can fail any more that the user might have to mend
     subset = validation_subset(val_corpus, tokenizer, model_cfg.seq_len, cfg.eval_tokens)
-    start_step = saved["step"] if saved else 0
     log = RunLog(
         out, world, plan, log_every=cfg.log_every, start_step=start_step, log_bytes=saved and saved["log_bytes"]
     )
@@ -210,6 +215,13 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
             f"dropped {path.name}, which comes after step {start_step}"
             for path in checkpoint.drop_after(out, start_step)
         ]
+    old_steps = make_plan(dataclasses.replace(cfg, model=model_cfg, steps=old_cfg.steps), **plan_of).steps
+    if plan.steps != old_steps:
+        was, now = (schedule.at(start_step, n, cfg.optim)["lr_mult"] for n in (old_steps, plan.steps))
+        notes.append(
+            f"the run now has {plan.steps} steps, not {old_steps}: from step {start_step} on, schedules are those of a run of "
+            f"{plan.steps}, and the learning-rate multiplier is {now:.4g} instead of {was:.4g}"
+        )
     pauses = (cfg.eval_every, cfg.sample_every, cfg.save_every)
     first_profiled = max(runlog.UNCOUNTED_STEPS, start_step + SETTLING_STEPS)
     profiled = window(cfg.profile, first_profiled, plan.steps, lambda step: any(due(n, step) for n in pauses))

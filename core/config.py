@@ -115,7 +115,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
 
     steps: int | None = None
-    """Optimizer steps; unset: from target_flops, else from ratio."""
+    """Optimizer steps; unset: from target_flops, else from ratio. With --resume: the run goes on to this many."""
     target_flops: float | None = None
     """Training compute in FLOPs that sets the number of steps when steps is unset."""
     ratio: float = 12.0

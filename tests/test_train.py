@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from core import checkpoint
+from core import checkpoint, schedule
+from core.config import from_dict
 from core.errors import TrainingError, user_errors
+from core.optim import Optimizer
 
 ROOT = Path(train.__file__).resolve().parent
 
@@ -180,6 +182,33 @@ def test_resuming_a_finished_run_only_reports_again(finished, tmp_path):
     assert losses(out) == losses(finished)
     before, after = (json.loads((d / "summary.json").read_text()) for d in (finished, out))
     assert after["val_bpb"] == before["val_bpb"] and after["total_training_time_s"] == before["total_training_time_s"]
+
+
+def test_a_finished_run_can_be_extended(finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    used, honest = {}, Optimizer.step
+
+    def spied(self, grads, *, step, **hyper):
+        used[step] = hyper
+        honest(self, grads, step=step, **hyper)
+
+    monkeypatch.setattr(Optimizer, "step", spied)
+    train.main(["--resume", str(out), "--steps", "20"])
+    cfg = from_dict(json.loads((out / "config.json").read_text()))
+    assert cfg.steps == 20
+    assert used == {step: schedule.at(step, 20, cfg.optim) for step in range(14, 20)}
+    before = losses(finished)
+    assert {step: loss for step, loss in losses(out).items() if step < 14} == before and len(losses(out)) == 20
+    was, now = (schedule.at(14, n, cfg.optim)["lr_mult"] for n in (14, 20))
+    text = capsys.readouterr().out
+    assert "the run now has 20 steps, not 14: from step 14 on" in text and f"is {now:.4g} instead of {was:.4g}" in text
+    assert json.loads((out / "summary.json").read_text())["tokens"] == 20 * 512
+    train.main(["--resume", str(out / "checkpoints" / "step_000016"), "--steps", "18"])  # and be cut short
+    assert len(losses(out)) == 18
+    with pytest.raises(ValueError, match="--steps is 17, but the checkpoint has made 18 already: expected 19 or more"):
+        train.main(["--resume", str(out), "--steps", "17"])
+    assert len(losses(out)) == 18
 
 
 @pytest.mark.parametrize("device_batch", ["4", "16"])
