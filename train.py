@@ -1,5 +1,6 @@
 """Trains, evaluates and reports one language model: `python train.py [preset] [options]`, or the same under torchrun.
 
+With `--compile` the training forward is compiled before the clock starts; evaluation and sampling run as written.
 Visit k of the loop evaluates, samples and saves the model that k optimizer steps made, then takes step k; the last visit
 only looks. `--resume` enters the loop at the visit that wrote the checkpoint. SIGINT and SIGTERM end the loop after a step,
 with a checkpoint.
@@ -11,6 +12,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,7 @@ def main(argv: list[str]) -> None:
             run = build(cfg, world, dtype, out, started)
         try:
             with out_of_memory(f"{run.plan.device_batch_size} rows per forward pass", lambda: fewer_rows(run)):
+                warm_up(run)
                 loop(run)
                 finish(run)
         finally:
@@ -103,6 +106,7 @@ class Run:
     val_corpus: Corpus
     tokenizer: Tokenizer
     model: GPT
+    forward: Callable[[Tensor, Tensor], Tensor]  # the model as it trains: inputs, targets -> loss
     optimizer: Optimizer
     gradients: Gradients
     tensors: dict[str, Tensor]  # what a checkpoint holds
@@ -198,6 +202,7 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
         "versions": runlog.versions(),
         "git": runlog.git_state(),
         "precision": str(dtype).removeprefix("torch."),
+        "compiled": world.device.type == "cuda" if cfg.compile is None else cfg.compile,
         "kernels": dispatch.resolve(cfg.kernels),
         "data": f"{train_corpus.name}: {len(train_corpus):,} documents to train on, {len(val_corpus):,} to validate",
     }
@@ -241,6 +246,7 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
         val_corpus=val_corpus,
         tokenizer=tokenizer,
         model=model,
+        forward=torch.compile(model, fullgraph=True, dynamic=False) if facts["compiled"] else model,
         optimizer=optimizer,
         gradients=Gradients(list(model.parameters())),
         tensors=tensors,
@@ -261,6 +267,29 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
 
 
 # loop ---------------------------------------------------------------------
+
+
+def warm_up(run: Run) -> None:
+    """Compiles the model on a batch of the real shape that leaves no trace in it."""
+    if not run.facts["compiled"] or run.start_step == run.plan.steps:
+        return
+    run.log.print("compiling the model, once: this can take minutes (--no-compile starts at once)")
+    started = time.perf_counter()
+    tokens = torch.zeros((run.plan.device_batch_size, run.plan.seq_len), dtype=torch.int64, device=run.world.device)
+    try:
+        for _ in range(2):  # the first may fill caches of the model, and the second be compiled for full ones
+            run.forward(tokens, tokens).backward()
+            run.gradients.zero()
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        reason = str(error.inner_exception).splitlines()[0]
+        raise TrainingError(
+            f"torch.compile fails here ({reason}): --no-compile trains without it; {kept(run.out)}"
+        ) from error
+    distributed.barrier()
+    seconds = time.perf_counter() - started
+    run.facts["compile_s"] = seconds
+    run.log.event("compile", run.start_step, seconds=seconds)
+    run.log.print(f"compiled in {seconds:.1f} s")
 
 
 def loop(run: Run) -> None:
@@ -314,7 +343,7 @@ def train_step(run: Run, step: int) -> None:
     inputs, targets = run.loader.next_step()  # each (micro-steps, B, T)
     loss_sum = torch.zeros((), device=run.world.device)
     for micro_inputs, micro_targets in zip(inputs, targets):
-        loss = run.model(micro_inputs, micro_targets) / run.plan.grad_accum_steps
+        loss = run.forward(micro_inputs, micro_targets) / run.plan.grad_accum_steps
         loss.backward()
         loss_sum += loss.detach()
     wish = torch.full_like(loss_sum, run.stop.signum > 0)

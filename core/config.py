@@ -133,6 +133,8 @@ class Config:
     """Compute type; unset: bf16 on GPUs that have it, else fp32."""
     kernels: str = "auto"
     """Backend of the ops: auto, ref, triton, cuda, or op=backend pairs separated by commas."""
+    compile: Annotated[bool | None, tyro.conf.arg(constructor=bool)] = None
+    """Compile the training forward and backward with torch.compile, before the clock starts; unset: on a GPU only."""
     deterministic: bool = False
     """On a GPU, use deterministic algorithms only (slower); a CPU run always is."""
 
@@ -173,7 +175,7 @@ class Config:
 
 # Changing one of these between stop and resume leaves the training result as it is.
 RESUMABLE_CHANGES = {
-    "device_batch_size", "device", "kernels", "deterministic", "out", "resume", "save_every", "keep_checkpoints",
+    "device_batch_size", "device", "kernels", "compile", "deterministic", "out", "resume", "save_every", "keep_checkpoints",
     "eval_every", "eval_tokens", "final_eval_bytes", "cache_dir", "path", "sample_every", "sample_prompts", "sample_tokens", "temperature",
     "top_k", "log_every", "profile", "dry_run", "json",
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """What a run shows and leaves behind: console, log.jsonl, summary.json, report.md with its loss curve.
 
-Only rank 0 writes. log.jsonl has one object per line with `event` (start, step, eval, sample, checkpoint, resume, stop,
-end), `step` and the event's own fields; each line is flushed as it is written. Times are seconds, rates per second.
+Only rank 0 writes. log.jsonl has one object per line with `event` (start, compile, step, eval, sample, checkpoint, resume,
+stop, end), `step` and the event's own fields; each line is flushed as it is written. Times are seconds, rates per second.
 """
 
 import json
