@@ -42,6 +42,7 @@ from core.plan import Plan, make_plan, smaller_device_batch
 from core.profiling import SETTLING_STEPS, StepProfile, window
 from core.runlog import LaggingLoss, RunLog, TrainingClock
 from core.signals import StopRequest
+from core.wandb_mirror import WandbMirror, load_wandb
 from kernels import dispatch
 
 LESS_MEMORY = "--precision bf16, a smaller --depth, or fewer other programs on this machine (--dry-run predicts memory)"
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> None:
             return
         print(json.dumps(dataclasses.asdict(plan)) if cfg.json else runlog.render(runlog.plan_table(plan)))
         return
+    if cfg.wandb:
+        load_wandb()  # whether it is there is told before any work
     distributed.prepare_process(device_type, deterministic=cfg.deterministic)
     world = distributed.init_world(device_type)
     stamp = f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -193,8 +196,22 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
 
     # the run folder and its header, when nothing can fail any more that the user might have to mend
     subset = validation_subset(val_corpus, tokenizer, model_cfg.seq_len, cfg.eval_tokens)
+    config = to_dict(dataclasses.replace(cfg, out=str(out), resume=None))
+
+    def open_mirror() -> WandbMirror | None:
+        if cfg.wandb is None or not world.is_main:
+            return None
+        run_id = saved["wandb"] if saved and cfg.wandb == old_cfg.wandb else None
+        return WandbMirror(cfg.wandb, out, config | {"plan": dataclasses.asdict(plan)}, run_id)
+
     log = RunLog(
-        out, world, plan, log_every=cfg.log_every, start_step=start_step, log_bytes=saved and saved["log_bytes"]
+        out,
+        world,
+        plan,
+        log_every=cfg.log_every,
+        start_step=start_step,
+        log_bytes=saved and saved["log_bytes"],
+        mirror=distributed.main_first(open_mirror),
     )
     facts = {
         "preset": cfg.preset,
@@ -207,7 +224,7 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
         "data": f"{train_corpus.name}: {len(train_corpus):,} documents to train on, {len(val_corpus):,} to validate",
     }
     if world.is_main:
-        checkpoint.write_json(out / "config.json", to_dict(dataclasses.replace(cfg, out=str(out), resume=None)))
+        checkpoint.write_json(out / "config.json", config)
     notes = []
     if tokenizer.vocab_size < cfg.model.vocab_size:
         notes.append(
@@ -452,6 +469,7 @@ def save(run: Run, step: int, *, looked: bool = True) -> None:
         "wall_time_s": time.time() - run.started,
         "peak_memory_bytes": memory,
         "profile": run.profile.seconds,
+        "wandb": run.log.mirror and run.log.mirror.id,
         "clock": {"counted_s": run.clock.counted_s, "counted_steps": run.clock.counted_steps},
     }
     tensors = run.tensors | checkpoint.rng_tensors(run.world.device)
@@ -501,6 +519,8 @@ def finish(run: Run) -> None:
         "wall_time_s": time.time() - run.started,
     }
     run.log.event("end", plan.steps, val_bpb=bpb, scope=valset.scope, total_training_time_s=seconds)
+    if run.log.mirror:
+        run.log.mirror.summary(summary)
     run.log.close()
     checkpoint.write_json(run.out / "summary.json", summary)
     runlog.write_report(run.out, summary)

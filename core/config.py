@@ -167,6 +167,9 @@ class Config:
     profile: int = 0
     """Steps in a row, after warm-up and off the clock, to profile: time by op in the report, time line and memory in profile/."""
 
+    wandb: str | None = None
+    """Project on Weights & Biases that gets the metrics too; a resumed run goes on there as the same one."""
+
     dry_run: bool = False
     """Print the plan (sizes, FLOPs, batch, steps, learning rates, memory) and stop."""
     json: bool = False
@@ -177,7 +180,7 @@ class Config:
 RESUMABLE_CHANGES = {
     "device_batch_size", "device", "kernels", "compile", "deterministic", "out", "resume", "save_every", "keep_checkpoints",
     "eval_every", "eval_tokens", "final_eval_bytes", "cache_dir", "path", "sample_every", "sample_prompts", "sample_tokens", "temperature",
-    "top_k", "log_every", "profile", "dry_run", "json",
+    "top_k", "log_every", "profile", "wandb", "dry_run", "json",
 }  # fmt: skip
 
 _PYTHON_PROMPTS = ("def main(", "class TestCase(unittest.", "import os\nimport sys\n")

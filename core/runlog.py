@@ -22,6 +22,7 @@ from torch import Tensor
 
 from core.distributed import World
 from core.plan import Plan
+from core.wandb_mirror import WandbMirror
 
 UNCOUNTED_STEPS = 11  # steps 0..10 warm caches and compilers; the training clock leaves them out, as nanochat's does
 HIGH_NON_MATMUL_SHARE = 0.4  # above this the report says why
@@ -177,9 +178,17 @@ class RunLog:
     """The run folder and the console of one run."""
 
     def __init__(
-        self, out: Path, world: World, plan: Plan, *, log_every: int, start_step: int = 0, log_bytes: int | None = None
+        self,
+        out: Path,
+        world: World,
+        plan: Plan,
+        *,
+        log_every: int,
+        start_step: int = 0,
+        log_bytes: int | None = None,
+        mirror: WandbMirror | None = None,
     ):
-        self.out, self.plan, self.log_every = out, plan, log_every
+        self.out, self.plan, self.log_every, self.mirror = out, plan, log_every, mirror
         self.is_main = world.is_main
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.is_main)
         if not self.console.is_terminal:
@@ -217,12 +226,13 @@ class RunLog:
         return self._file.tell() if self._file else 0
 
     def event(self, event: str, step: int, **fields: Any) -> None:
-        if self._file:
-            self._file.write(
-                json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **fields}, allow_nan=False)
-                + "\n"
-            )
-            self._file.flush()
+        if not self._file:
+            return
+        line = {"event": event, "step": step, "time": round(time.time(), 3), **fields}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self.mirror:
+            self.mirror.event(line)
 
     def print(self, text: Any = "") -> None:
         self.console.print(text, markup=False) if isinstance(text, str) else self.console.print(text)
@@ -290,6 +300,9 @@ class RunLog:
         if self._file:
             self._file.close()
             self._file = None
+        if self.mirror:
+            self.mirror.close()
+            self.mirror = None
 
 
 def plan_table(plan: Plan) -> Table:
