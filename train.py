@@ -123,7 +123,7 @@ class Run:
     memory_before: int  # peak of the processes that this one continues, bytes
     looked: bool  # the visit of start_step was made before
     losses: LaggingLoss
-    stop: StopRequest
+    signals: StopRequest
     profile: StepProfile
     profiled: range  # steps
 
@@ -277,7 +277,7 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
         memory_before=saved["peak_memory_bytes"] if saved else 0,
         looked=bool(saved and saved["looked"]),
         losses=LaggingLoss(),
-        stop=StopRequest(),
+        signals=StopRequest(),
         profile=StepProfile(world, out, saved["profile"] if saved else {}),
         profiled=profiled,
     )
@@ -310,7 +310,7 @@ def warm_up(run: Run) -> None:
 
 
 def loop(run: Run) -> None:
-    with run.stop:
+    with run.signals:
         visits(run)
 
 
@@ -320,7 +320,7 @@ def visits(run: Run) -> None:
         if not (step == run.start_step and run.looked):
             look(run, step)
         if step == steps:
-            if any(distributed.gather_objects(run.stop.signum)):
+            if any(distributed.gather_objects(run.signals.signum)):
                 halt(run, step, looked=True)
             return
         if step in run.profiled:
@@ -363,7 +363,7 @@ def train_step(run: Run, step: int) -> None:
         loss = run.forward(micro_inputs, micro_targets) / run.plan.grad_accum_steps
         loss.backward()
         loss_sum += loss.detach()
-    wish = torch.full_like(loss_sum, run.stop.signum > 0)
+    wish = torch.full_like(loss_sum, run.signals.signum > 0)
     outcome = torch.stack((loss_sum, wish))
     if run.world.world_size > 1:
         run.gradients.average(lambda grads: distributed.average_([*grads, outcome]))
@@ -402,7 +402,7 @@ def stop(run: Run, step: int, why: str) -> None:
 def halt(run: Run, step: int, *, looked: bool) -> None:
     """Ends the run after `step` steps because a process had a signal; looked: the visit that follows them was made."""
     run.clock.stop()
-    signum = max(distributed.gather_objects(run.stop.signum))
+    signum = max(distributed.gather_objects(run.signals.signum))
     name = signal.Signals(signum).name
     run.log.event("stop", step, reason=name)
     save(run, step, looked=looked)

@@ -24,6 +24,7 @@ from core.distributed import World
 
 ATTENTION = ("scaled_dot_product", "flash_attention", "flex_attention", "efficient_attention", "cudnn_attention")
 MATMUL = ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::_scaled_mm")
+COMPILED_GRAPH = "## Call CompiledFxGraph"  # and a hash
 SETTLING_STEPS = 2  # of a resumed run, before its window
 TIMELINE_POINTS = 500
 TOP_OPS = 12
@@ -76,7 +77,10 @@ class StepProfile:
             return
         attr = "self_device_time_total" if self._cuda else "self_cpu_time_total"
         averages = self._profile.key_averages()
-        self.seconds = Counter({event.key: getattr(event, attr) * 1e-6 for event in averages})
+        self.seconds = Counter()
+        for event in averages:
+            name = "compiled graph" if event.key.startswith(COMPILED_GRAPH) else event.key
+            self.seconds[name] += getattr(event, attr) * 1e-6
         trace = self._path("trace.json.gz")
         self._profile.export_chrome_trace(str(trace))
         if not self._cuda:
