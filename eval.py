@@ -15,7 +15,7 @@ from core.config import Config, ModelConfig, from_dict
 from core.data.corpus import open_corpus
 from core.data.tokenizer import Tokenizer
 from core.distributed import World
-from core.errors import user_errors
+from core.errors import out_of_memory, user_errors
 from core.evals.bits_per_byte import score, validation_whole
 from core.generate import sample_texts, stream_text
 from core.model import GPT
@@ -115,7 +115,10 @@ def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, trained: Confi
         lambda: open_corpus(source, seed=trained.seed, val_every=trained.data.val_every, cache_dir=cache_dir)
     )
     valset, _ = validation_whole(corpus, tokenizer, model.dims.seq_len, cfg.max_bytes)
-    bpb = score(model, valset, tokenizer, batch_size=cfg.device_batch_size, world=world)
+    rows = cfg.device_batch_size
+    advice = f"try --device-batch-size {rows // 2}" if rows > 1 else "fewer than one is impossible; try --device cpu"
+    with out_of_memory(f"{rows} rows per forward pass", lambda: advice):
+        bpb = score(model, valset, tokenizer, batch_size=rows, world=world)
     return {"data": source, "val_bpb": bpb.bpb, "val_bytes": bpb.num_bytes, "val_tokens": bpb.num_tokens} | {
         "val_scope": valset.scope
     }

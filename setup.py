@@ -27,5 +27,5 @@ setup(
         "matplotlib",
         "safetensors",
     ],
-    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis"]},
+    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis"], "wandb": ["wandb"]},
 )

@@ -26,9 +26,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from core.data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 STATE_FILE = "state.json"
-_STATE_KEYS = {"step", "config", "model", "loader", "log_bytes", "clock", "wall_time_s", "peak_memory_bytes", "profile"}
+_STATE_KEYS = {
+    "step", "looked", "config", "model", "loader", "log_bytes", "clock", "wall_time_s", "peak_memory_bytes", "profile",
+    "wandb",
+}  # fmt: skip
 _NAME = re.compile(r"step_(\d{6,})")
 
 

@@ -115,7 +115,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
 
     steps: int | None = None
-    """Optimizer steps; unset: from target_flops, else from ratio."""
+    """Optimizer steps; unset: from target_flops, else from ratio. With --resume: the run goes on to this many."""
     target_flops: float | None = None
     """Training compute in FLOPs that sets the number of steps when steps is unset."""
     ratio: float = 12.0
@@ -133,6 +133,8 @@ class Config:
     """Compute type; unset: bf16 on GPUs that have it, else fp32."""
     kernels: str = "auto"
     """Backend of the ops: auto, ref, triton, cuda, or op=backend pairs separated by commas."""
+    compile: Annotated[bool | None, tyro.conf.arg(constructor=bool)] = None
+    """Compile the training forward and backward with torch.compile, before the clock starts; unset: on a GPU only."""
     deterministic: bool = False
     """On a GPU, use deterministic algorithms only (slower); a CPU run always is."""
 
@@ -162,8 +164,11 @@ class Config:
     """Sample among this many likeliest tokens; 0: among all."""
     log_every: int = 1
     """Steps between log lines."""
-    profile_steps: int = 0
-    """Steps, after warm-up, measured with torch.profiler for the share of time outside matmul and attention (off the clock)."""
+    profile: int = 0
+    """Steps in a row, after warm-up and off the clock, to profile: time by op in the report, time line and memory in profile/."""
+
+    wandb: str | None = None
+    """Project on Weights & Biases that gets the metrics too; a resumed run goes on there as the same one."""
 
     dry_run: bool = False
     """Print the plan (sizes, FLOPs, batch, steps, learning rates, memory) and stop."""
@@ -173,9 +178,9 @@ class Config:
 
 # Changing one of these between stop and resume leaves the training result as it is.
 RESUMABLE_CHANGES = {
-    "device_batch_size", "device", "kernels", "deterministic", "out", "resume", "save_every", "keep_checkpoints",
+    "device_batch_size", "device", "kernels", "compile", "deterministic", "out", "resume", "save_every", "keep_checkpoints",
     "eval_every", "eval_tokens", "final_eval_bytes", "cache_dir", "path", "sample_every", "sample_prompts", "sample_tokens", "temperature",
-    "top_k", "log_every", "profile_steps", "dry_run", "json",
+    "top_k", "log_every", "profile", "wandb", "dry_run", "json",
 }  # fmt: skip
 
 _PYTHON_PROMPTS = ("def main(", "class TestCase(unittest.", "import os\nimport sys\n")
@@ -205,7 +210,7 @@ _QUICKSTART_CPU = Config(
     sample_tokens=120,
     temperature=1.0,
     log_every=10,
-    profile_steps=3,
+    profile=3,
 )
 
 # Not yet run on a GPU. The rates are those of the gpt2 preset at its tuned depth.
@@ -239,7 +244,7 @@ STDLIB = "stdlib"
 _RANGES: dict[str, tuple[float, float]] = {
     "log_every": (1, math.inf), "eval_every": (1, math.inf), "save_every": (1, math.inf), "sample_every": (1, math.inf),
     "eval_tokens": (1, math.inf), "final_eval_bytes": (1, math.inf), "keep_checkpoints": (1, math.inf),
-    "sample_tokens": (0, math.inf), "profile_steps": (0, math.inf), "temperature": (0, 100), "top_k": (0, math.inf),
+    "sample_tokens": (0, math.inf), "profile": (0, math.inf), "temperature": (0, 100), "top_k": (0, math.inf),
     "seed": (0, 2**62), "ratio": (0, 1e9), "target_flops": (0, 1e40),
     "warmup_steps": (0, math.inf), "momentum_warmup_steps": (0, math.inf), "warmdown_ratio": (0, 1),
     "final_lr_frac": (0, 1), "weight_decay": (0, 1e6), "logit_softcap": (0, 1e6),

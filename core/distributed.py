@@ -140,6 +140,12 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's `value`."""
     box = [value]

@@ -1,23 +1,46 @@
 """Errors a user can act on, told in one sentence."""
 
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch raises a plain RuntimeError for it
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what is safe."""
 
 
+class Stopped(RuntimeError):
+    """A signal ended the program; the message says what is safe."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+@contextmanager
+def out_of_memory(what: str, advice: Callable[[], str]) -> Iterator[None]:
+    """Turns a lack of memory for `what` inside the block into a TrainingError that ends with the advice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and CPU_OUT_OF_MEMORY not in str(error):
+            raise
+        raise TrainingError(f"out of memory for {what}: {advice()}") from error
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Ends the process with one sentence: status 1 for a TrainingError, 2 for a ValueError that this repository raised and
-    for a file that cannot be read or written.
+    for a file that cannot be read or written, 128 + n for signal n.
 
     Errors from libraries and failed assertions are defects, not user errors: they keep their traceback.
     """
@@ -25,6 +48,10 @@ def user_errors() -> Iterator[None]:
         yield
     except TrainingError as error:
         _exit(str(error), 1)
+    except Stopped as stopped:
+        _stop(str(stopped), stopped.signum)
+    except KeyboardInterrupt:
+        _stop("stopped by SIGINT", signal.SIGINT)
     except OSError as error:
         if error.filename is None:
             raise
@@ -40,3 +67,9 @@ def _exit(sentence: str, status: int) -> None:
     rank = os.environ.get("RANK", "0")
     print(f"error: {sentence}" if rank == "0" else f"error on rank {rank}: {sentence}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def _stop(sentence: str, signum: int) -> None:
+    if os.environ.get("RANK", "0") == "0":  # what stops one process stops all
+        print(sentence, file=sys.stderr)
+    raise SystemExit(128 + signum)

@@ -109,6 +109,12 @@ def make_plan(
     )
 
 
+def smaller_device_batch(plan: Plan) -> int | None:
+    """The next smaller device batch that divides the rows of a process; None below one row."""
+    rows = plan.device_batch_size * plan.grad_accum_steps
+    return max((n for n in _divisors(rows) if n < plan.device_batch_size), default=None)
+
+
 def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 

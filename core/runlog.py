@@ -1,7 +1,7 @@
 """What a run shows and leaves behind: console, log.jsonl, summary.json, report.md with its loss curve.
 
-Only rank 0 writes. log.jsonl has one object per line with `event` (start, step, eval, sample, checkpoint, resume, stop,
-end), `step` and the event's own fields; each line is flushed as it is written. Times are seconds, rates per second.
+Only rank 0 writes. log.jsonl has one object per line with `event` (start, compile, step, eval, sample, checkpoint, resume,
+stop, end), `step` and the event's own fields; each line is flushed as it is written. Times are seconds, rates per second.
 """
 
 import json
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from core.distributed import World
 from core.plan import Plan
+from core.wandb_mirror import WandbMirror
 from kernels.dispatch import Choice
 
 UNCOUNTED_STEPS = 11  # steps 0..10 warm caches and compilers; the training clock leaves them out, as nanochat's does
@@ -142,28 +143,35 @@ class TrainingClock:
 
 
 class LaggingLoss:
-    """Reads each step's loss one step late on a GPU, so that reading it never waits for the step just launched."""
+    """Reads each step's loss one step late on a GPU, so that reading it never waits for the step just launched.
+
+    The wish of any process to stop rides with the loss: both are averaged over ranks in one tensor, and how many entries
+    are read when is the same on every rank, so that all learn of it at the same step.
+    """
 
     def __init__(self) -> None:
         self._pending: deque[tuple[int, Tensor, Any]] = deque()
 
-    def put(self, step: int, loss: Tensor) -> None:
+    def put(self, step: int, outcome: Tensor) -> None:
+        """outcome: (2,) loss, and more than 0 when a process shall stop; means over ranks."""
         event = None
-        if loss.is_cuda:
-            pinned = torch.empty((), dtype=loss.dtype, pin_memory=True)  # a copy to pageable memory would wait
-            loss = pinned.copy_(loss, non_blocking=True)
+        if outcome.is_cuda:
+            pinned = torch.empty_like(outcome, device="cpu", pin_memory=True)  # a copy to pageable memory would wait
+            outcome = pinned.copy_(outcome, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending.append((step, loss, event))
+        self._pending.append((step, outcome, event))
 
-    def take(self, *, flush: bool = False) -> list[tuple[int, float]]:
-        """(step, loss) of the steps whose loss may be read now; all of them with `flush`."""
+    def take(self, *, flush: bool = False) -> list[tuple[int, float, bool]]:
+        """(step, loss, stop) of the steps that may be read now; all of them with `flush`, and when one says stop."""
         done = []
         while self._pending and (flush or self._pending[0][2] is None or len(self._pending) > 1):
-            step, loss, event = self._pending.popleft()
+            step, outcome, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            done.append((step, float(loss)))
+            loss, wish = outcome.tolist()
+            done.append((step, loss, wish > 0))
+            flush |= wish > 0
         return done
 
 
@@ -171,9 +179,17 @@ class RunLog:
     """The run folder and the console of one run."""
 
     def __init__(
-        self, out: Path, world: World, plan: Plan, *, log_every: int, start_step: int = 0, log_bytes: int | None = None
+        self,
+        out: Path,
+        world: World,
+        plan: Plan,
+        *,
+        log_every: int,
+        start_step: int = 0,
+        log_bytes: int | None = None,
+        mirror: WandbMirror | None = None,
     ):
-        self.out, self.plan, self.log_every = out, plan, log_every
+        self.out, self.plan, self.log_every, self.mirror = out, plan, log_every, mirror
         self.is_main = world.is_main
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.is_main)
         if not self.console.is_terminal:
@@ -211,12 +227,13 @@ class RunLog:
         return self._file.tell() if self._file else 0
 
     def event(self, event: str, step: int, **fields: Any) -> None:
-        if self._file:
-            self._file.write(
-                json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **fields}, allow_nan=False)
-                + "\n"
-            )
-            self._file.flush()
+        if not self._file:
+            return
+        line = {"event": event, "step": step, "time": round(time.time(), 3), **fields}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self.mirror:
+            self.mirror.event(line)
 
     def print(self, text: Any = "") -> None:
         self.console.print(text, markup=False) if isinstance(text, str) else self.console.print(text)
@@ -286,6 +303,9 @@ class RunLog:
         if self._file:
             self._file.close()
             self._file = None
+        if self.mirror:
+            self.mirror.close()
+            self.mirror = None
 
 
 def plan_table(plan: Plan) -> Table:
@@ -417,6 +437,12 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
                 f"More than {100 * HIGH_NON_MATMUL_SHARE:.0f} % of the time is outside matmul and attention: the other ops "
                 "above pass over activations at the speed of memory, and a narrow model has little arithmetic per byte.",
             ]
+    if s.get("profile_files"):
+        lines += [
+            "",
+            f"More in {', '.join(f'`{name}`' for name in s['profile_files'])}: time lines open at ui.perfetto.dev, memory "
+            "snapshots of GPUs at pytorch.org/memory_viz.",
+        ]
     lines += ["", "## Samples", ""]
     for e in [e for e in events if e["event"] == "sample"][-1:]:
         for sample in e["samples"]:

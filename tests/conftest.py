@@ -38,18 +38,15 @@ def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def tiny(corpus_dir, cache_dir):
+@pytest.fixture(scope="session")
+def tiny_options(corpus_dir, cache_dir):
     """Options of a quickstart run on that corpus with a model of a few thousand parameters."""
     sizes = "--depth 2 --d-model 32 --d-head 16 --seq-len 32 --vocab-size 300 --total-batch-size 512 --steps 12"
-    pace = "--eval-every 5 --eval-tokens 500 --sample-every 6 --sample-tokens 4 --save-every 4 --profile-steps 0 --device cpu"
-    return [
-        *sizes.split(),
-        *pace.split(),
-        "--val-every",
-        "10",
-        "--data",
-        str(corpus_dir),
-        "--cache-dir",
-        str(cache_dir),
-    ]
+    pace = "--eval-every 5 --eval-tokens 500 --sample-every 6 --sample-tokens 4 --save-every 4 --profile 0 --device cpu"
+    data = ["--val-every", "10", "--data", str(corpus_dir), "--cache-dir", str(cache_dir)]
+    return [*sizes.split(), *pace.split(), *data]
+
+
+@pytest.fixture
+def tiny(tiny_options):
+    return list(tiny_options)

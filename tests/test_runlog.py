@@ -35,8 +35,9 @@ def test_clock_leaves_out_the_first_steps_and_every_pause(monkeypatch):
 
 def test_losses_of_the_cpu_are_read_at_once():
     losses = LaggingLoss()
-    losses.put(3, torch.tensor(2.5))
-    assert losses.take() == [(3, 2.5)]
+    losses.put(3, torch.tensor([2.5, 0]))
+    losses.put(4, torch.tensor([1.5, 0.125]))
+    assert losses.take() == [(3, 2.5, False), (4, 1.5, True)]
     assert losses.take(flush=True) == []
 
 

@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from core import checkpoint
+from core import checkpoint, schedule
+from core.config import from_dict
 from core.errors import TrainingError, user_errors
+from core.optim import Optimizer
 
 ROOT = Path(train.__file__).resolve().parent
 
@@ -62,7 +64,7 @@ def run(tiny, out, *options):
 def finished(tmp_path_factory, corpus_dir, cache_dir, request):
     out = tmp_path_factory.mktemp("finished") / "run"
     sizes = "--depth 2 --d-model 32 --d-head 16 --seq-len 32 --vocab-size 300 --total-batch-size 512 --steps 14"
-    pace = "--eval-every 5 --eval-tokens 500 --sample-every 6 --sample-tokens 4 --save-every 4 --profile-steps 1"
+    pace = "--eval-every 5 --eval-tokens 500 --sample-every 6 --sample-tokens 4 --save-every 4 --profile 1"
     data = ["--val-every", "10", "--data", str(corpus_dir), "--cache-dir", str(cache_dir), "--device", "cpu"]
     train.main([*sizes.split(), *pace.split(), *data, "--out", str(out)])
     return out
@@ -80,6 +82,7 @@ def test_a_run_leaves_everything_behind(finished, corpus_dir):
     assert 0 < summary["total_training_time_s"] < summary["wall_time_s"]
     assert summary["tok_per_s"] == pytest.approx(2 * 512 / summary["total_training_time_s"])
     assert 0 < summary["non_matmul_share"] < 1
+    assert summary["profile_files"] == ["profile/memory.json", "profile/trace.json.gz"]
     assert json.loads((finished / "config.json").read_text())["model"]["depth"] == 2
     report = (finished / "report.md").read_text()
     assert f"{summary['val_bpb']:.4f}" in report and "xz -9e" in report and "## Samples" in report
@@ -198,6 +201,33 @@ def test_resuming_a_finished_run_only_reports_again(finished, tmp_path):
     assert after["val_bpb"] == before["val_bpb"] and after["total_training_time_s"] == before["total_training_time_s"]
 
 
+def test_a_finished_run_can_be_extended(finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    used, honest = {}, Optimizer.step
+
+    def spied(self, grads, *, step, **hyper):
+        used[step] = hyper
+        honest(self, grads, step=step, **hyper)
+
+    monkeypatch.setattr(Optimizer, "step", spied)
+    train.main(["--resume", str(out), "--steps", "20"])
+    cfg = from_dict(json.loads((out / "config.json").read_text()))
+    assert cfg.steps == 20
+    assert used == {step: schedule.at(step, 20, cfg.optim) for step in range(14, 20)}
+    before = losses(finished)
+    assert {step: loss for step, loss in losses(out).items() if step < 14} == before and len(losses(out)) == 20
+    was, now = (schedule.at(14, n, cfg.optim)["lr_mult"] for n in (14, 20))
+    text = capsys.readouterr().out
+    assert "the run now has 20 steps, not 14: from step 14 on" in text and f"is {now:.4g} instead of {was:.4g}" in text
+    assert json.loads((out / "summary.json").read_text())["tokens"] == 20 * 512
+    train.main(["--resume", str(out / "checkpoints" / "step_000016"), "--steps", "18"])  # and be cut short
+    assert len(losses(out)) == 18
+    with pytest.raises(ValueError, match="--steps is 17, but the checkpoint has made 18 already: expected 19 or more"):
+        train.main(["--resume", str(out), "--steps", "17"])
+    assert len(losses(out)) == 18
+
+
 @pytest.mark.parametrize("device_batch", ["4", "16"])
 def test_micro_batches_do_not_change_the_losses(tiny, tmp_path, device_batch, finished):
     out = run(tiny, tmp_path / "run", "--steps", "14", "--device-batch-size", device_batch)
@@ -265,7 +295,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny, tmp_path, monkeypa
     def poisoned(run, step):
         honest(run, step)
         if step == 6:
-            run.losses._pending[-1] = (step, torch.tensor(math.nan), None)
+            run.losses._pending[-1] = (step, torch.tensor([math.nan, 0]), None)
 
     monkeypatch.setattr(train, "train_step", poisoned)
     out = tmp_path / "run"
@@ -414,7 +444,7 @@ def test_damaged_validation_rows_are_found_before_training(tiny, tmp_path):
 @pytest.mark.parametrize(
     "damage, says",
     [
-        (lambda f: (f / "state.json").write_text('{"format": 1}'), "damaged"),
+        (lambda f: (f / "state.json").write_text(f'{{"format": {checkpoint.FORMAT}}}'), "damaged"),
         (lambda f: (f / "state.json").write_text("[1]"), "damaged"),
         (lambda f: (f / "state.json").write_bytes(b"\xff\x00"), "damaged"),
         (lambda f: next(f.glob("*.safetensors")).unlink(), "lost its .safetensors"),

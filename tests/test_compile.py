@@ -1,0 +1,62 @@
+"""Training with torch.compile: the same run, from weights that its warm-up has not touched."""
+
+import functools
+import json
+
+import pytest
+import torch
+
+import train
+from core.errors import TrainingError
+from tests.test_train import events, losses, run
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Sets the backend of torch.compile: code generation takes minutes, tracing seconds."""
+    honest = torch.compile
+    torch._dynamo.reset()
+
+    def choose(name):
+        monkeypatch.setattr(torch, "compile", functools.partial(honest, backend=name))
+
+    yield choose
+    torch._dynamo.reset()
+
+
+def test_compiled_training_is_the_same_run(tiny, tmp_path, monkeypatch, capsys, backend):
+    before, loop = [], train.loop
+
+    def spied(run):
+        assert all(p.grad is None for p in run.model.parameters())
+        before.append({"rng": torch.get_rng_state(), **{name: t.clone() for name, t in run.tensors.items()}})
+        loop(run)
+
+    monkeypatch.setattr(train, "loop", spied)
+    eager = run(tiny, tmp_path / "eager")
+    capsys.readouterr()
+    backend("aot_eager")
+    out = run(tiny, tmp_path / "run", "--compile")
+    text = capsys.readouterr().out
+    assert text.index("compiling the model, once") < text.index("compiled in") < text.index("step 0/12")
+    assert all(torch.equal(t, before[1][name]) for name, t in before[0].items())
+    a, b = losses(eager), losses(out)
+    assert b[0] == pytest.approx(a[0], abs=1e-6) and b == pytest.approx(a, abs=1e-4)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["compiled"] and summary["compile_s"] == events(out, "compile")[0]["seconds"] > 0
+    assert summary["total_training_time_s"] < summary["compile_s"]
+    assert not events(eager, "compile") and not json.loads((eager / "summary.json").read_text())["compiled"]
+    train.main(["--resume", str(out / "checkpoints" / "step_000008"), "--no-compile"])
+    assert losses(out) == pytest.approx(a, abs=1e-4) and len(events(out, "compile")) == 1
+
+
+def test_a_compiler_that_fails_is_one_sentence(tiny, tmp_path, backend):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler\nmore lines")
+
+    backend(broken)
+    with pytest.raises(
+        TrainingError,
+        match=r"torch.compile fails here \(no C\+\+ compiler\): --no-compile trains without it; .*start again$",
+    ):
+        run(tiny, tmp_path / "run", "--compile")

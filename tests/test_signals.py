@@ -1,0 +1,126 @@
+"""Signals stop a run after a step, with a checkpoint, and lose nothing; elsewhere Ctrl-C is one sentence."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from core import checkpoint
+from core.errors import Stopped, user_errors
+from core.signals import SIGNALS, StopRequest
+from tests.test_train import ROOT, events, final_tensors, losses, run, steps_logged
+
+SLOW = ["--steps", "120", "--sample-every", "200", "--save-every", "100"]
+
+
+def start(*argv):
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(child, out, step):
+    deadline = time.monotonic() + 120
+    while steps_logged(out) < step:
+        assert child.poll() is None and time.monotonic() < deadline, child.communicate()
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, corpus_dir, cache_dir, tiny_options):
+    return run(tiny_options, tmp_path_factory.mktemp("whole") / "run", *SLOW)
+
+
+def assert_same(a, b):
+    assert losses(a) == losses(b)
+    assert [e["step"] for e in events(a, "eval")] == [e["step"] for e in events(b, "eval")]
+    x, y = final_tensors(a), final_tensors(b)
+    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_interrupted_runs_resume_to_the_same_bits(tiny, tmp_path, whole):
+    out = tmp_path / "run"
+    argv = [*tiny, *SLOW, "--out", str(out)]
+    for sig, step in ((signal.SIGINT, 15), (signal.SIGTERM, 45)):
+        child = start(sys.executable, str(ROOT / "train.py"), *argv)
+        wait_for_step(child, out, step)
+        child.send_signal(sig)
+        _, error = child.communicate(timeout=60)
+        made = int(checkpoint.find(out).name[5:])
+        assert child.returncode == 128 + sig and step <= made < 100
+        assert f"stopped by {sig.name} after {made} of 120 steps" in error and f"train.py --resume {out}" in error
+        assert "a second signal stops at once" in error and "Traceback" not in error
+        assert [e["event"] for e in events(out)][-2:] == ["stop", "checkpoint"]
+        assert max(losses(out)) == made - 1
+        argv = ["--resume", str(out)]
+    train.main(argv)
+    assert [e["reason"] for e in events(out, "stop")] == ["SIGINT", "SIGTERM"]
+    assert_same(out, whole)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny, tmp_path, whole):
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    child = start(*torchrun, str(ROOT / "train.py"), *tiny, *SLOW, "--out", str(out))
+    wait_for_step(child, out, 12)
+    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    (second,) = [p for p in workers if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{p}/environ").read_bytes()]
+    os.kill(int(second), signal.SIGTERM)
+    _, error = child.communicate(timeout=60)
+    made = int(checkpoint.find(out).name[5:])
+    assert child.returncode != 0 and 12 <= made < 100 and max(losses(out)) == made - 1
+    assert f"stopped by SIGTERM after {made} of 120 steps" in error and "on rank 1" not in error
+    assert "exitcode  : 143" in error
+    train.main(["--resume", str(out)])
+    for step, loss in losses(whole).items():
+        assert losses(out)[step] == pytest.approx(loss, rel=1e-3), step
+
+
+def test_the_first_signal_is_noted_and_the_second_is_as_before(capfd):
+    before = [signal.getsignal(s) for s in SIGNALS]
+    stop = StopRequest()
+    with stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM and [signal.getsignal(s) for s in SIGNALS] == before
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    with StopRequest():
+        assert signal.getsignal(signal.SIGINT) != before[0]
+    assert [signal.getsignal(s) for s in SIGNALS] == before
+    assert capfd.readouterr().err.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    "where, says", [("build", "start again"), ("finish", "continue with: python train.py --resume")]
+)
+def test_outside_the_loop_an_interrupt_is_one_sentence(tiny, tmp_path, where, says, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, where, interrupted)
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        run(tiny, tmp_path / "run", "--steps", "2")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 130 and says in error and error.count("\n") == 1
+
+
+def test_a_signal_during_the_last_visit_keeps_the_finished_training(tiny, tmp_path, monkeypatch):
+    honest = train.sample
+
+    def slow(run, step):
+        honest(run, step)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "sample", slow)
+    out = tmp_path / "run"
+    with pytest.raises(Stopped, match="SIGTERM after 4 of 4 steps"):
+        run(tiny, out, "--steps", "4")
+    monkeypatch.undo()
+    train.main(["--resume", str(out)])
+    assert len(events(out, "sample")) == 1 and (out / "report.md").exists()

@@ -1,0 +1,81 @@
+"""--wandb, against a stand-in for the package that keeps what it gets."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import train
+from core import checkpoint
+from core.errors import TrainingError
+from tests.test_train import losses, run
+
+
+class Fake:
+    """The part of the package that is used; `runs` has every wandb run of the test."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, login=True):
+        self.runs, self.login = [], login
+
+    def init(self, **options):
+        if not self.login:
+            raise self.Error("No API key configured. Use `wandb login` to log in.")
+        r = SimpleNamespace(id=options.get("id") or f"id{len(self.runs)}", options=options, rows=[], summary={})
+        r.log, r.define_metric, r.finish = r.rows.append, lambda *a, **k: None, lambda **k: setattr(r, "end", k)
+        self.runs.append(r)
+        return r
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_metrics_are_mirrored_and_a_resumed_run_goes_on(tiny, tmp_path, fake, monkeypatch):
+    out, honest = tmp_path / "run", train.train_step
+
+    def dies(run, step):
+        if step == 9:
+            raise TrainingError("enough")
+        honest(run, step)
+
+    monkeypatch.setattr(train, "train_step", dies)
+    with pytest.raises(TrainingError):
+        run(tiny, out, "--wandb", "mine")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train.main(["--resume", str(out)])
+    first, second = fake.runs
+    assert first.options["project"] == "mine" and first.options["config"]["model"]["depth"] == 2
+    assert first.options["config"]["plan"]["steps"] == 12 and "id" not in first.options
+    assert first.end == {"exit_code": 1} and second.end == {"exit_code": 0}
+    assert second.id == first.id and second.options["resume"] == "allow"
+    rows = {r["step"]: r["loss"] for r in first.rows + second.rows if "loss" in r}
+    assert rows == {step + 1: loss for step, loss in losses(out).items()}
+    assert [r["step"] for r in first.rows + second.rows if "val_bpb" in r] == [0, 5, 10]
+    assert json.loads(json.dumps(second.summary)) == json.loads((out / "summary.json").read_text())
+    train.main(["--resume", str(out), "--wandb", "another"])
+    assert fake.runs[2].options["project"] == "another" and "id" not in fake.runs[2].options
+    train.main(["--resume", str(out), "--wandb", "None"])
+    assert len(fake.runs) == 3 and checkpoint.load_state(checkpoint.find(out))["wandb"] == first.id
+
+
+@pytest.mark.parametrize("missing", [None, SimpleNamespace()])
+def test_a_missing_package_is_told_before_any_work(tiny, tmp_path, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, "wandb", missing)
+    with pytest.raises(ValueError, match=r"pip install -e '.\[wandb\]'"):
+        run(tiny, tmp_path / "run", "--wandb", "mine")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_login_is_one_sentence(tiny, tmp_path, fake):
+    fake.login = False
+    with pytest.raises(ValueError, match="--wandb mine: No API key configured.*WANDB_MODE=offline"):
+        run(tiny, tmp_path / "run", "--wandb", "mine")
+    assert not (tmp_path / "run" / "log.jsonl").exists()
