@@ -4,6 +4,7 @@ Only rank 0 writes. log.jsonl has one object per line with `event` (start, compi
 stop, end), `step` and the event's own fields; each line is flushed as it is written. Times are seconds, rates per second.
 """
 
+import importlib.metadata
 import json
 import math
 import os
@@ -78,7 +79,11 @@ def git_state() -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:
