@@ -10,7 +10,7 @@ from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
 triton_norm = rms_norm.backends["triton"]
 FACTOR = 1.25  # each result is rounded once, at its store
 DTYPES = (torch.bfloat16, torch.float32)
-SHAPES = ((5, 128), (3, 768), (37, 33), (2, 1100), (1, 1), (9, 8), (300, 20))
+SHAPES = ((5, 128), (3, 768), (37, 33), (2, 1100), (1, 1), (9, 8), (300, 20), (2, 3000))
 
 
 def inputs(form, shape, dtype=torch.float32, seed=0):
@@ -34,9 +34,10 @@ def test_layouts(form, layout):
     check(form, (11, 40), torch.bfloat16, layout=layout)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("given", ["a", "b"])
-def test_one_coefficient_alone(given):
-    both = inputs("mix", (6, 50), torch.bfloat16)
+def test_one_coefficient_alone(given, dtype):
+    both = inputs("mix", (6, 50), dtype)
     one = {name: t for name, t in both.items() if name in ("x", "x0", given)}
     result = check_op(rms_norm, one, factor=FACTOR)
     assert f"d{given}" in result
@@ -104,18 +105,52 @@ def test_y_is_the_norm_of_the_h_that_is_returned(dtype):
 
 def test_the_fp8_copy_is_y_rounded_to_nearest():
     args = inputs("mix_fp8", (40, 96), torch.bfloat16)
-    for scale in (0.37, 1e-3):  # the second saturates
+    for scale in (0.37, 3.0, 1e-3):  # the last saturates
         out = triton_norm(**{**args, "scale": torch.tensor(scale, device=DEVICE)})
-        want = (out.y.float() / torch.tensor(scale, device=DEVICE)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+        want = (out.y.float() * (1 / torch.tensor(scale, device=DEVICE))).clamp(-FP8_MAX, FP8_MAX).to(FP8)
         assert torch.equal(out.y_fp8.view(torch.uint8), want.view(torch.uint8))
         assert out.amax == out.y.float().abs().max()
     assert not out.y_fp8.requires_grad and not out.amax.requires_grad
 
 
-def test_rows_and_columns_beyond_a_program():
+def test_rows_beyond_a_program():
     """Many programs, whose partial sums of da and db come together."""
     result = check("mix", (200, 40), torch.bfloat16)
     assert result["da"].dtype == torch.float32
+
+
+def test_the_longest_rows_and_many_short_ones():
+    wide, many = randn(0, torch.float32)(1, MAX_N), randn(0, torch.float32)(5000, 8)
+    check_op(rms_norm, {"x": wide}, factor=FACTOR)
+    check_op(
+        rms_norm,
+        {"x": many, "x0": many.flip(0), "scale": torch.ones((), device=DEVICE)},
+        factor=FACTOR,
+        no_grad=("scale",),
+    )
+
+
+def test_rows_more_than_two_billion_elements_apart():
+    """Memory that is only asked for, and touched in three rows."""
+    stride = 2**30
+    x = torch.empty(2 * stride + 64, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 64), (stride, 1))
+    x.copy_(torch.randn(3, 64))
+    assert torch.equal(triton_norm(x).y, triton_norm(x.contiguous()).y)
+
+
+def test_eps():
+    x = torch.randn(4, 32, device=DEVICE)
+    check_op(rms_norm, {"x": x, "eps": 0.1}, factor=FACTOR)
+    check_op(rms_norm, {"x": x, "x0": x.flip(0), "eps": 0.1}, factor=FACTOR)
+
+
+def test_gradients_are_rounded_once():
+    """h = 3 x is exact for these x: what is left is the rounding of each result."""
+    x = torch.randint(-63, 64, (40, 48), generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    three, five = (torch.tensor(n, device=DEVICE) for n in (3.0, 5.0))
+    args = {"x": x, "x0": torch.zeros_like(x), "a": three, "b": five}
+    check_op(rms_norm, args, rounded_once=("y", "h", "dx", "dx0"))
+    check_op(rms_norm, {"x": x}, rounded_once=("y", "dx"))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +201,14 @@ MUTATIONS = {
         "y = (h * rstd[:, None]).to(y_ptr.dtype.element_ty)":
         "y = ((h * rstd[:, None]).to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True).to(y_ptr.dtype.element_ty)"
     },
-    "the scale is inverted": {"tl.div_rn(y, tl.load(scale_ptr))": "y * tl.load(scale_ptr)"},
+    "the scale is inverted": {"y * tl.div_rn(1.0, tl.load(scale_ptr))": "y * tl.load(scale_ptr)"},
+    "x0 has the stride of x": {"* stride_x0_row": "* stride_x_row"},
+    "dh has the stride of dy": {"* stride_dh_row": "* stride_dy_row"},
+    "eps is a constant": {"/ N + eps)": "/ N + 1.1920928955078125e-07)"},
+    "rows end early": {"mask_m = offs_m < M": "mask_m = (offs_m < M) & (offs_m < 1000)"},
+    "columns end early": {"(offs_n < N)[None, :]": "((offs_n < N) & (offs_n < 2048))[None, :]"},
+    "b alone is a little off": {"tl.fma(x0, b, x)": "tl.fma(x0, b, x) * 1.0001"},
+    "dx is rounded twice": {"    dx = g\n": "    g = g.to(dx_ptr.dtype.element_ty).to(tl.float32)\n    dx = g\n"},
     "amax has a sign": {"tl.where(y == y, tl.abs(y)": "tl.where(y == y, -y"},
     "rstd is not written": {"tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)": "pass"},
     "a stride is forgotten": {"tl.load(dy_ptr + offs_m[:, None] * stride_dy_row": "tl.load(dy_ptr + offs_m[:, None] * N"},
@@ -175,13 +217,18 @@ MUTATIONS = {
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_kernel_is_noticed(name, tmp_path):
+def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     broken = mutant(module, MUTATIONS[name], tmp_path).rms_norm
-    with pytest.raises(Failed):
-        check("mix_fp8", (21, 40), torch.bfloat16, op=broken)
-        check("mix_fp8", (21, 40), torch.bfloat16, op=broken, layout="rows apart")
+    monkeypatch.setattr(f"{__name__}.rms_norm", broken)
+    with pytest.raises((Failed, AssertionError)):
+        for layout in LAYOUTS:
+            check("mix_fp8", (21, 40), torch.bfloat16, op=broken, layout=layout)
         small = inputs("plain", (4, 40))
         check_op(broken, {"x": small["x"] * 1e-4}, factor=FACTOR)
+        test_one_coefficient_alone("b", torch.float32)
+        test_eps()
+        test_gradients_are_rounded_once()
+        test_the_longest_rows_and_many_short_ones()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")
