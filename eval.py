@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from core import checkpoint, distributed, runlog
-from core.config import Config, ModelConfig, from_dict
+from core.config import Config, ModelConfig, check_ranges, from_dict
 from core.data.corpus import open_corpus
 from core.data.tokenizer import Tokenizer
 from core.distributed import World
@@ -73,10 +73,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--metrics {cfg.metrics}: unknown {', '.join(unknown)}; choose from {', '.join(METRICS)}")
     if not metrics:
         raise ValueError(f"--metrics is empty: choose from {', '.join(METRICS)}")
-    least_of = {"device_batch_size": 1, "max_bytes": 1, "sample_tokens": 0, "temperature": 0, "top_k": 0, "seed": 0}
-    for name, least in least_of.items():
-        if (value := getattr(cfg, name)) is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: expected {least} or more")
+    check_ranges(cfg)
     folder = checkpoint.find(cfg.path)
     device_type = distributed.choose_device_type(cfg.device)
     distributed.prepare_process(device_type, deterministic=False)
@@ -94,14 +91,8 @@ def main(argv: list[str]) -> None:
                 print(f"{result['data']}: {result['val_bpb']:.4f} bits per byte\n  ({result['val_scope']})")
         if "sample" in metrics and world.is_main:
             prompts = list(cfg.prompt or trained.sample_prompts)
-            options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
-            if talks and len(prompts) == 1:
-                show_sample(prompts[0], stream_text(model, tokenizer, prompts[0], cfg.sample_tokens, **options))
-            else:
-                texts = sample_texts(model, tokenizer, prompts, cfg.sample_tokens, **options)
-                result["samples"] = [{"prompt": p, "text": t} for p, t in zip(prompts, texts)]
-                for p, t in zip(prompts, texts) if talks else ():
-                    show_sample(p, [t])
+            with out_of_memory("samples", lambda: "try shorter prompts, fewer of them, or fewer --sample-tokens"):
+                result["samples"] = write_samples(cfg, model, tokenizer, prompts, shown=talks)
         if world.is_main and cfg.json:
             print(json.dumps(result))
     finally:
@@ -122,6 +113,20 @@ def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, trained: Confi
     return {"data": source, "val_bpb": bpb.bpb, "val_bytes": bpb.num_bytes, "val_tokens": bpb.num_tokens} | {
         "val_scope": valset.scope
     }
+
+
+def write_samples(
+    cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, prompts: list[str], *, shown: bool
+) -> list[dict[str, str]]:
+    """Continues the prompts together; a single one that is shown appears as it is written."""
+    options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
+    if shown and len(prompts) == 1:
+        show_sample(prompts[0], stream_text(model, tokenizer, prompts[0], cfg.sample_tokens, **options))
+        return []
+    texts = sample_texts(model, tokenizer, prompts, cfg.sample_tokens, **options)
+    for p, t in zip(prompts, texts) if shown else ():
+        show_sample(p, [t])
+    return [{"prompt": p, "text": t} for p, t in zip(prompts, texts)]
 
 
 def show_sample(prompt: str, pieces: Iterable[str]) -> None:

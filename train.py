@@ -26,7 +26,7 @@ from core.data.corpus import Corpus, open_corpus
 from core.data.loader import Loader, merge_states
 from core.data.tokenizer import Tokenizer, get_tokenizer
 from core.distributed import World
-from core.errors import Stopped, TrainingError, out_of_memory, user_errors
+from core.errors import Stopped, TrainingError, out_of_memory, signal_of, user_errors
 from core.evals.bits_per_byte import (
     ValidationSet,
     check_readable,
@@ -85,8 +85,8 @@ def main(argv: list[str]) -> None:
     except Stopped:
         distributed.barrier()  # torchrun kills the others when one has ended: rank 0 closes its files first
         raise
-    except KeyboardInterrupt:
-        raise Stopped(f"stopped by SIGINT; {kept(out)}", signal.SIGINT) from None
+    except KeyboardInterrupt as error:
+        raise Stopped(f"stopped by {signal_of(error).name}; {kept(out)}", signal_of(error)) from None
     finally:
         distributed.shutdown()
 
@@ -123,6 +123,7 @@ class Run:
     start_step: int
     memory_before: int  # peak of the processes that this one continues, bytes
     looked: bool  # the visit of start_step was made before
+    extended: bool  # start_step was the last one then
     losses: LaggingLoss
     signals: StopRequest
     profile: StepProfile
@@ -241,6 +242,8 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
             f"dropped {path.name}, which comes after step {start_step}"
             for path in checkpoint.drop_after(out, start_step)
         ]
+    if start_step < plan.steps and world.is_main:
+        notes += [f"the run goes on: its earlier {old.name} is now {new.name}" for old, new in runlog.set_aside(out)]
     old_steps = make_plan(dataclasses.replace(cfg, model=model_cfg, steps=old_cfg.steps), **plan_of).steps
     if plan.steps != old_steps:
         was, now = (schedule.at(start_step, n, cfg.optim)["lr_mult"] for n in (old_steps, plan.steps))
@@ -280,6 +283,7 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
         start_step=start_step,
         memory_before=saved["peak_memory_bytes"] if saved else 0,
         looked=bool(saved and saved["looked"]),
+        extended=start_step == old_steps < plan.steps,
         losses=LaggingLoss(),
         signals=StopRequest(),
         profile=StepProfile(world, out, saved["profile"] if saved else {}),
@@ -323,6 +327,8 @@ def visits(run: Run) -> None:
     while True:
         if not (step == run.start_step and run.looked):
             look(run, step)
+        elif run.extended:
+            evaluate_if_due(run, step)
         if step == steps:
             if any(distributed.gather_objects(run.signals.signum)):
                 halt(run, step, looked=True)
@@ -345,15 +351,19 @@ def visits(run: Run) -> None:
 def look(run: Run, step: int) -> None:
     """What is due before step `step`."""
     cfg, last = run.cfg, step == run.plan.steps
-    if due(cfg.eval_every, step) and not last:
-        pause(run)
-        run.log.eval(step, evaluate(run, run.subset), run.subset.scope, data_stats(run))
+    evaluate_if_due(run, step)
     if step > 0 and (due(cfg.sample_every, step) or last):
         pause(run)
         sample(run, step)
     if step > 0 and (due(cfg.save_every, step) or last):
         pause(run)
         save(run, step)
+
+
+def evaluate_if_due(run: Run, step: int) -> None:
+    if due(run.cfg.eval_every, step) and step < run.plan.steps:  # the end scores the whole split
+        pause(run)
+        run.log.eval(step, evaluate(run, run.subset), run.subset.scope, data_stats(run))
 
 
 def due(every: int | None, step: int) -> bool:
@@ -444,7 +454,10 @@ def sample(run: Run, step: int) -> None:
     if run.world.is_main:
         cfg = run.cfg
         options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
-        texts = sample_texts(run.model, run.tokenizer, list(cfg.sample_prompts), cfg.sample_tokens, **options)
+        with out_of_memory(
+            "samples", lambda: f"try fewer --sample-tokens or shorter --sample-prompts; {kept(run.out)}"
+        ):
+            texts = sample_texts(run.model, run.tokenizer, list(cfg.sample_prompts), cfg.sample_tokens, **options)
         run.log.sample(step, list(zip(cfg.sample_prompts, texts)), **options)
 
 

@@ -30,7 +30,7 @@ FORMAT = 2
 STATE_FILE = "state.json"
 _STATE_KEYS = {
     "step", "looked", "config", "model", "loader", "log_bytes", "clock", "wall_time_s", "peak_memory_bytes", "profile",
-    "wandb",
+    "wandb", "precision",
 }  # fmt: skip
 _NAME = re.compile(r"step_(\d{6,})")
 

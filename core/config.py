@@ -245,7 +245,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "log_every": (1, math.inf), "eval_every": (1, math.inf), "save_every": (1, math.inf), "sample_every": (1, math.inf),
     "eval_tokens": (1, math.inf), "final_eval_bytes": (1, math.inf), "keep_checkpoints": (1, math.inf),
     "sample_tokens": (0, math.inf), "profile": (0, math.inf), "temperature": (0, 100), "top_k": (0, math.inf),
-    "seed": (0, 2**62), "ratio": (0, 1e9), "target_flops": (0, 1e40),
+    "device_batch_size": (1, math.inf), "max_bytes": (1, math.inf), "seed": (0, 2**62), "ratio": (0, 1e9), "target_flops": (0, 1e40),
     "warmup_steps": (0, math.inf), "momentum_warmup_steps": (0, math.inf), "warmdown_ratio": (0, 1),
     "final_lr_frac": (0, 1), "weight_decay": (0, 1e6), "logit_softcap": (0, 1e6),
     "embedding_lr": (0, 1e6), "unembedding_lr": (0, 1e6), "matrix_lr": (0, 1e6), "scalar_lr": (0, 1e6), "gate_lr": (0, 1e6),

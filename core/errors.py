@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,18 @@ class Stopped(RuntimeError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where nothing handles it: as Ctrl-C."""
+
+
+def signal_of(error: KeyboardInterrupt) -> signal.Signals:
+    return signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
 
 
 @contextmanager
@@ -44,14 +57,15 @@ def user_errors() -> Iterator[None]:
 
     Errors from libraries and failed assertions are defects, not user errors: they keep their traceback.
     """
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except TrainingError as error:
         _exit(str(error), 1)
     except Stopped as stopped:
         _stop(str(stopped), stopped.signum)
-    except KeyboardInterrupt:
-        _stop("stopped by SIGINT", signal.SIGINT)
+    except KeyboardInterrupt as error:
+        _stop(f"stopped by {signal_of(error).name}", signal_of(error))
     except OSError as error:
         if error.filename is None:
             raise
@@ -61,6 +75,8 @@ def user_errors() -> Iterator[None]:
         if type(error) is not ValueError or not raised_in.is_relative_to(ROOT) or "site-packages" in raised_in.parts:
             raise
         _exit(str(error), 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _exit(sentence: str, status: int) -> None:

@@ -458,6 +458,18 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
     os.replace(tmp, out / "report.md")
 
 
+def set_aside(out: Path) -> list[tuple[Path, Path]]:
+    """Renames the summary and the report of a run that had ended and goes on, so that nobody takes them for its result."""
+    if not (out / "summary.json").exists():
+        return []
+    steps = json.loads((out / "summary.json").read_text())["steps"]
+    moved = [(path, path.with_stem(f"{path.stem}-{steps}-steps")) for path in (out / "summary.json", out / "report.md")]
+    moved = [(old, new) for old, new in moved if old.exists()]
+    for old, new in moved:
+        old.rename(new)
+    return moved
+
+
 def longest_run(text: str, char: str) -> int:
     """Length of the longest run of `char` in `text`."""
     longest = run = 0

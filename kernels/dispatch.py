@@ -141,10 +141,12 @@ class Op:
             sizes = " ".join(f"{dim}={n}" for dim, n in zip(self.dims, shape))
             raise ValueError(
                 f"--kernels {self.name}={wanted} cannot run on {device.name} with {sizes} {_name(dtype)}: {others[wanted]}; "
-                f"available there: {free} (python -m kernels shows all)"
+                f"available there: {free} (--kernels auto chooses, python -m kernels shows all)"
             )
         else:
             backend, reason = wanted, "forced"
+            if backend == "triton" and device.type != "cuda":
+                reason += ", in Triton's interpreter, which truncates bf16: for tests"
         row = Choice(self.name, dict(zip(self.dims, shape)), _name(dtype), backend, reason, others)
         return row, self.backends[backend]
 

@@ -151,4 +151,4 @@ def test_the_program_shows_what_would_run():
     table = json.loads(module("--device", "cpu", "--json").stdout)
     assert {row["op"] for row in table["choices"]} == set(dispatch.ops())
     refused = module("--device", "cpu", "--kernels", "rms_norm=triton")
-    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+    assert refused.returncode == 2 and refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1

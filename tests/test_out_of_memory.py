@@ -51,6 +51,18 @@ def test_before_the_first_checkpoint(tiny, tmp_path, monkeypatch, options, name,
         run(tiny, tmp_path / "run", *options)
 
 
+def test_samples_ask_for_shorter_ones(tiny, tmp_path, monkeypatch):
+    out = run(tiny, tmp_path / "run")
+    for module in (train, evaluation):
+        short_of_memory(monkeypatch, module, "sample_texts", 0)
+    with pytest.raises(
+        TrainingError, match="out of memory for samples: try fewer --sample-tokens.*step_000004 is saved"
+    ):
+        run(tiny, tmp_path / "other")
+    with pytest.raises(TrainingError, match="out of memory for samples: try shorter prompts"):
+        evaluation.main([str(out), "--metrics", "sample"])
+
+
 @pytest.mark.parametrize("name, when, checkpoint", [("train_step", 9, "step_000008"), ("evaluate", 3, "step_000012")])
 def test_the_advice_can_be_followed(tiny, tmp_path, monkeypatch, name, when, checkpoint):
     out = tmp_path / "run"

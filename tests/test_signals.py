@@ -95,18 +95,23 @@ def test_the_first_signal_is_noted_and_the_second_is_as_before(capfd):
     assert capfd.readouterr().err.count("\n") == 2
 
 
+@pytest.mark.parametrize("signum", SIGNALS)
 @pytest.mark.parametrize(
     "where, says", [("build", "start again"), ("finish", "continue with: python train.py --resume")]
 )
-def test_outside_the_loop_an_interrupt_is_one_sentence(tiny, tmp_path, where, says, monkeypatch, capsys):
+def test_outside_the_loop_a_signal_is_one_sentence(tiny, tmp_path, where, says, signum, monkeypatch, capsys):
     def interrupted(*args):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signum)
+        time.sleep(10)
 
     monkeypatch.setattr(train, where, interrupted)
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped, user_errors():
         run(tiny, tmp_path / "run", "--steps", "2")
     error = capsys.readouterr().err
-    assert stopped.value.code == 130 and says in error and error.count("\n") == 1
+    assert stopped.value.code == 128 + signum and says in error and error.count("\n") == 1
+    assert error.startswith(f"stopped by {signum.name}; ")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_signal_during_the_last_visit_keeps_the_finished_training(tiny, tmp_path, monkeypatch):

@@ -141,6 +141,11 @@ def test_evaluation_prints_scores_then_samples(finished, capsys, prompts):
         (["."], "holds no checkpoint"),
         (["RUN", "--metrics", "bpb,core"], "unknown core"),
         (["RUN", "--metrics", ","], "empty"),
+        (["RUN", "--temperature", "nan"], "--temperature is nan"),
+        (["RUN", "--seed", "99999999999999999999"], "--seed is 9"),
+        (["RUN", "--device-batch-size", "0"], "--device-batch-size is 0"),
+        (["RUN", "--max-bytes", "0"], "--max-bytes is 0"),
+        (["RUN", "--kernels", "fast"], "unknown backend"),
         (["RUN", "--top-k", "-1"], "--top-k is -1"),
         (["RUN", "--temperature", "-0.5"], "--temperature is -0.5"),
     ],
@@ -221,11 +226,21 @@ def test_a_finished_run_can_be_extended(finished, tmp_path, monkeypatch, capsys)
     text = capsys.readouterr().out
     assert "the run now has 20 steps, not 14: from step 14 on" in text and f"is {now:.4g} instead of {was:.4g}" in text
     assert json.loads((out / "summary.json").read_text())["tokens"] == 20 * 512
+    assert json.loads((out / "summary-14-steps.json").read_text())["tokens"] == 14 * 512
+    assert (out / "report-14-steps.md").exists()
     train.main(["--resume", str(out / "checkpoints" / "step_000016"), "--steps", "18"])  # and be cut short
     assert len(losses(out)) == 18
     with pytest.raises(ValueError, match="--steps is 17, but the checkpoint has made 18 already: expected 19 or more"):
         train.main(["--resume", str(out), "--steps", "17"])
     assert len(losses(out)) == 18
+
+
+def test_an_extended_run_is_evaluated_where_it_ended_before(tiny, tmp_path):
+    out = run(tiny, tmp_path / "run", "--steps", "10")
+    assert [e["step"] for e in events(out, "eval")] == [0, 5]
+    train.main(["--resume", str(out), "--steps", "16"])
+    assert [e["step"] for e in events(out, "eval")] == [0, 5, 10, 15]
+    assert [e["step"] for e in events(out, "sample")] == [6, 10, 12, 16]
 
 
 @pytest.mark.parametrize("device_batch", ["4", "16"])
@@ -238,11 +253,11 @@ def test_micro_batches_do_not_change_the_losses(tiny, tmp_path, device_batch, fi
 def test_triton_trains_like_the_reference(tiny, tmp_path, capsys):
     """Forward, backward and optimizer, with every op that has a Triton kernel on it (interpreted, on a CPU)."""
     options = ["--steps", "3", "--eval-every", "9", "--sample-every", "9", "--sample-tokens", "0"]
-    options += ["--seq-len", "16", "--total-batch-size", "128", "--final-eval-bytes", "200"]
+    options += ["--seq-len", "4", "--total-batch-size", "32", "--final-eval-bytes", "1"]
     ref = run(tiny, tmp_path / "ref", *options, "--kernels", "ref")
     capsys.readouterr()
     fast = run(tiny, tmp_path / "fast", *options, "--kernels", "triton")
-    assert re.search(r"rms_norm +M=128 N=32 +float32 +triton +forced", capsys.readouterr().out)
+    assert re.search(r"rms_norm +M=32 N=32 +float32 +triton +forced", capsys.readouterr().out)
     for step, loss in losses(ref).items():
         assert losses(fast)[step] == pytest.approx(loss, rel=1e-4)
     weights = final_tensors(ref), final_tensors(fast)
@@ -446,6 +461,10 @@ def test_damaged_validation_rows_are_found_before_training(tiny, tmp_path):
     [
         (lambda f: (f / "state.json").write_text(f'{{"format": {checkpoint.FORMAT}}}'), "damaged"),
         (lambda f: (f / "state.json").write_text("[1]"), "damaged"),
+        (
+            lambda f: (f / "state.json").write_text((f / "state.json").read_text().replace("precision", "p")),
+            "precision",
+        ),
         (lambda f: (f / "state.json").write_bytes(b"\xff\x00"), "damaged"),
         (lambda f: next(f.glob("*.safetensors")).unlink(), "lost its .safetensors"),
         (lambda f: os.truncate(next(f.glob("*.safetensors")), 1000), "damaged"),
