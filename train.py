@@ -36,7 +36,7 @@ from core.evals.bits_per_byte import (
     validation_whole,
 )
 from core.generate import sample_texts
-from core.model import GPT, choose_ops, dims
+from core.model import GPT, choose_ops
 from core.optim import Gradients, Optimizer
 from core.plan import Plan, make_plan, smaller_device_batch
 from core.profiling import SETTLING_STEPS, StepProfile, window
@@ -145,7 +145,7 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
     # sizes that do not fit, and kernels that cannot run, are told before any work
     plan = make_plan(cfg, **plan_of)
     backends = Backends(cfg.kernels, device=world.device, dtype=dtype)
-    choose_ops(dims(cfg.model), backends, plan.device_batch_size)
+    choose_ops(cfg.model, backends, plan.device_batch_size)
     start_step = saved["step"] if saved else 0
     if cfg.steps != old_cfg.steps and plan.steps <= start_step:
         raise ValueError(

@@ -36,7 +36,7 @@ class KVCache:
         self.embedding = like.new_zeros(rows, 1, d.d_model)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device="cpu")
-        self._rope = tuple(t.to(like.dtype) for t in model.rope_tables(capacity)) if model.cfg.rope else ()
+        self._rope = model.rope_tables(capacity) if model.cfg.rope else ()
 
     def row(self, i: int) -> "KVCache":
         """Row i as a cache of one row; what is written there is written here."""
@@ -56,7 +56,7 @@ class KVCache:
             raise ValueError(f"{length} tokens do not fit into a cache for {self.capacity}")
 
     def rope_tables(self) -> tuple[Tensor, Tensor]:
-        """cos and sin of the next token of each row, each (B, 1, 1, D/2) in the compute type."""
+        """cos and sin of the next token of each row, each (B, 1, D/2) fp32."""
         cos, sin = self._rope
         return cos[self.positions, None], sin[self.positions, None]
 

@@ -26,7 +26,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from core.config import ModelConfig
 from core.loss import linear_cross_entropy
 from kernels.dispatch import Backends
+from kernels.relu2_mlp import relu2_mlp
 from kernels.rms_norm import rms_norm
+from kernels.rope_qk_norm import rope_qk_norm
 
 if TYPE_CHECKING:
     from core.generate import KVCache
@@ -108,27 +110,25 @@ def dims(cfg: ModelConfig) -> Dims:
     )
 
 
-def choose_ops(d: Dims, backends: Backends, batch_size: int) -> dict[str, Callable[..., Any]]:
+def choose_ops(cfg: ModelConfig, backends: Backends, batch_size: int) -> dict[str, Callable[..., Any]]:
     """The functions of the model's ops by attribute name, for batches of that many rows; ValueError as `Backends.choose`."""
+    d = dims(cfg)
     tokens = batch_size * d.seq_len
-    return {
+    chosen = {
         "norm": backends.choose(rms_norm, tokens, d.d_model),
-        "head_norm": backends.choose(rms_norm, tokens * d.n_head, d.d_head),
+        "rope_qk_norm": backends.choose(rope_qk_norm, batch_size, d.seq_len, d.n_head, d.n_kv_head, d.d_head),
     }
+    if cfg.relu2:
+        chosen["mlp"] = backends.choose(relu2_mlp, tokens, d.d_model, d.d_ff)
+    return chosen
 
 
 def rope_tables(seq_len: int, d_head: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, each (T, 1, D/2) fp32."""
+    """cos and sin of every position's angles, each (T, D/2) fp32."""
     j = torch.arange(d_head // 2, dtype=torch.float32, device=device)
     inv_freq = ROPE_BASE ** (-2 * j / d_head)
-    angle = torch.arange(seq_len, dtype=torch.float32, device=device)[:, None, None] * inv_freq
+    angle = torch.arange(seq_len, dtype=torch.float32, device=device)[:, None] * inv_freq
     return angle.cos(), angle.sin()
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates (B, T, heads, D) by minus the position's angle; the first half of D pairs with the second."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
 def window_mask(q_idx: Tensor, kv_idx: Tensor, window: int) -> Tensor:
@@ -219,7 +219,7 @@ class GPT(nn.Module):
         if cfg.backout:
             self.backout_lambda = nn.Parameter(torch.empty(1))
         backends = backends or Backends("ref", device=self.wte.device, dtype=self.wte.dtype)
-        for name, function in choose_ops(d, backends, batch_size).items():
+        for name, function in choose_ops(cfg, backends, batch_size).items():
             setattr(self, name, function)
         if cfg.rope:
             cos, sin = rope_tables(d.seq_len, d.d_head, self.wte.device)
@@ -300,7 +300,7 @@ class GPT(nn.Module):
         return [masks[w] for w in windows]
 
     def rope_tables(self, seq_len: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, 1, D/2) fp32; any length."""
+        """cos and sin (T, D/2) fp32; any length."""
         if seq_len > self.dims.seq_len:
             return rope_tables(seq_len, self.dims.d_head, self.wte.device)
         return self.rope_cos[:seq_len], self.rope_sin[:seq_len]
@@ -337,8 +337,9 @@ class GPT(nn.Module):
             cos, sin = cache.rope_tables() if cfg.rope else (None, None)
             masks = cache.masks()
         else:
-            cos, sin = (t.to(x.dtype) for t in self.rope_tables(T)) if cfg.rope else (None, None)
+            cos, sin = self.rope_tables(T) if cfg.rope else (None, None)
             masks = self._masks(T)
+        heads = {"heads": d.n_head, "kv_heads": d.n_kv_head, "scale": QK_SCALE, "norm": cfg.qk_norm}
         x_mid = None
         for i in range(d.n_layer):
             scale = None if resid is None else resid[i]
@@ -347,25 +348,17 @@ class GPT(nn.Module):
             else:
                 x = x if scale is None else scale * x
                 y = self.norm(x).y
-            q, k, v = (y @ qkv_w[i].T).split((d.d_model, d.d_kv, d.d_kv), dim=-1)
-            q = q.view(B, T, d.n_head, d.d_head)
-            k = k.view(B, T, d.n_kv_head, d.d_head)
-            v = v.view(B, T, d.n_kv_head, d.d_head)
+            gate = values = None
             if i in d.ve_layers:
                 j = d.ve_layers.index(i)
                 gate = VE_GATE_RANGE * torch.sigmoid(y[..., :VE_GATE_CHANNELS] @ gates[j].T)  # (B, T, G)
-                v = v + gate.unsqueeze(-1) * ve[j]
-            if cfg.rope:
-                q, k = rope(q, cos, sin), rope(k, cos, sin)
-            if cfg.qk_norm:
-                q, k = QK_SCALE * self.head_norm(q).y, QK_SCALE * self.head_norm(k).y
+                values = ve[j]
+            q, k, v = self.rope_qk_norm(y @ qkv_w[i].T, cos, sin, gate, values, **heads)
             if cache is not None:
                 k, v = cache.extend(i, k, v)
             y = attention(q, k, v, masks[i]).reshape(B, T, d.d_model)
             y, x, *_ = self.norm(x, y @ out_w[i].T)
-            y = y @ up_w[i].T
-            y = F.relu(y).square() if cfg.relu2 else F.gelu(y)
-            x = x + y @ down_w[i]
+            x = x + (self.mlp(y, up_w[i], down_w[i]) if cfg.relu2 else F.gelu(y @ up_w[i].T) @ down_w[i])
             if i == d.n_layer // 2:
                 x_mid = x
         if cache is not None:

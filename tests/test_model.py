@@ -1,5 +1,6 @@
 """The model: initialisation, each feature against its formula, the switches, and learning at all."""
 
+import copy
 import dataclasses
 import math
 
@@ -13,11 +14,11 @@ from core.model import (
     GPT,
     attention,
     dense_mask,
-    rope,
-    rope_tables,
     softcap,
 )
+from kernels.dispatch import Backends
 from kernels.rms_norm import EPS
+from tests.harness import DEVICE
 
 CFG = ModelConfig(depth=4, d_model=64, d_head=16, n_kv_head=2, seq_len=256, vocab_size=100, window_pattern="SSSL")
 
@@ -218,6 +219,36 @@ def test_compiles_as_one_graph_with_the_loss_and_gradients_of_eager(monkeypatch,
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_with_triton_the_model_is_one_graph_and_agrees_with_the_reference(dtype):
+    cfg = dataclasses.replace(CFG, depth=2, d_model=32, n_kv_head=1, seq_len=12, window_pattern="L")
+    backends = Backends("triton", device=torch.device(DEVICE), dtype=dtype)
+    with torch.device(DEVICE):
+        fast = GPT(cfg, backends)
+    ref = awake(cfg).to(DEVICE)
+    fast.load_state_dict(ref.state_dict())
+    assert {c.backend for c in backends.choices} == {"triton"} and len(backends.choices) == 3
+    exact = copy.deepcopy(ref)
+    for model in (fast, ref, exact):
+        for name, p in model.named_parameters():
+            p.data = p.data if "lambda" in name or name == "smear_gate" else p.data.to(dtype)
+    exact.double()
+    idx, targets = tokens(cfg).to(DEVICE), tokens(cfg, seed=1).to(DEVICE)
+    results = {}
+    for name, model in (("exact", exact), ("ref", ref), ("fast", fast), ("compiled", fast)):
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if name == "compiled" else model
+        model.zero_grad()
+        loss = run(idx, targets)
+        loss.backward()
+        results[name] = {"loss": loss.detach(), **{n: p.grad.double() for n, p in model.named_parameters()}}
+    for name, want in results["exact"].items():
+        errors = {how: ((results[how][name] - want).norm() / want.norm()).item() for how in results}
+        few = want.numel() < 16  # a draw rather than a mean
+        for how in ("fast", "compiled"):
+            assert errors[how] <= (5 if few else 1.5) * errors["ref"] + 2e-6, (how, name, errors)
+
+
 def test_flex_attention_is_for_the_training_length_in_whole_tiles():
     model = awake()
     assert not model.flex_attention  # on a CPU
@@ -248,14 +279,6 @@ def test_buffers_are_no_part_of_a_checkpoint():
     assert [n for n, _ in model.named_buffers()] == ["rope_cos", "rope_sin"]
     assert model.state_dict().keys() == dict(model.named_parameters()).keys()
     assert not list(build(dataclasses.replace(CFG, rope=False)).buffers())
-
-
-def test_rope_turns_by_the_difference_of_positions():
-    cos, sin = (t.double() for t in rope_tables(64, 16, torch.device("cpu")))
-    q, k = torch.randn(16).double(), torch.randn(16).double()
-    turned_q, turned_k = (rope(x.expand(1, 64, 1, 16), cos, sin)[0, :, 0] for x in (q, k))
-    torch.testing.assert_close(turned_q[40] @ turned_k[30], turned_q[15] @ turned_k[5], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(64), atol=1e-5, rtol=1e-5)
 
 
 def test_softcap():

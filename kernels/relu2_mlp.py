@@ -1,0 +1,260 @@
+"""The MLP with squared ReLU, as one operation.
+
+    pre = x up^T,   post = relu(pre)^2,   y = post down                       [So et al. 2021, Primer, section 4]
+
+Shapes    x, y (..., C); up, down (F, C), both stored with the channels last. M is the product of the leading sizes of x
+Dtypes    bf16 or fp32, the same for all
+Rounding  sums of products in fp32; ReLU and square in fp32, post is rounded once, y once (its product by torch.mm)
+Backward  dpre = 2 sqrt(post) (dy down^T), since relu(pre) = sqrt(post);  dx = dpre up,  dup = dpre^T x,  ddown = post^T dy
+          The factor is taken from post as it was rounded, with half its relative error. dpre is rounded once
+Saves     x and post: pre never reaches memory, in either direction
+Kernels   one persistent GEMM a b^T whose epilogue squares (forward) or scales by 2 sqrt(post) (backward); the others are
+          torch.mm. Forward can also leave an e4m3 copy of post, its transpose, and one max |post| per program, from the same
+          registers: post ~ post_fp8 * scale (`_relu2_up`; nothing calls for it yet)
+Limits    C and F multiples of 16 bytes (8 in bf16, 4 in fp32; 16 for an fp8 copy, whose transpose wants M a multiple of 16)
+Bound     arithmetic: `relu2_mlp_cost`
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dispatch import Op, capability
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+PROGRAMS_WITHOUT_GPU = 132  # multiprocessors of an H100
+
+
+# reference
+
+
+def relu2_mlp_ref(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.relu(x @ up.T).square() @ down
+
+
+# Triton
+
+
+def _config(dtype: torch.dtype, arch: tuple[int, int], copies: bool) -> dict[str, int]:
+    """Tile sizes, warps and stages. Of the configurations that fit an SM of sm_90 without a spill, those with the least work
+    in the epilogue for each product; not measured on a GPU yet. Older GPUs have less shared memory."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "SPLIT": 1, "num_warps": 8, "num_stages": 2}
+    if copies or arch[0] < 9:  # an fp8 copy and its transpose take registers
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "SPLIT": 2, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def _epilogue(
+    acc, m, n, amax, factor_desc, out_desc, fp8_desc, fp8_t_desc, scale, fp8_max,
+    BACKWARD: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """Stores one part of a tile at row m, column n; returns the largest number so far of each row."""
+    if BACKWARD:
+        acc = acc * (2.0 * tl.sqrt(factor_desc.load([m, n]).to(tl.float32)))
+    else:
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        acc = acc * acc
+    out = acc.to(out_desc.dtype)
+    out_desc.store([m, n], out)
+    if COPIES:
+        wide = out.to(tl.float32)
+        amax = tl.maximum(amax, tl.max(tl.where(wide == wide, wide, float("inf")), axis=1))
+        wide = tl.minimum(wide * tl.div_rn(1.0, scale), fp8_max, propagate_nan=tl.PropagateNan.ALL)
+        narrow = wide.to(fp8_desc.dtype)
+        fp8_desc.store([m, n], narrow)
+        fp8_t_desc.store([n, m], narrow.T)
+    return amax
+
+
+# the extent of a batch changes from call to call; it decides no address
+@triton.jit(do_not_specialize=["M"])
+def _relu2_gemm_kernel(
+    a_ptr, b_ptr, factor_ptr, out_ptr, fp8_ptr, fp8_t_ptr, scale_ptr, amax_ptr, M, fp8_max,
+    N: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr, COPIES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """out (M, N) = f(a (M, K) b (N, K)^T). Programs take tiles in turn along a row of tiles: a comes from memory once, b,
+    which all need, out of the L2 cache. A tile goes out in SPLIT parts, so that few registers hold results."""
+    PART: tl.constexpr = BLOCK_N // SPLIT
+    a_desc = tl.make_tensor_descriptor(a_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
+    b_desc = tl.make_tensor_descriptor(b_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+    out_desc = tl.make_tensor_descriptor(out_ptr, [M, N], [N, 1], [BLOCK_M, PART])
+    factor_desc, fp8_desc, fp8_t_desc, scale = out_desc, out_desc, out_desc, 1.0
+    if BACKWARD:
+        factor_desc = tl.make_tensor_descriptor(factor_ptr, [M, N], [N, 1], [BLOCK_M, PART])
+    if COPIES:
+        fp8_desc = tl.make_tensor_descriptor(fp8_ptr, [M, N], [N, 1], [BLOCK_M, PART])
+        fp8_t_desc = tl.make_tensor_descriptor(fp8_t_ptr, [N, M], [M, 1], [PART, BLOCK_M])
+        scale = tl.load(scale_ptr)
+    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    amax = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=False):
+        m, n = (tile // tiles_n) * BLOCK_M, (tile % tiles_n) * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            acc = tl.dot(a_desc.load([m, k]), b_desc.load([n, k]).T, acc, input_precision="ieee")
+        if SPLIT == 2:
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART)), (0, 2, 1)))
+            amax = _epilogue(
+                left, m, n, amax, factor_desc, out_desc, fp8_desc, fp8_t_desc, scale, fp8_max, BACKWARD, COPIES
+            )
+            amax = _epilogue(
+                right, m, n + PART, amax, factor_desc, out_desc, fp8_desc, fp8_t_desc, scale, fp8_max, BACKWARD, COPIES
+            )
+        else:
+            amax = _epilogue(
+                acc, m, n, amax, factor_desc, out_desc, fp8_desc, fp8_t_desc, scale, fp8_max, BACKWARD, COPIES
+            )
+    if COPIES:
+        tl.store(amax_ptr + tl.program_id(0), tl.max(amax, axis=0))
+
+
+@functools.cache
+def _num_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PROGRAMS_WITHOUT_GPU
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _relu2_gemm(a: Tensor, b: Tensor, factor: Tensor | None, scale: Tensor | None) -> tuple[Tensor, ...]:
+    """relu(a b^T)^2, or with a factor 2 sqrt(factor) (a b^T): (M, N); with a scale also fp8, its transpose, amax (programs,)."""
+    (M, K), N = a.shape, b.size(0)
+    copies = scale is not None
+    config = _config(a.dtype, capability(a.device), copies)
+    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    programs = min(_num_programs(a.device), tiles)
+    out = a.new_empty(M, N)
+    fp8, fp8_t = ((a.new_empty(shape, dtype=FP8) if copies else None) for shape in ((M, N), (N, M)))
+    amax = a.new_empty(programs, dtype=torch.float32) if copies else None
+    if tiles:
+        # descriptors live in memory that Triton asks for at launch
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=a.device))
+        _relu2_gemm_kernel[(programs,)](
+            a, b, factor, out, fp8, fp8_t, scale, amax, M, FP8_MAX,
+            N=N, K=K, BACKWARD=factor is not None, COPIES=copies, **config,
+        )  # fmt: skip
+    return (out, fp8, fp8_t, amax) if copies else (out,)
+
+
+# torch ops
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(M, last) of t without gaps, as bulk copies need it; a copy only where t has gaps."""
+    return t.reshape(-1, t.size(-1)).contiguous()
+
+
+@torch.library.custom_op("redline::relu2_mlp_fwd", mutates_args=())
+def _relu2_mlp_fwd(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """y like x, post (M, F)."""
+    (post,) = _relu2_gemm(_rows(x), _rows(up), None, None)
+    return (post @ down).view(x.shape), post
+
+
+@_relu2_mlp_fwd.register_fake
+def _(x, up, down):
+    return x.new_empty(x.shape), x.new_empty(x.numel() // x.size(-1), up.size(0))
+
+
+@torch.library.custom_op("redline::relu2_mlp_bwd", mutates_args=())
+def _relu2_mlp_bwd(dy: Tensor, x: Tensor, up: Tensor, down: Tensor, post: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx like x, dup, ddown."""
+    dy, rows = _rows(dy), _rows(x)
+    (dpre,) = _relu2_gemm(dy, _rows(down), post, None)
+    return (dpre @ up).view(x.shape), dpre.T @ rows, post.T @ dy
+
+
+@_relu2_mlp_bwd.register_fake
+def _(dy, x, up, down, post):
+    return x.new_empty(x.shape), up.new_empty(up.shape), down.new_empty(down.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, up, down = inputs
+    _, post = output
+    ctx.mark_non_differentiable(post)
+    ctx.save_for_backward(x, up, down, post)
+
+
+def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _relu2_mlp_bwd(dy, *ctx.saved_tensors)
+
+
+_relu2_mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _relu2_mlp_triton(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    if x.dim() == 0 or up.dim() != 2 or up.shape != down.shape or x.size(-1) != up.size(1):
+        raise ValueError(
+            f"relu2_mlp: x {_what(x)}, up {_what(up)}, down {_what(down)}; expected (..., C), (F, C), (F, C)"
+        )
+    if not (x.dtype == up.dtype == down.dtype and x.device == up.device == down.device):
+        raise ValueError(f"relu2_mlp: x {_what(x)}, up {_what(up)}, down {_what(down)}; expected one dtype and device")
+    if why := _limits("triton", (0, up.size(1), up.size(0)), x.dtype):
+        raise ValueError(f"relu2_mlp: {why}")
+    return _relu2_mlp_fwd(x, up, down)[0]
+
+
+def _relu2_up(x: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """post (M, F) of x (M, C) and up (F, C) with its e4m3 copies for `scale` (one fp32 number): post, fp8 (M, F), fp8 transposed (F, M),
+    amax per program. M and F are multiples of 16."""
+    if x.size(0) % 16 or up.size(0) % 16:
+        raise ValueError(f"relu2_mlp: M is {x.size(0)}, F is {up.size(0)}; expected multiples of 16 for fp8 copies")
+    return _relu2_gemm(x, up, None, scale)
+
+
+def _what(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
+
+
+# cost
+
+
+def relu2_mlp_cost(
+    shape: tuple[int, int, int], dtype: torch.dtype, form: str = "plain", backward: bool = False
+) -> tuple[int, int]:
+    """(FLOPs, bytes): two products forward and four backward; x, weights and y read or written once, post once each time."""
+    M, C, F_ = shape
+    products = 4 if backward else 2
+    # forward: x, y, post written and read; backward: dy, x, dx, post read twice, dpre written and read twice
+    rows = M * (3 * C + 5 * F_) if backward else M * (2 * C + 2 * F_)
+    weights = C * F_ * (4 if backward else 2)
+    return products * 2 * M * C * F_, (rows + weights) * dtype.itemsize
+
+
+# interface
+
+
+def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"takes bfloat16 and float32, not {dtype}"
+    _, C, F_ = shape
+    unit = 16 // dtype.itemsize
+    if C % unit or F_ % unit or min(C, F_) < unit:
+        return f"takes C and F that are multiples of {unit} in {dtype}, not {C} and {F_}"
+    return None
+
+
+relu2_mlp = Op(
+    "relu2_mlp",
+    dims=("M", "C", "F"),
+    cases={
+        "quickstart": (2048, 128, 512),
+        "width 768": (65536, 768, 3072),
+        "depth 24": (65536, 1536, 6144),
+        "depth 26": (65536, 1664, 6656),
+    },
+    forms={"plain": lambda make, M, C, F_: {"x": make(M, C), "up": make(F_, C), "down": make(F_, C)}},
+    cost=relu2_mlp_cost,
+    limits=_limits,
+    ref=relu2_mlp_ref,
+    triton=_relu2_mlp_triton,
+)

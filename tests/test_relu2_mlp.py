@@ -1,0 +1,158 @@
+"""relu2_mlp against float64: ragged tiles, layouts, what is saved, the fp8 copies of the epilogue, refusals, and mutations."""
+
+import pytest
+import torch
+
+import kernels.relu2_mlp as module
+from kernels.relu2_mlp import FP8, FP8_MAX, _relu2_up, relu2_mlp, relu2_mlp_cost
+from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, poisoned_allocations, randn
+
+DTYPES = (torch.bfloat16, torch.float32)
+SHAPES = ((5, 16, 32), (130, 24, 264), (64, 80, 40), (257, 72, 128))  # M, C, F: within a tile, across tiles, ragged
+triton_mlp = relu2_mlp.backends["triton"]
+
+
+def inputs(shape, dtype=torch.float32, seed=0):
+    return relu2_mlp.forms["plain"](randn(seed, dtype), *shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_float64(shape, dtype):
+    check_op(relu2_mlp, inputs(shape, dtype), factor=1.25)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_layouts(layout):
+    check_op(relu2_mlp, inputs((20, 16, 24), torch.bfloat16), layout=layout, factor=1.25)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torch_compile_and_opcheck(dtype):
+    check_op(relu2_mlp, inputs((9, 16, 32), dtype), compiled=True, opcheck=True)
+
+
+def test_leading_sizes_and_no_rows():
+    args = inputs((24, 16, 32))
+    result = check_op(relu2_mlp, args | {"x": args["x"].view(2, 3, 4, 16)})
+    assert result["y"].shape == (2, 3, 4, 16) == result["dx"].shape
+    result = check_op(relu2_mlp, args | {"x": args["x"][:0]})
+    assert result["y"].shape == (0, 16) and not result["dup"].any()
+
+
+def test_more_tiles_than_programs(monkeypatch):
+    """Programs go on to further tiles, each from a clean sum."""
+    monkeypatch.setattr(module, "PROGRAMS_WITHOUT_GPU", 3)
+    module._num_programs.cache_clear()
+    check_op(relu2_mlp, inputs((300, 16, 264)), factor=1.25)
+    check_op(relu2_mlp, inputs((300, 16, 520), torch.bfloat16), factor=1.25)
+    module._num_programs.cache_clear()
+
+
+def test_saves_the_input_and_the_squared_activation_only():
+    args = {name: t.requires_grad_() for name, t in inputs((10, 16, 32)).items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        triton_mlp(**args)
+    fresh = [t for t in saved if not any(t.data_ptr() == given.data_ptr() for given in args.values())]
+    assert len(saved) == 4 and [tuple(t.shape) for t in fresh] == [(10, 32)]
+    assert (fresh[0] >= 0).all()
+
+
+def test_what_is_not_a_number_stays_one():
+    args = inputs((6, 16, 32))
+    args["x"][2, 3] = torch.nan
+    y = triton_mlp(**args)
+    assert y[2].isnan().all() and y[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+def test_dead_units_have_no_gradient():
+    """Where pre is negative or 0, sqrt(post) is 0: no NaN, no gradient."""
+    args = {name: t.requires_grad_() for name, t in inputs((8, 16, 32)).items()}
+    with torch.no_grad():
+        args["x"].copy_(args["x"].abs())
+        args["up"][:16] = -args["up"][:16].abs()
+    triton_mlp(**args).sum().backward()
+    assert not args["up"].grad[:16].any() and args["up"].grad[16:].any()
+    assert not args["down"].grad[:16].any() and args["x"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(16, 32, 48), (144, 32, 272)], ids=str)
+def test_fp8_copies_of_the_epilogue(shape, dtype):
+    """Bit by bit what a pass over post would make; the scale is such that the largest saturate."""
+    M, C, F = shape
+    x, up = randn(0, dtype)(M, C), randn(1, dtype)(F, C) * 0.2
+    scale = torch.tensor(0.01, device=DEVICE)
+    with poisoned_allocations():
+        post, fp8, fp8_t, amax = _relu2_up(x, up, scale)
+    want = (post.float() * (1 / scale)).clamp(max=FP8_MAX).to(FP8)
+    assert (post.float() / scale > FP8_MAX).any()
+    assert torch.equal(fp8.view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(fp8_t.view(torch.uint8), want.view(torch.uint8).T)
+    assert amax.max() == post.float().max() and amax.isfinite().all()
+    assert torch.equal(post, module._relu2_gemm(x, up, None, None)[0]) or DEVICE == "cuda"  # tiles differ there
+    x[3, 0] = torch.nan
+    assert _relu2_up(x, up, scale)[3].isinf().any()
+    with pytest.raises(ValueError, match="multiples of 16"):
+        _relu2_up(x[:15], up, scale)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(up=torch.ones(8, 4)), "expected .*(F, C)"),
+        (dict(down=torch.ones(16, 8)), "expected .*(F, C)"),
+        (dict(x=torch.ones(2, 12)), "expected .*(F, C)"),
+        (dict(x=torch.ones(2, 8).bfloat16()), "one dtype"),
+        (dict(x=torch.ones(2, 6), up=torch.ones(8, 6), down=torch.ones(8, 6)), "multiples of 4 .*not 6 and 8"),
+        (dict(x=torch.ones(2, 8).double(), up=torch.ones(8, 8).double(), down=torch.ones(8, 8).double()), "float64"),
+    ],
+)
+def test_bad_calls_are_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        triton_mlp(**{"x": torch.ones(2, 8), "up": torch.ones(8, 8), "down": torch.ones(8, 8), **change})
+
+
+def test_cost():
+    assert relu2_mlp_cost((10, 4, 16), torch.bfloat16)[0] == 2 * 2 * 10 * 4 * 16
+    assert relu2_mlp_cost((10, 4, 16), torch.bfloat16, backward=True)[0] == 4 * 2 * 10 * 4 * 16
+    assert relu2_mlp_cost((10, 4, 16), torch.bfloat16)[1] == 2 * (10 * (8 + 32) + 128)
+
+
+MUTATIONS = {
+    "no ReLU": {"acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)\n": "pass\n"},
+    "no square": {"        acc = acc * acc\n": ""},
+    "the factor is not doubled": {"acc * (2.0 * tl.sqrt(": "acc * (1.0 * tl.sqrt("},
+    "the factor is post": {"tl.sqrt(factor_desc.load([m, n]).to(tl.float32))": "factor_desc.load([m, n]).to(tl.float32)"},
+    "the sum goes on in the next tile": {
+        "        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n        for k": "        for k",
+        "    for tile in tl.range(": "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n    for tile in tl.range(",
+    },
+    "the halves are swapped": {"left, right = tl.split": "right, left = tl.split"},
+    "the last columns of K are left out": {"for k in range(0, K, BLOCK_K)": "for k in range(0, K - BLOCK_K + 1, BLOCK_K)"},
+    "ragged tiles are dropped": {"tl.cdiv(M, BLOCK_M) * tiles_n": "M // BLOCK_M * tiles_n"},
+    "the upstream gradient is one": {"dy, rows = _rows(dy), _rows(x)": "dy, rows = torch.ones_like(_rows(dy)), _rows(x)"},
+    "ddown has the wrong activation": {"post.T @ dy": "dpre.T @ dy"},
+    "post is truncated": {
+        "    out = acc.to(out_desc.dtype)":
+        "    out = (acc.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True).to(out_desc.dtype)"
+    },
+}  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_noticed(name, tmp_path):
+    edits = MUTATIONS[name] | {"PROGRAMS_WITHOUT_GPU = 132": "PROGRAMS_WITHOUT_GPU = 2"}
+    broken = mutant(module, edits, tmp_path).relu2_mlp
+    with pytest.raises(Failed):
+        check_op(broken, inputs((140, 24, 40), torch.bfloat16), factor=1.25)
+        check_op(broken, inputs((200, 24, 264), torch.bfloat16), factor=1.25)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as above")
+def test_a_copy_that_is_not_broken_passes(tmp_path):
+    same = mutant(module, {"PROGRAMS_WITHOUT_GPU = 132": "PROGRAMS_WITHOUT_GPU = 2"}, tmp_path).relu2_mlp
+    check_op(same, inputs((140, 24, 40), torch.bfloat16), factor=1.25)
+    check_op(same, inputs((200, 24, 264), torch.bfloat16), factor=1.25)
