@@ -178,7 +178,12 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
         model = GPT(model_cfg, backends, plan.device_batch_size)
     model.init_weights(cfg.seed)
     optimizer = Optimizer(
-        model, lrs=plan.lr, weight_decay=plan.weight_decay, ns_steps=cfg.optim.ns_steps, compute_dtype=dtype
+        model,
+        lrs=plan.lr,
+        weight_decay=plan.weight_decay,
+        ns_steps=cfg.optim.ns_steps,
+        compute_dtype=dtype,
+        backends=backends,
     )
     tensors = checkpoint.training_tensors(model, optimizer.state)
     if folder:

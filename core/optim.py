@@ -12,6 +12,7 @@ Masters             fp32 parameters are their own master. A bf16 matrix or head 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,18 +20,11 @@ from torch import Tensor
 from core import schedule
 from core.config import OptimConfig
 from core.model import GPT, Dims
+from kernels.dispatch import Backends
+from kernels.polar_express import COEFFICIENTS, polar_express
 
 ADAM_EPS = 1e-10
 MUON_BETA2 = 0.9
-POLAR_EXPRESS = (
-    # five steps, safety 2e-2, cushion 2 [arXiv 2505.16932, computed for these settings; as in nanochat and modded-nanogpt]
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-POLAR_EXPRESS_SAFETY = 1.01  # the Frobenius norm bounds the largest singular value; this keeps rounding inside
 
 # betas and decay of each AdamW group
 ADAM_GROUPS = {
@@ -106,17 +100,6 @@ def adamw_update(
             state.copy_(value)
 
 
-def polar_express(x: Tensor, steps: int = len(POLAR_EXPRESS)) -> Tensor:
-    """Nearest semi-orthogonal matrices to a batch (K, rows, cols), in the type of x; zero stays zero."""
-    x = x / (POLAR_EXPRESS_SAFETY * torch.linalg.matrix_norm(x.float(), keepdim=True) + 1e-6).to(x.dtype)
-    tall = x.size(-2) > x.size(-1)
-    for a, b, c in POLAR_EXPRESS[:steps]:
-        gram = x.mT @ x if tall else x @ x.mT
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
-    return x
-
-
 def muon_update(
     p: Tensor,
     g: Tensor,
@@ -127,11 +110,11 @@ def muon_update(
     weight_decay: float,
     momentum: float,
     compute_dtype: torch.dtype,
-    ns_steps: int,
+    orthogonalise: Callable[[Tensor], Tensor],
 ) -> None:
     """One Muon step on fp32 matrices (K, rows, cols); p, momentum_buf, second_buf in place.
 
-    Nesterov momentum, row equilibration (MuonEq; in fp32 here, after the cast in nanochat), Polar Express in
+    Nesterov momentum, row equilibration (MuonEq; in fp32 here, after the cast in nanochat), `orthogonalise` in
     `compute_dtype`, Frobenius norm set to sqrt(min(rows, cols)) (Muon+), variance normalised per row of a tall and per column of a wide matrix with the norm
     preserved (NorMuon), decay only where it agrees with the update (cautious). lr grows by sqrt(rows / cols) if tall.
     """
@@ -143,7 +126,7 @@ def muon_update(
     row_norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     mean_norm = torch.linalg.vector_norm(row_norm, dim=-2, keepdim=True) / rows**0.5
     x = (x * (mean_norm / row_norm.clamp_min(1e-6))).to(compute_dtype)
-    x = polar_express(x, ns_steps).float()
+    x = orthogonalise(x).float()
     x *= min(rows, cols) ** 0.5 / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-6)
 
     dim = -1 if rows >= cols else -2
@@ -192,14 +175,24 @@ def group_of(name: str) -> str:
 class Optimizer:
     """All state of one training run's updates. Casts the model's parameters to `compute_dtype` when it is built.
 
-    Args: model with fp32 parameters; lr by group and peak weight decay of the matrices from `core/plan.py`.
+    Args: model with fp32 parameters; lr by group and peak weight decay of the matrices from `core/plan.py`; backends of the
+    ops, which are chosen here (None: the references).
     """
 
     def __init__(
-        self, model: GPT, *, lrs: dict[str, float], weight_decay: float, ns_steps: int, compute_dtype: torch.dtype
+        self,
+        model: GPT,
+        *,
+        lrs: dict[str, float],
+        weight_decay: float,
+        ns_steps: int,
+        compute_dtype: torch.dtype,
+        backends: Backends | None = None,
     ) -> None:
-        if not 1 <= ns_steps <= len(POLAR_EXPRESS):
-            raise ValueError(f"ns_steps is {ns_steps}: expected 1 to {len(POLAR_EXPRESS)}")
+        if not 1 <= ns_steps <= len(COEFFICIENTS):
+            raise ValueError(f"ns_steps is {ns_steps}: expected 1 to {len(COEFFICIENTS)}")
+        self._backends = backends or Backends("ref", device=model.wte.device, dtype=compute_dtype)
+        self._orthogonalise: dict[str, Callable[[Tensor], Tensor]] = {}  # by "<parameter>.<view>"
         self.dims = model.dims
         self.weight_decay, self.ns_steps, self.compute_dtype = weight_decay, ns_steps, compute_dtype
         self.groups: dict[str, Group] = {}
@@ -222,6 +215,8 @@ class Optimizer:
                 K, rows, cols = view.shape
                 shape = (K, rows, 1) if rows >= cols else (K, 1, cols)
                 self.state[f"{name}.second.{i}"] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+                function = self._backends.choose(polar_express, K, rows, cols)
+                self._orthogonalise[f"{name}.{i}"] = partial(function, coefficients=COEFFICIENTS[: self.ns_steps])
         else:
             dtype = torch.float32 if kind in MASTERED else p.dtype
             self.state[f"{name}.exp_avg"] = torch.zeros_like(p, dtype=dtype)
@@ -260,7 +255,7 @@ class Optimizer:
                 weight_decay=self.weight_decay * decay_mult,
                 momentum=momentum,
                 compute_dtype=self.compute_dtype,
-                ns_steps=self.ns_steps,
+                orthogonalise=self._orthogonalise[f"{name}.{i}"],
             )
 
 

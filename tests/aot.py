@@ -117,13 +117,14 @@ def launches(op: dispatch.Op, shape: tuple[int, ...], dtype: torch.dtype, form: 
     """What forward and backward of one form would launch."""
 
     def make(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, requires_grad=True)
+        return torch.empty(size, dtype=dtype, requires_grad=dtype.is_floating_point)
 
     with compile_only() as compiled, no_products():
         outputs = op.backends["triton"](**op.forms[form](make, *shape))
         outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t is not None]
         wanted = [t for t in outputs if t.requires_grad]
-        torch.autograd.backward(wanted, [torch.empty_like(t) for t in wanted])
+        if wanted:
+            torch.autograd.backward(wanted, [torch.empty_like(t) for t in wanted])
     return compiled
 
 

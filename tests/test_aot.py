@@ -83,6 +83,16 @@ def test_relu2_mlp_multiplies_in_tensor_cores_fed_by_bulk_copies(kernels):
         assert "LDG" not in got and "STG" not in got and k["num_warps"] == 8, describe(k)
 
 
+def test_polar_express_multiplies_in_tensor_cores_and_mirrors(kernels):
+    """Three products a step; the two symmetric ones store a tile twice."""
+    of_polar = [k for k in kernels if k["op"] == "polar_express" and k["dtype"] == "bfloat16"]
+    assert len(of_polar) == 15 * len(dispatch.ops()["polar_express"].cases)
+    for i, k in enumerate(of_polar):
+        got = k["instructions"]
+        assert got["HGMMA"] == 4 and got["UTMALDG"] >= 4 and "STG" not in got, describe(k)
+        assert got["UTMASTG"] == (1 if i % 3 == 2 else 2), describe(k)
+
+
 def test_rope_qk_norm_moves_16_bytes_at_a_time(kernels):
     """But for the statistics of a head and the gate, which are single numbers."""
     for k in kernels:

@@ -1,0 +1,273 @@
+"""Muon's orthogonalisation: the nearest semi-orthogonal matrices to a batch, by five odd quintic polynomials.
+
+    X = x / (safety |x|_F + 1e-6);  five times  A = X X^T,  B = b A + c A A,  X = a X + B X     [Amsel 2025, arXiv 2505.16932]
+    tall matrices (rows > cols)                 A = X^T X,  B = b A + c A A,  X = a X + X B
+Singular values s become p(s), p(s) = a s + b s^3 + c s^5 each time; singular vectors stay. Zero stays zero.
+
+Shapes    x (K, rows, cols) -> (K, rows, cols); scale (K,) fp32 instead of 1 / (safety |x|_F + 1e-6), when the caller has it
+Dtypes    bf16 or fp32; A, B and X are kept in that type between products
+Rounding  sums of products in fp32; A, B and X are each rounded once. x is not rescaled in memory: scale^2 enters the first A,
+          scale the first new X
+Kernels   one GEMM, out = alpha left right + beta add, in five uses. A and B are symmetric: only tiles on and below the
+          diagonal are computed, and stored a second time transposed (those on it once). Tall matrices need no copy: the
+          transposes are read by the products
+Limits    any rows and cols of at least 1; where cols is no multiple of 16 bytes the batch is copied with columns of zeros,
+          which change nothing. x without gaps between rows, else copied
+Bound     arithmetic: `polar_express_cost`, with half of each symmetric product
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dispatch import Op, capability
+
+COEFFICIENTS = (
+    # five steps, safety 2e-2, cushion 2 [arXiv 2505.16932, computed for these settings; as in nanochat and modded-nanogpt]
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+SAFETY = 1.01  # the Frobenius norm bounds the largest singular value; this keeps rounding inside [nanochat 92d63d4, optim.py]
+TINY_NORM = 1e-6
+PROGRAMS_WITHOUT_GPU = 132  # multiprocessors of an H100
+
+Coefficients = tuple[tuple[float, float, float], ...]
+
+
+# reference
+
+
+def polar_express_ref(
+    x: Tensor, scale: Tensor | None = None, *, coefficients: Coefficients = COEFFICIENTS, safety: float = SAFETY
+) -> Tensor:
+    if scale is None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x / (safety * torch.linalg.matrix_norm(x.to(wide), keepdim=True) + TINY_NORM).to(x.dtype)
+    else:
+        x = x * scale.to(x.dtype)[:, None, None]
+    tall = x.size(-2) > x.size(-1)
+    for a, b, c in coefficients:
+        gram = x.mT @ x if tall else x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
+    return x
+
+
+# Triton
+
+
+def _config(rows: int, cols: int, dtype: torch.dtype, arch: tuple[int, int], symmetric: bool) -> dict[str, int]:
+    """Tile sizes, warps and stages for a result of rows x cols. Symmetric results have square tiles. Of those that fit an SM
+    of sm_90 without a spill; small results take small tiles, so that there are enough. Not measured on a GPU yet."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
+    if min(rows, cols) <= 512:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def _tile(desc, k, row, col, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """(ROWS, COLS) at (row, col) of matrix k; with TRANSPOSED, of its transpose."""
+    if TRANSPOSED:
+        return desc.load([k, col, row]).reshape(COLS, ROWS).T
+    return desc.load([k, row, col]).reshape(ROWS, COLS)
+
+
+@triton.jit
+def _gemm_kernel(
+    left_ptr, right_ptr, add_ptr, scale_ptr, out_ptr, K, alpha, beta,
+    M: tl.constexpr, N: tl.constexpr, L: tl.constexpr, LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr,
+    ADD: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_POWER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out (K, M, N) = scale^SCALE_POWER (alpha left (K, M, L) right (K, L, N) + beta add (K, M, N)), with left and right stored
+    transposed where the flag says so. SYMMETRIC: out is (M = N), tiles above the diagonal are mirrored, not computed."""
+    left_block: tl.constexpr = [1, BLOCK_K, BLOCK_M] if LEFT_T else [1, BLOCK_M, BLOCK_K]
+    left_shape: tl.constexpr = [L, M] if LEFT_T else [M, L]
+    right_block: tl.constexpr = [1, BLOCK_N, BLOCK_K] if RIGHT_T else [1, BLOCK_K, BLOCK_N]
+    right_shape: tl.constexpr = [N, L] if RIGHT_T else [L, N]
+    left_desc = tl.make_tensor_descriptor(
+        left_ptr, [K, left_shape[0], left_shape[1]], [M * L, left_shape[1], 1], left_block
+    )
+    right_desc = tl.make_tensor_descriptor(
+        right_ptr, [K, right_shape[0], right_shape[1]], [L * N, right_shape[1], 1], right_block
+    )
+    out_desc = tl.make_tensor_descriptor(out_ptr, [K, M, N], [M * N, N, 1], [1, BLOCK_M, BLOCK_N])
+    add_desc = out_desc
+    if ADD:
+        add_desc = tl.make_tensor_descriptor(add_ptr, [K, M, N], [M * N, N, 1], [1, BLOCK_M, BLOCK_N])
+    tiles_m: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tiles: tl.constexpr = tiles_m * (tiles_m + 1) // 2 if SYMMETRIC else tiles_m * tiles_n  # of one matrix
+    for tile in tl.range(tl.program_id(0), K * tiles, tl.num_programs(0), flatten=False):
+        k = tile // tiles
+        t = tile % tiles
+        if SYMMETRIC:
+            # the t-th of the lower triangle, row by row: i (i + 1) / 2 <= t; the root is corrected where it was rounded
+            i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+            i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
+            i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
+            j = t - i * (i + 1) // 2
+        else:
+            i, j = t // tiles_n, t % tiles_n
+        m, n = i * BLOCK_M, j * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for l in range(0, L, BLOCK_K):
+            left = _tile(left_desc, k, m, l, LEFT_T, BLOCK_M, BLOCK_K)
+            right = _tile(right_desc, k, l, n, RIGHT_T, BLOCK_K, BLOCK_N)
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+        acc = acc * alpha
+        if ADD:
+            acc += beta * add_desc.load([k, m, n]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
+        if SCALE_POWER > 0:
+            scale = tl.load(scale_ptr + k)
+            acc = acc * (scale * scale if SCALE_POWER == 2 else scale)
+        out = acc.to(out_desc.dtype)
+        out_desc.store([k, m, n], out.reshape(1, BLOCK_M, BLOCK_N))
+        if SYMMETRIC:
+            if i != j:
+                out_desc.store([k, n, m], out.T.reshape(1, BLOCK_M, BLOCK_N))
+
+
+@functools.cache
+def _num_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PROGRAMS_WITHOUT_GPU
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _gemm(
+    left: Tensor,
+    right: Tensor,
+    *,
+    left_t: bool = False,
+    right_t: bool = False,
+    symmetric: bool = False,
+    alpha: float = 1.0,
+    add: Tensor | None = None,
+    beta: float = 0.0,
+    scale: Tensor | None = None,
+    scale_power: int = 0,
+) -> Tensor:
+    """scale^scale_power (alpha left right + beta add) for batches of matrices, left and right transposed first if asked."""
+    K, M, L = (left.mT if left_t else left).shape
+    N = (right.mT if right_t else right).size(2)
+    config = _config(M, N, left.dtype, capability(left.device), symmetric)
+    tiles_m, tiles_n = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
+    tiles = K * (tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n)
+    programs = min(
+        tiles, _num_programs(left.device) * (3 if config["num_warps"] == 4 else 1)
+    )  # as many as fit at a time
+    out = left.new_empty(K, M, N)
+    # descriptors live in memory that Triton asks for at launch
+    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=left.device))
+    _gemm_kernel[(programs,)](
+        left, right, add, scale, out, K, alpha, beta,
+        M=M, N=N, L=L, LEFT_T=left_t, RIGHT_T=right_t, ADD=add is not None, SYMMETRIC=symmetric,
+        SCALE_POWER=scale_power if scale is not None else 0, **config,
+    )  # fmt: skip
+    return out
+
+
+# torch ops
+
+
+@torch.library.custom_op("redline::polar_express", mutates_args=())
+def _polar_express(x: Tensor, scale: Tensor, coefficients: list[float]) -> Tensor:
+    """coefficients: a, b, c of each step, one after the other."""
+    tall = x.size(1) > x.size(2)
+    steps = list(zip(*[iter(coefficients)] * 3, strict=True))
+    for i, (a, b, c) in enumerate(steps):
+        first = scale if i == 0 else None
+        gram = _gemm(x, x, left_t=tall, right_t=not tall, symmetric=True, scale=first, scale_power=2)
+        poly = _gemm(gram, gram, right_t=True, symmetric=True, alpha=c, add=gram, beta=b)
+        left, right = (x, poly) if tall else (poly, x)
+        x = _gemm(left, right, add=x, beta=a, scale=first, scale_power=1)
+    return x
+
+
+@_polar_express.register_fake
+def _(x, scale, coefficients):
+    return x.new_empty(x.shape)
+
+
+def _polar_express_triton(
+    x: Tensor, scale: Tensor | None = None, *, coefficients: Coefficients = COEFFICIENTS, safety: float = SAFETY
+) -> Tensor:
+    if x.dim() != 3 or 0 in x.shape[1:] or x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"polar_express: x is {_what(x)}; expected (K, rows, cols) bfloat16 or float32")
+    if scale is not None and (scale.shape != x.shape[:1] or scale.dtype != torch.float32 or scale.device != x.device):
+        raise ValueError(f"polar_express: scale is {_what(scale)}; expected ({x.size(0)},) float32 on {x.device}")
+    if not coefficients:
+        raise ValueError("polar_express: no coefficients; give (a, b, c) of one step at least")
+    if x.size(0) == 0:
+        return torch.empty_like(x)
+    if scale is None:
+        scale = 1 / (safety * torch.linalg.matrix_norm(x.float()) + TINY_NORM)
+    flat = [float(number) for step in coefficients for number in step]
+    unit, (_, rows, cols) = 16 // x.dtype.itemsize, x.shape
+    small = min(rows, cols) % unit  # the side of A; the other is that of x
+    if small or cols % unit:
+        padded = x.new_zeros(x.size(0), _up(rows, unit), _up(cols, unit))
+        padded[:, :rows, :cols] = x
+        return _polar_express(padded, scale, flat)[:, :rows, :cols].contiguous()
+    return _polar_express(x.contiguous(), scale, flat)
+
+
+def _up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+def _what(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
+
+
+# cost
+
+
+def polar_express_cost(
+    shape: tuple[int, int, int], dtype: torch.dtype, form: str = "plain", backward: bool = False
+) -> tuple[int, int]:
+    """(FLOPs, bytes) of five steps: each symmetric product counts half. Bytes: x read and written, once each."""
+    K, rows, cols = shape
+    n, m = min(rows, cols), max(rows, cols)
+    products = n * n * m + n * n * n + 2 * n * n * m  # A (half), A A (half), B X
+    return len(COEFFICIENTS) * K * products, 2 * K * rows * cols * dtype.itemsize
+
+
+# interface
+
+
+def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    return None if dtype in (torch.bfloat16, torch.float32) else f"takes bfloat16 and float32, not {dtype}"
+
+
+def _inputs(make: Any, K: int, rows: int, cols: int) -> dict[str, Any]:
+    return {"x": make(K, rows, cols).detach()}
+
+
+polar_express = Op(
+    "polar_express",
+    dims=("K", "rows", "cols"),
+    cases={
+        "quickstart": (9, 128, 128),
+        "width 768, attention": (16, 768, 768),
+        "width 768, MLP": (4, 3072, 768),
+        "width 768, query pairs": (16, 256, 768),
+        "depth 24, attention": (12, 1536, 1536),
+        "depth 24, MLP": (4, 6144, 1536),
+    },
+    forms={"plain": _inputs},
+    cost=polar_express_cost,
+    limits=_limits,
+    ref=polar_express_ref,
+    triton=_polar_express_triton,
+)
