@@ -22,6 +22,8 @@ TOLERANCE = 0.02  # relative, of outputs and gradients against the reference: a 
 
 
 def make(*size: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    if not dtype.is_floating_point:
+        return torch.zeros(size, device=DEVICE, dtype=dtype)
     return torch.randn(size, device=DEVICE, dtype=dtype)
 
 
@@ -46,11 +48,12 @@ def gemm_speed() -> float:
     return 2 * GEMM**3 / (median_ms(lambda: a @ b) * 1e-3)
 
 
-def parameters(op: Op):
-    """Parametrises a bench by backend, case, form and direction."""
+def parameters(op: Op, in_place: bool = False):
+    """Parametrises a bench by backend, case, form and, but for an op that works in place, direction."""
     cases = list(op.cases) if CUDA else ["quickstart"]
+    directions = [pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])]
     marks = (
-        pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"]),
+        *(directions if not in_place else []),
         pytest.mark.parametrize("form", op.forms),
         pytest.mark.parametrize("case", cases),
         pytest.mark.parametrize("backend", BACKENDS),
@@ -62,15 +65,35 @@ def tensors(outputs) -> list[torch.Tensor]:
     return [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t is not None]
 
 
-def measure(benchmark, op: Op, backend: str, case: str, form: str, backward: bool) -> None:
-    shape = op.cases[case]
+def implementation(op: Op, backend: str, shape: tuple[int, ...]):
     if backend == "torch.compile":
         torch.compiler.reset()
-        function = torch.compile(op.backends["ref"], fullgraph=True, dynamic=False)
-    elif obstacle := op.obstacle(backend, shape, DTYPE, Device.of(DEVICE)):
+        return torch.compile(op.backends["ref"], fullgraph=True, dynamic=False)
+    if obstacle := op.obstacle(backend, shape, DTYPE, Device.of(DEVICE)):
         pytest.skip(obstacle)
-    else:
-        function = op.backends[backend]
+    return op.backends[backend]
+
+
+def measure_in_place(benchmark, op: Op, backend: str, case: str, form: str) -> None:
+    """An op that changes its inputs and has no gradients; what it changes is compared, and what it returns."""
+    shape = op.cases[case]
+    function, inputs = implementation(op, backend, shape), op.forms[form](make, *shape)
+    given = tensors(tuple(t for t in inputs.values() if isinstance(t, torch.Tensor)))
+    with torch.no_grad():
+        copies = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in inputs.items()}
+        want = tensors(op.backends["ref"](**copies))
+        want += [t for t in copies.values() if isinstance(t, torch.Tensor)]
+        # the low halves of masters are rounding noise to each other
+        pairs = zip(tensors(function(**inputs)) + given, want, strict=True)
+        compared = [(a, b) for a, b in pairs if b.is_floating_point()]
+        check([a for a, _ in compared], [b for _, b in compared])
+        del copies, want, compared
+        report(benchmark, lambda: function(**inputs), shape, *op.cost(shape, DTYPE, form))
+
+
+def measure(benchmark, op: Op, backend: str, case: str, form: str, backward: bool) -> None:
+    shape = op.cases[case]
+    function = implementation(op, backend, shape)
     inputs = op.forms[form](make, *shape)
     constants = {"scale", "cos", "sin"}
     leaves = [t.requires_grad_() for name, t in inputs.items() if isinstance(t, torch.Tensor) and name not in constants]
@@ -88,8 +111,10 @@ def measure(benchmark, op: Op, backend: str, case: str, form: str, backward: boo
     def backwards() -> None:
         torch.autograd.grad(heads, leaves, grads, retain_graph=True)
 
-    run = backwards if backward else forwards
-    flops, nbytes = op.cost(shape, DTYPE, form, backward)
+    report(benchmark, backwards if backward else forwards, shape, *op.cost(shape, DTYPE, form, backward))
+
+
+def report(benchmark, run, shape: tuple[int, ...], flops: int, nbytes: int) -> None:
     benchmark.extra_info |= {"device": Device.of(DEVICE).name, "shape": list(shape), "flops": flops, "bytes": nbytes}
     if not CUDA:
         benchmark(run)

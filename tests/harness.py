@@ -105,7 +105,7 @@ class RecordOps(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         if func.namespace == "redline" or func.namespace.startswith("mutant"):
             tensors = results if isinstance(results, (tuple, list)) else (results,)
-            self.calls.append((func, args, kwargs or {}, any(t.dtype.itemsize == 1 for t in tensors)))
+            self.calls.append((func, args, kwargs or {}, any(_is_fp8(t) for t in tensors)))
         return results
 
 
@@ -227,6 +227,10 @@ def check_op(
 
 def _bits(t: Tensor) -> Tensor:
     return t.contiguous().view(torch.uint8) if t.numel() and t.dim() else t.reshape(-1).contiguous().view(torch.uint8)
+
+
+def _is_fp8(result: Any) -> bool:
+    return isinstance(result, Tensor) and result.dtype.itemsize == 1  # an op that works in place returns None
 
 
 def _fresh(value: Any, requires_grad: bool) -> Any:

@@ -101,6 +101,16 @@ def test_rope_qk_norm_moves_16_bytes_at_a_time(kernels):
             assert got["LDG"] - got["LDG.E.128"] <= 5 and got["STG"] - got["STG.E.128"] <= 1, describe(k)
 
 
+def test_adam_update_moves_16_bytes_at_a_time(kernels):
+    """But for the six hyperparameters."""
+    tensors = {"plain": (4, 3), "master": (5, 4)}  # of states and gradient: reads, writes
+    for k in kernels:
+        if k["op"] == "adam_update":
+            got, (reads, writes) = k["instructions"], tensors[k["form"]]
+            assert got["LDG"] - got["LDG.E.128"] == 6 and got["STG"] == got["STG.E.128"], describe(k)
+            assert got["LDG.E.128"] >= reads and got["STG.E.128"] >= writes, describe(k)
+
+
 def test_a_spill_would_be_seen(tmp_path):
     """The checks above read what they should: a kernel with too much in registers spills, and the report says so."""
     (tmp_path / "greedy.py").write_text(GREEDY)

@@ -1,0 +1,215 @@
+"""One AdamW step on one tensor, in place, each state read and written once.
+
+    m = m + (1 - beta1) (g - m),   v = beta2 v + (1 - beta2) g^2                     [Kingma & Ba 2015, algorithm 1]
+    p = p (1 - lr weight_decay) - lr c1 m / (sqrt(c2 v) + eps)                       [Loshchilov & Hutter 2019, algorithm 2]
+
+with c1 = 1/(1 - beta1^t), c2 = 1/(1 - beta2^t) in the t-th step, from 1. eps is 1e-10 as in nanochat 92d63d4.
+
+Shapes    p, g, exp_avg (m), exp_avg_sq (v), low: the same, any; contiguous
+          hyper (6,) fp32: lr, beta1, beta2, weight_decay, c1, c2, as `adam_hyper` makes them: on the device, so that a step
+          neither compiles again nor waits
+Dtypes    p fp32; bf16; or bf16 with low (int16), which together hold an fp32 master. g fp32 or bf16; m and v both fp32, or
+          both of p's dtype
+Rounding  everything in fp32, each state rounded once at its store, and p made of the unrounded m and v. A master is not
+          rounded: p is the bf16 number nearest to it, ties away from zero, low the difference of the bit patterns
+Backward  none
+Limits    none on size
+Bound     memory: `adam_update_cost`; 28 B an element for p, m, v, g in fp32 and for a master with fp32 moments, 16 B for p, m, v in bf16
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dispatch import Op, capability
+from kernels.tile import join_master, split_master
+
+ADAM_EPS = 1e-10  # nanochat 92d63d4, optim.py
+
+
+def adam_hyper(lr: float, betas: tuple[float, float], weight_decay: float, t: int) -> list[float]:
+    """What `hyper` holds in the t-th step, from 1.
+
+    The bias corrections are those of the betas that fp32 holds: they undo what the kernel does, and 1 - 0.995 loses two digits."""
+    beta1, beta2 = torch.tensor(betas, dtype=torch.float32).tolist()
+    return [lr, beta1, beta2, weight_decay, 1 / (1 - beta1**t), 1 / (1 - beta2**t)]
+
+
+# reference
+
+
+def adam_update_ref(
+    p: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    hyper: Tensor,
+    low: Tensor | None = None,
+    *,
+    eps: float = ADAM_EPS,
+) -> None:
+    wide = torch.promote_types(p.dtype, torch.float32)
+    lr, beta1, beta2, weight_decay, c1, c2 = hyper.to(wide).unbind()
+    g, m, v = (t.to(wide) for t in (g, exp_avg, exp_avg_sq))
+    m = m + (1 - beta1) * (g - m)
+    v = beta2 * v + (1 - beta2) * g.square()
+    master = p.to(wide)
+    if low is not None:
+        master = ((p.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+    master = master * (1 - lr * weight_decay) - lr * c1 * m / (v.sqrt() * c2.sqrt() + eps)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    if low is None:
+        p.copy_(master)
+    else:
+        bits = master.view(torch.int32)
+        high = (bits + 0x8000) >> 16
+        p.copy_(high.to(torch.int16).view(torch.bfloat16))
+        low.copy_(bits - (high << 16))
+
+
+# Triton
+
+
+def _config(n: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
+    """Elements and warps of a program. Not measured on a GPU yet: 8 elements a thread are one 16-byte load of bf16, two of fp32."""
+    return {"BLOCK": 1024, "num_warps": 4}
+
+
+@triton.jit
+def _adam_update_kernel(
+    p_ptr, low_ptr, g_ptr, m_ptr, v_ptr, hyper_ptr, n, eps,
+    MASTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    lr, beta1, beta2 = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)
+    weight_decay, c1, c2 = tl.load(hyper_ptr + 3), tl.load(hyper_ptr + 4), tl.load(hyper_ptr + 5)
+    g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(m_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    # every fma is explicit: a master's bits must not depend on where the compiler fuses
+    m = tl.fma(g - m, 1.0 - beta1, m)
+    v = tl.fma((1.0 - beta2) * g, g, beta2 * v)
+    step = tl.div_rn(m, tl.fma(tl.sqrt_rn(v), tl.sqrt_rn(c2), eps))
+    if MASTER:
+        p = join_master(tl.load(p_ptr + offs, mask=mask), tl.load(low_ptr + offs, mask=mask))
+    else:
+        p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    p = tl.fma(step, -lr * c1, p * tl.fma(-lr, weight_decay, 1.0))
+    if MASTER:
+        high, low = split_master(p)
+        tl.store(p_ptr + offs, high, mask=mask)
+        tl.store(low_ptr + offs, low, mask=mask)
+    else:
+        tl.store(p_ptr + offs, p.to(p_ptr.dtype.element_ty), mask=mask)
+    tl.store(m_ptr + offs, m.to(m_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_ptr + offs, v.to(v_ptr.dtype.element_ty), mask=mask)
+
+
+# torch ops
+
+
+@torch.library.custom_op("redline::adam_update", mutates_args=("p", "exp_avg", "exp_avg_sq", "low"))
+def _adam_update(
+    p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Tensor, low: Tensor | None, eps: float
+) -> None:
+    n = p.numel()
+    config = _config(n, p.dtype, capability(p.device))
+    if n:
+        _adam_update_kernel[(triton.cdiv(n, config["BLOCK"]),)](
+            p, low, g, exp_avg, exp_avg_sq, hyper, n, eps, MASTER=low is not None, **config
+        )
+
+
+@_adam_update.register_fake
+def _(p, g, exp_avg, exp_avg_sq, hyper, low, eps):
+    return None
+
+
+def _adam_update_triton(
+    p: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    hyper: Tensor,
+    low: Tensor | None = None,
+    *,
+    eps: float = ADAM_EPS,
+) -> None:
+    floats = (torch.bfloat16, torch.float32)
+    moments = exp_avg.dtype if exp_avg.dtype in (p.dtype, torch.float32) else p.dtype
+    for name, t, dtypes in (
+        ("p", p, floats if low is None else (torch.bfloat16,)),
+        ("g", g, floats),
+        ("exp_avg", exp_avg, (moments,)),
+        ("exp_avg_sq", exp_avg_sq, (moments,)),
+        ("low", low, (torch.int16,)),
+    ):
+        if t is None:
+            continue
+        if t.shape != p.shape or t.device != p.device or t.dtype not in dtypes or not t.is_contiguous():
+            expected = " or ".join(map(str, dtypes))
+            raise ValueError(
+                f"adam_update: {name} is {_what(t)}; expected contiguous {tuple(p.shape)} {expected} on {p.device}"
+            )
+    if hyper.shape != (6,) or hyper.dtype != torch.float32 or hyper.device != p.device or not hyper.is_contiguous():
+        raise ValueError(f"adam_update: hyper is {_what(hyper)}; expected contiguous (6,) torch.float32 on {p.device}")
+    _adam_update(p, g, exp_avg, exp_avg_sq, hyper, low, eps)
+
+
+def _what(t: Tensor) -> str:
+    return f"{'' if t.is_contiguous() else 'strided '}{tuple(t.shape)} {t.dtype} on {t.device}"
+
+
+# cost
+
+
+def adam_update_cost(
+    shape: tuple[int], dtype: torch.dtype, form: str = "plain", backward: bool = False
+) -> tuple[int, int]:
+    """(FLOPs, bytes) of one step: p, low, m, v read and written once, g (fp32) read once."""
+    (n,) = shape
+    states = 3 * dtype.itemsize if form == "plain" else 2 + 2 + 4 + 4
+    return 13 * n, (2 * states + 4) * n
+
+
+# interface
+
+
+def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    return None if dtype in (torch.bfloat16, torch.float32) else f"takes bfloat16 and float32, not {dtype}"
+
+
+def _inputs(make: Callable[..., Tensor], n: int, master: bool) -> dict[str, Tensor]:
+    """plain: p and its moments of one dtype, as embeddings are. master: as the head is."""
+    p = make(n, dtype=torch.bfloat16) if master else make(n)
+    moment = torch.float32 if master else p.dtype
+    hyper = p.new_tensor(adam_hyper(0.01, (0.8, 0.96), 0.01, 3), dtype=torch.float32)
+    args = {"p": p, "g": make(n, dtype=torch.float32), "exp_avg": make(n, dtype=moment)}
+    args |= {"exp_avg_sq": make(n, dtype=moment).detach().square_(), "hyper": hyper}
+    args |= {"low": make(n, dtype=torch.int16)} if master else {}
+    return {name: t.detach() for name, t in args.items()}
+
+
+adam_update = Op(
+    "adam_update",
+    dims=("n",),
+    cases={  # vocabulary times width: head and embeddings
+        "quickstart": (4096 * 128,),
+        "width 768": (32768 * 768,),
+        "depth 24": (32768 * 1536,),
+        "depth 26": (32768 * 1664,),
+    },
+    forms={
+        "plain": lambda make, n: _inputs(make, n, master=False),
+        "master": lambda make, n: _inputs(make, n, master=True),
+    },
+    cost=adam_update_cost,
+    limits=_limits,
+    ref=adam_update_ref,
+    triton=_adam_update_triton,
+)
