@@ -53,13 +53,14 @@ def adam_update_ref(
 ) -> None:
     wide = torch.promote_types(p.dtype, torch.float32)
     lr, beta1, beta2, weight_decay, c1, c2 = hyper.to(wide).unbind()
-    g, m, v = (t.to(wide) for t in (g, exp_avg, exp_avg_sq))
-    m = m + (1 - beta1) * (g - m)
-    v = beta2 * v + (1 - beta2) * g.square()
+    g, m, v = (t.to(wide) for t in (g, exp_avg, exp_avg_sq))  # states that are wide already change in place
+    m.lerp_(g, 1 - beta1)
+    v.lerp_(g.square(), 1 - beta2)
     master = p.to(wide)
     if low is not None:
         master = ((p.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
-    master = master * (1 - lr * weight_decay) - lr * c1 * m / (v.sqrt() * c2.sqrt() + eps)
+    change = m / v.sqrt().mul_(c2.sqrt()).add_(eps)
+    master.mul_(1 - lr * weight_decay).sub_(change.mul_(lr * c1))
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
     if low is None:
