@@ -12,6 +12,7 @@ And         `torch.library.opcheck` of each torch op that was called; `torch.com
 """
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,24 @@ def guarded(t: Tensor, layout: str = "contiguous", index: int = 0) -> Tensor:
     else:
         view = t.new_full((*t.shape[:-2], t.size(-1), t.size(-2)), torch.nan).transpose(-1, -2)
     return view.copy_(t)
+
+
+def kept(t: Tensor, gap: int = 0) -> Tensor:
+    """A copy of t, for an op that works in place: between guards, or with rows that far apart. `unharmed` looks at what is around."""
+    shape = (*t.shape[:-1], t.size(-1) + gap) if gap else tuple(t.shape)
+    n = math.prod(shape)
+    view = t.new_full((n + 2 * GUARD,), 77)[GUARD : GUARD + n].view(shape)
+    view = view[..., : t.size(-1)] if gap else view
+    return view.copy_(t)
+
+
+def unharmed(*states: Tensor) -> None:
+    """Whether only the elements of what `kept` made were written."""
+    for t in states:
+        around = t._base.clone()
+        around.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(77)
+        if not bool((around == 77).all()):
+            raise Failed("wrote beside the elements of a state")
 
 
 @contextmanager

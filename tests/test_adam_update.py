@@ -15,7 +15,7 @@ from core.optim import adamw_update, join_master, split_master
 from kernels import tile
 from kernels.adam_update import ADAM_EPS, adam_hyper, adam_update, adam_update_cost
 from kernels.dispatch import Op
-from tests.harness import DEVICE, GUARD, Failed, check_op, guarded, mutant, randn
+from tests.harness import DEVICE, Failed, check_op, guarded, kept, mutant, randn, unharmed
 
 triton_adam = adam_update.backends["triton"]
 DTYPES = (torch.bfloat16, torch.float32)
@@ -27,18 +27,6 @@ class States(NamedTuple):
     p: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-
-
-def kept(t: Tensor) -> Tensor:
-    """A copy between guards, which `unharmed` looks at."""
-    base = torch.cat([t.new_full((GUARD,), 77), t.reshape(-1), t.new_full((GUARD,), 77)])
-    return base[GUARD : GUARD + t.numel()].view(t.shape)
-
-
-def unharmed(*states: Tensor) -> None:
-    for t in states:
-        if not bool((t._base[:GUARD] == 77).all()) or not bool((t._base[-GUARD:] == 77).all()):
-            raise Failed("wrote outside of a state")
 
 
 def functional(op: Op = adam_update, master: bool = False) -> Op:

@@ -111,6 +111,20 @@ def test_adam_update_moves_16_bytes_at_a_time(kernels):
             assert got["LDG.E.128"] >= reads and got["STG.E.128"] >= writes, describe(k)
 
 
+def test_muon_update_moves_16_bytes_at_a_time(kernels):
+    """Whole matrices, at the tracks' sizes; single numbers are a hyperparameter, a sum, or a factor of a row."""
+    of_muon = [k for k in kernels if k["op"] in ("muon_momentum", "muon_apply")]
+    narrow = {  # loads, stores
+        "_muon_momentum_kernel": (1, 1), "_muon_columns_kernel": (1, 0), "_muon_squares_kernel": (0, 1),
+        "_muon_sum_kernel": (0, 1), "_muon_scale_kernel": (0, 1), "_muon_factor_kernel": (0, 0), "_muon_apply_kernel": (4, 0),
+    }  # fmt: skip
+    assert {k["kernel"] for k in of_muon} == set(narrow)
+    for k in of_muon:
+        got, (loads, stores) = k["instructions"], narrow[k["kernel"]]
+        assert got["LDG"] - got["LDG.E.128"] <= loads and got["LDG.E.128"] > 0, describe(k)
+        assert got["STG"] - got.get("STG.E.128", 0) <= stores, describe(k)
+
+
 def test_a_spill_would_be_seen(tmp_path):
     """The checks above read what they should: a kernel with too much in registers spills, and the report says so."""
     (tmp_path / "greedy.py").write_text(GREEDY)

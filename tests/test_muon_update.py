@@ -1,0 +1,512 @@
+"""muon_update: both ops against float64 on square, tall, wide and transposed banks, against core/optim.py, masters, mutations."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels.muon_update as module
+from core.optim import MUON_BETA2, POLAR_EXPRESS, POLAR_EXPRESS_SAFETY, join_master, muon_update, split_master
+from kernels.dispatch import Op
+from kernels.muon_update import BETA2, MAX_SIDE, SAFETY, muon_apply, muon_apply_cost, muon_momentum, muon_momentum_cost
+from tests.harness import DEVICE, Failed, check_op, kept, mutant, randn, unharmed
+
+DTYPES = (torch.bfloat16, torch.float32)
+HYPER = (0.05, 0.4, 0.9)  # lr, weight_decay, momentum
+# square, tall, wide, ragged, a gate, tall over several blocks and wide over several, one row, one column
+SHAPES = (
+    (3, 16, 16),
+    (2, 40, 16),
+    (2, 16, 40),
+    (2, 13, 20),
+    (2, 3, 12),
+    (1, 140, 130),
+    (1, 35, 132),
+    (2, 1, 7),
+    (3, 5, 1),
+)
+BOTH = pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+class Momentum(NamedTuple):
+    buf: Tensor
+    x: Tensor
+    scale: Tensor
+
+
+class Applied(NamedTuple):
+    p: Tensor
+    second: Tensor
+
+
+def numbers(hyper, dtype):
+    """The fp32 numbers that the kernel gets. Not an input to check_op, which would take three numbers for a noisy result."""
+    return torch.tensor(hyper, device=DEVICE).to(dtype)
+
+
+def like(op, backends):
+    return Op(op.name, dims=op.dims, cases=op.cases, forms=op.forms, cost=op.cost, limits=op.limits, **backends)
+
+
+def functional_momentum(op=muon_momentum, gap=0):
+    """The op as a function of its state."""
+
+    def wrap(update):
+        def call(buf, hyper, **others):
+            buf = kept(buf, gap)
+            x, scale = update(buf=buf, hyper=numbers(hyper, buf.dtype), **others)
+            unharmed(buf)
+            return Momentum(buf, x, scale)
+
+        return call
+
+    return like(op, {name: wrap(update) for name, update in op.backends.items()})
+
+
+def functional_apply(op=muon_apply, gap=0, master=False):
+    """The same. master: p is an fp32 number, kept in two halves (but in float64)."""
+
+    def wrap(update):
+        def call(p, second, hyper, **others):
+            second, others["hyper"] = kept(second), numbers(hyper, second.dtype)
+            if master and p.dtype != torch.float64:
+                high, low = (kept(t, gap + 16 * i) for i, t in enumerate(split_master(p)))
+                assert update(high, second=second, low=low, **others) is None
+                unharmed(high, low, second)
+                return Applied(join_master(high, low), second)
+            p = kept(p, gap)
+            assert update(p, second=second, **others) is None
+            unharmed(p, second)
+            return Applied(p, second)
+
+        return call
+
+    return like(op, {name: wrap(update) for name, update in op.backends.items()})
+
+
+def sides(shape, transposed):
+    return (shape[2], shape[1]) if transposed else shape[1:]
+
+
+def second_of(shape, transposed, make=torch.zeros):
+    rows, cols = sides(shape, transposed)
+    return make(shape[0], rows, 1) if rows >= cols else make(shape[0], 1, cols)
+
+
+def momentum_inputs(shape, transposed, out_dtype=torch.float32, g=torch.float32, seed=0, hyper=HYPER):
+    make = randn(seed, torch.float32)
+    # rows and columns of different sizes: equilibration has something to do
+    grad = make(*shape) * make(shape[0], shape[1], 1) * make(shape[0], 1, shape[2])
+    return {"g": grad.to(g), "buf": make(*shape), "hyper": hyper, "transposed": transposed, "out_dtype": out_dtype}
+
+
+def apply_inputs(shape, transposed, dtype=torch.float32, seed=0, hyper=HYPER):
+    make = randn(seed, torch.float32)
+    x = make(*shape) * make(shape[0], shape[1], 1) * make(shape[0], 1, shape[2])
+    second = second_of(shape, transposed, make).square() * 0.01
+    return {"p": make(*shape) - 0.5, "x": x.to(dtype), "second": second, "hyper": hyper, "transposed": transposed}
+
+
+NAMES = ("g", "buf", "p", "x", "second")
+
+
+def direct(args):
+    """The inputs as the op itself takes them."""
+    return args | {"hyper": numbers(args["hyper"], torch.float32)}
+
+
+def check_momentum(args, op=muon_momentum, gap=0, **options):
+    # transposed, x is rounded twice: sqrt(2) times the error of one rounding
+    factor = 1.6 if args["transposed"] else 1.25
+    return check_op(functional_momentum(op, gap), args, no_grad=NAMES, factor=factor, **options)
+
+
+def check_apply(args, op=muon_apply, gap=0, master=False, **options):
+    return check_op(functional_apply(op, gap, master), args, no_grad=NAMES, factor=1.5, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@BOTH
+@EVERY_SHAPE
+def test_momentum_agrees_with_float64(shape, transposed, dtype):
+    if transposed and min(shape[1:]) == 1 and dtype == torch.bfloat16:
+        pytest.skip("rows of one number are exactly 1 in PyTorch; u is rounded before its norm is known")
+    result = check_momentum(momentum_inputs(shape, transposed, dtype))
+    assert result["x"].dtype == dtype and result["scale"].shape == (shape[0],)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@BOTH
+@EVERY_SHAPE
+def test_apply_agrees_with_float64(shape, transposed, dtype):
+    check_apply(apply_inputs(shape, transposed, dtype))
+    check_apply(apply_inputs(shape, transposed, dtype), master=True)
+
+
+@pytest.mark.parametrize("layout", ["rows apart", "every other"])
+@BOTH
+def test_rows_apart(transposed, layout):
+    shape = (2, 20, 24)
+    check_momentum(momentum_inputs(shape, transposed), gap=32, layout=layout)
+    check_momentum(momentum_inputs(shape, transposed, torch.bfloat16, torch.bfloat16), gap=16)
+    for master in (False, True):
+        check_apply(apply_inputs(shape, transposed, torch.bfloat16), gap=32, layout=layout, master=master)
+
+
+def test_a_slice_of_a_bank():
+    """k of a packed bank with grouped heads: gaps between the matrices of every state, which are worked on where they are."""
+    bank = {name: torch.randn(3, 40, 24, device=DEVICE) for name in ("g", "buf", "p", "x")}
+    before = {name: t.clone() for name, t in bank.items()}
+    low = torch.zeros(3, 40, 24, dtype=torch.int16, device=DEVICE)
+    high, low[:] = split_master(bank["p"])
+    hyper, results = torch.tensor(HYPER, device=DEVICE), []
+    for backend in ("ref", "triton"):
+        state = {name: t.clone() for name, t in {**bank, "high": high, "low": low}.items()}
+        cut = {name: t.split((24, 8, 8), dim=1)[1] for name, t in state.items()}
+        second = torch.zeros(3, 1, 24, device=DEVICE)
+        x, scale = muon_momentum.backends[backend](cut["g"], cut["buf"], hyper, transposed=False)
+        muon_apply.backends[backend](cut["p"], cut["x"], second, hyper, transposed=False)
+        second2 = torch.zeros(3, 1, 24, device=DEVICE)
+        muon_apply.backends[backend](cut["high"], cut["x"], second2, hyper, transposed=False, low=cut["low"])
+        assert torch.equal(join_master(state["high"], state["low"]), state["p"]) and torch.equal(second, second2)
+        results.append([state["buf"], state["p"], x.float(), scale, second])
+        for name in ("buf", "p"):  # q and v are not touched
+            assert torch.equal(state[name][:, :24], before[name][:, :24])
+            assert torch.equal(state[name][:, 32:], before[name][:, 32:])
+            assert not torch.equal(state[name][:, 24:32], before[name][:, 24:32])
+    for got, want in zip(results[1], results[0]):
+        assert rel_rms(got, want) < (3e-3 if got is results[1][2] else 1e-6)
+
+
+def test_many_blocks():
+    """More partial sums than one step of their reduction takes."""
+    check_momentum(momentum_inputs((1, 1060, 66), True))
+
+
+def test_longest_sides():
+    check_momentum(momentum_inputs((1, 2, MAX_SIDE), False))
+    check_apply(apply_inputs((1, 2, MAX_SIDE), True))
+
+
+def test_no_matrices():
+    for transposed in (False, True):
+        result = check_momentum(momentum_inputs((0, 4, 6), transposed))
+        assert result["scale"].shape == (0,) and result["x"].shape == (0, 4, 6)
+        check_apply(apply_inputs((0, 4, 6), transposed))
+
+
+@BOTH
+def test_matrices_more_than_two_billion_elements_apart(transposed):
+    """Memory that is only asked for, and touched in two matrices."""
+    stride = 2**31 + 64
+    shape = (2, 3, 16)
+
+    def far(t):
+        return torch.empty(stride + 64, dtype=t.dtype, device=DEVICE).as_strided(shape, (stride, 16, 1)).copy_(t)
+
+    args, near = (direct(momentum_inputs(shape, transposed)) for _ in range(2))
+    args |= {"g": far(args["g"]), "buf": far(args["buf"])}
+    got, want = (muon_momentum.backends["triton"](**a) for a in (args, near))
+    assert torch.equal(got.x, want.x) and torch.equal(got.scale, want.scale) and torch.equal(args["buf"], near["buf"])
+    args, near = (direct(apply_inputs(shape, transposed)) for _ in range(2))
+    args |= {"p": far(args["p"]), "x": far(args["x"])}
+    for a in (args, near):
+        muon_apply.backends["triton"](**a)
+    assert torch.equal(args["p"], near["p"]) and torch.equal(args["second"], near["second"])
+
+
+def rel_rms(a, b):
+    a, b = a.double(), b.double()
+    return ((a - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt()).item()
+
+
+def orthogonalised(x, steps=5):
+    """Polar Express without its first normalisation, which `scale` does."""
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("backend", muon_momentum.backends)
+@BOTH
+@pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
+def test_follows_the_optimizer(shape, transposed, backend):
+    """Steps of core/optim.py in fp32, with its Polar Express between the two ops."""
+    torch.manual_seed(0)
+    p, buf = torch.randn(shape, device=DEVICE), torch.zeros(shape, device=DEVICE)
+    second = second_of(shape, transposed, lambda *size: torch.zeros(size, device=DEVICE))
+    theirs = [t.clone() for t in (p, buf, second)]
+    for step in range(4):
+        g = torch.randn(shape, device=DEVICE)
+        lr, decay, momentum = 0.05 / (1 + step), 0.3, 0.85 + 0.03 * step
+        hyper = torch.tensor([lr, decay, momentum], device=DEVICE)
+        x, scale = muon_momentum.backends[backend](g, buf, hyper, transposed=transposed, out_dtype=torch.float32)
+        start = x * scale[:, None, None]
+        x = orthogonalised(start.mT).mT.contiguous() if transposed else orthogonalised(start)
+        muon_apply.backends[backend](p, x, second, hyper, transposed=transposed)
+        seen = [t.mT if transposed else t for t in (*theirs[:1], g, *theirs[1:2])]
+        muon_update(
+            *seen, theirs[2], lr=lr, weight_decay=decay, momentum=momentum, compute_dtype=torch.float32, ns_steps=5
+        )
+    # where x is rounding noise about 0, so is whether the weight decays: that moves it by lr decay p, and happens to one in 10000
+    flipped = (p - theirs[0]).abs() > 1e-4 * (p.abs() + 0.1)
+    assert flipped.sum() <= p.numel() // 5000
+    assert ((p - theirs[0]).abs() <= 2 * 0.05 * 0.3 * p.abs().clamp_min(0.01))[flipped].all()
+    theirs[0][flipped] = p[flipped]
+    errors = [rel_rms(a, b) for a, b in zip((p, buf, second), theirs)]
+    assert errors[0] < 1e-6 and errors[1] < 1e-6 and errors[2] < 5e-6, errors  # variances double a relative error
+
+
+def test_the_start_is_what_polar_express_makes_of_the_same_matrix():
+    """scale x has rows of one length, and the Frobenius norm that core/optim.py gives it."""
+    for transposed in (False, True):
+        args = direct(momentum_inputs((2, 24, 16), transposed))
+        x, scale = muon_momentum.backends["triton"](**args)
+        start = x * scale[:, None, None]
+        rows = start.norm(dim=1 if transposed else 2)
+        assert (rows / rows[:, :1] - 1).abs().max() < 1e-6
+        assert (start.norm(dim=(1, 2)) - 1 / POLAR_EXPRESS_SAFETY).abs().max() < 1e-5
+    assert (SAFETY, BETA2) == (POLAR_EXPRESS_SAFETY, MUON_BETA2)
+
+
+@pytest.mark.parametrize("backend", muon_apply.backends)
+@BOTH
+def test_a_master_is_the_fp32_run_bit_for_bit(transposed, backend):
+    """Forty steps on weights of all sizes: the two halves stay the fp32 weight, and its nearest bf16 number."""
+    update, shape = muon_apply.backends[backend], (2, 12, 20)
+    p = torch.randn(shape, device=DEVICE) * 2.0 ** torch.arange(-10, 10, device=DEVICE)
+    high, low = split_master(p)
+    second = second_of(shape, transposed, lambda *size: torch.zeros(size, device=DEVICE))
+    again = second.clone()
+    for step in range(40):
+        x = torch.randn(shape, device=DEVICE)
+        hyper = torch.tensor([0.01, 0.1, 0.95], device=DEVICE)
+        update(p, x, second, hyper, transposed=transposed)
+        update(high, x, again, hyper, transposed=transposed, low=low)
+        want_high, want_low = split_master(p)
+        assert torch.equal(high, want_high) and torch.equal(low, want_low), step
+    assert torch.equal(join_master(high, low), p) and torch.equal(second, again) and (low != 0).any()
+
+
+@BOTH
+@pytest.mark.parametrize("backend", muon_momentum.backends)
+def test_zero_gradient(transposed, backend):
+    zero = torch.zeros(2, 6, 8, device=DEVICE)
+    hyper = torch.tensor([0.1, 0.0, 0.9], device=DEVICE)
+    x, scale = muon_momentum.backends[backend](zero, zero.clone(), hyper, transposed=transposed)
+    assert not x.any() and scale.isfinite().all()
+    p, second = torch.randn_like(zero), second_of(zero.shape, transposed, torch.zeros).to(DEVICE)
+    before = p.clone()
+    muon_apply.backends[backend](p, x, second, hyper, transposed=transposed)
+    assert torch.equal(p, before) and not second.any()
+
+
+@BOTH
+def test_rows_of_zeros_and_tiny_gradients(transposed):
+    args = momentum_inputs((2, 6, 8), transposed)
+    args["g"][0, 2], args["buf"][0, 2], args["g"][1, :, 3], args["buf"][1, :, 3] = 0, 0, 0, 0
+    assert check_momentum(args)["x"].isfinite().all()
+    for size in (1e-5, 1e-7, 1e-9):  # rows of about 1e-6, and well below
+        tiny = args | {"g": args["g"] * size, "buf": args["buf"] * size}
+        check_momentum(tiny)
+    zeros = apply_inputs((2, 6, 8), transposed)
+    zeros["x"][0], zeros["x"][1, 2], zeros["x"][1, :, 3] = 0, 0, 0
+    check_apply(zeros)
+
+
+@BOTH
+def test_decay_is_cautious(transposed):
+    """A weight shrinks only where the step makes it smaller too, or does not move it."""
+    args = apply_inputs((1, 5, 8), transposed, hyper=(0.0625, 0.5, 0.9))
+    args["x"][0, 0] = 0
+    with_decay, without = args["p"].clone(), args["p"].clone()
+    for p, decay in ((with_decay, 0.5), (without, 0.0)):
+        hyper = torch.tensor([0.0625, decay, 0.9], device=DEVICE)
+        second = args["second"].clone()
+        muon_apply.backends["triton"](p, args["x"], second, hyper, transposed=transposed)
+    decays = args["x"] * args["p"] >= 0
+    assert torch.equal(with_decay[~decays], without[~decays]) and decays.any() and not decays.all()
+    rows, cols = sides((1, 5, 8), transposed)
+    lost = 0.0625 * 0.5 * max(1, rows / cols) ** 0.5
+    torch.testing.assert_close((without - with_decay)[decays], lost * args["p"][decays], rtol=1e-4, atol=1e-6)
+
+
+@BOTH
+def test_opcheck(transposed):
+    m = direct(momentum_inputs((2, 5, 8), transposed))
+    for dtype in DTYPES:
+        torch.library.opcheck(module._muon_momentum, (m["g"], m["buf"], m["hyper"], transposed, dtype, SAFETY))
+    for low in (None, torch.zeros(2, 5, 8, dtype=torch.int16, device=DEVICE)):
+        a = direct(apply_inputs((2, 5, 8), transposed))
+        p = a["p"] if low is None else a["p"].bfloat16()
+        torch.library.opcheck(module._muon_apply, (p, a["x"], a["second"], a["hyper"], transposed, low, BETA2))
+
+
+@BOTH
+def test_torch_compile(transposed):
+    """Both ops in one graph that works on the same memory."""
+
+    def step(g, buf, p, low, second, hyper):
+        x, scale = muon_momentum.backends["triton"](g, buf, hyper, transposed=transposed)
+        muon_apply.backends["triton"](p, x, second, hyper, transposed=transposed, low=low)
+        return scale
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        m, a = direct(momentum_inputs((2, 5, 8), transposed)), apply_inputs((2, 5, 8), transposed)
+        high, low = split_master(a["p"])
+        state = [m["g"], m["buf"], high, low, a["second"]]
+        before = high.clone()
+        results.append([function(*state, m["hyper"]), *state])
+        assert not torch.equal(before, high)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def bad_momentum(**changes):
+    return direct(momentum_inputs((2, 4, 6), False)) | changes
+
+
+def bad_apply(**changes):
+    return direct(apply_inputs((2, 4, 6), False)) | changes
+
+
+ONES = torch.ones(2, 4, 6, device=DEVICE)
+LOW = ONES.to(torch.int16)
+
+
+@pytest.mark.parametrize(
+    "op, args, says",
+    [
+        (muon_momentum, bad_momentum(g=ONES[0]), "g is"),
+        (muon_momentum, bad_momentum(g=ONES.double()), "g is .*float64"),
+        (muon_momentum, bad_momentum(buf=ONES.bfloat16()), "buf is .*expected .*float32"),
+        (muon_momentum, bad_momentum(buf=ONES[:, :3]), r"buf is \(2, 3, 6\)"),
+        (muon_momentum, bad_momentum(g=ONES.mT.contiguous().mT), "g is .*last stride 1"),
+        (muon_momentum, bad_momentum(hyper=torch.ones(2, device=DEVICE)), "hyper is"),
+        (muon_momentum, bad_momentum(out_dtype=torch.float16), "out_dtype is torch.float16"),
+        (muon_momentum, bad_momentum(g=ONES[:, :0], buf=ONES[:, :0]), "1 <= R, C"),
+        (muon_momentum, bad_momentum(g=torch.ones(1, 1, MAX_SIDE + 1, device=DEVICE)), f"R, C <= {MAX_SIDE}"),
+        (muon_apply, bad_apply(p=ONES.bfloat16()), "p is .*expected .*float32"),
+        (muon_apply, bad_apply(low=LOW), "p is .*expected .*bfloat16"),
+        (muon_apply, bad_apply(p=ONES.bfloat16(), low=LOW.int()), "low is .*expected .*int16"),
+        (muon_apply, bad_apply(x=ONES.half()), "x is .*float16"),
+        (muon_apply, bad_apply(x=ONES.mT.contiguous().mT), "x is .*last stride 1"),
+        (muon_apply, bad_apply(second=torch.ones(2, 4, 1, device=DEVICE)), r"second is .*expected contiguous \(2, 1, 6\)"),
+        (muon_apply, bad_apply(transposed=True), r"second is .*expected contiguous \(2, 6, 1\)"),
+        (muon_apply, bad_apply(hyper=torch.ones(3, device=DEVICE).double()), "hyper is"),
+    ],
+)  # fmt: skip
+def test_bad_calls_are_refused(op, args, says):
+    with pytest.raises(ValueError, match=says):
+        op.backends["triton"](**args)
+
+
+def test_cost():
+    assert muon_momentum_cost((2, 5, 10), torch.bfloat16) == (900, 1400)
+    assert muon_apply_cost((2, 5, 10), torch.bfloat16) == (800, 1000)
+    assert muon_apply_cost((2, 5, 10), torch.float32)[1] == 1200
+
+
+MASK = "mask = mask_r[:, None] & mask_c[None, :]"
+TO_EVEN = """from kernels.tile import join_master
+
+@triton.jit
+def split_master(x):
+    high = x.to(tl.bfloat16)
+    bits = high.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return high, (x.to(tl.int32, bitcast=True) - bits).to(tl.int16)
+"""
+MUTATIONS = {
+    "columns beyond C are written": {"offs_c, offs_r < R, offs_c < C": "offs_c, offs_r < R, offs_c < C + 1"},
+    "rows beyond R are written": {"offs_c, offs_r < R, offs_c < C": "offs_c, offs_r < R + 1, offs_c < C"},
+    "columns end early": {"offs_c, offs_r < R, offs_c < C": "offs_c, offs_r < R, offs_c < tl.minimum(C, 128)"},
+    "the mask is for rows alone": {MASK: "mask = mask_r[:, None] & (offs_c >= 0)[None, :]"},
+    "the momentum is that of the gradient": {"rest = 1.0 - tl.load(hyper_ptr + 2)": "rest = tl.load(hyper_ptr + 2)"},
+    "no Nesterov": {"u = tl.fma(g - buf, rest, buf)": "u = buf"},
+    "Nesterov's ends are swapped": {"u = tl.fma(g - buf, rest, buf)": "u = tl.fma(buf - g, rest, g)"},
+    "the momentum buffer is u": {"    u = tl.fma(g - buf, rest, buf)\n": "    u = tl.fma(g - buf, rest, buf)\n    tl.store(buf_ptr + offs_buf, u, mask=mask)\n"},
+    "rows are not divided by their length": {"tl.maximum(tl.sqrt_rn(squares), 1e-6))[:, None]": "1.0)"},
+    "rows are divided by the square": {"tl.maximum(tl.sqrt_rn(squares), 1e-6))[:, None]": "tl.maximum(squares, 1e-6))[:, None]"},
+    "columns are not divided": {"tl.maximum(tl.sqrt_rn(squares), 1e-6))[None, :]": "1.0)"},
+    "short rows are not clamped": {"tl.maximum(tl.sqrt_rn(squares), 1e-6)": "tl.sqrt_rn(squares)"},
+    "short rows count whole": {"tl.minimum(squares * 1e12, 1.0)": "tl.where(squares > 0, 1.0, 0.0)"},
+    "scale forgets safety": {"safety * target * norm + 1e-6": "target * norm + 1e-6"},
+    "scale forgets 1e-6": {"safety * target * norm + 1e-6": "safety * target * norm"},
+    "scale takes a mean over columns": {"n, float(n), safety": "n, float(R * C // n), safety"},
+    "only the first partial sums count": {"for start in range(0, n_parts, BLOCK_P):": "for start in range(0, BLOCK_P, BLOCK_P):"},
+    "the last partial sum is dropped": {"(offs_p < n_parts)[:, None]": "(offs_p < n_parts - 1)[:, None]"},
+    "parts of one matrix for all": {"(k * n_parts + offs_p[:, None]) * n": "offs_p[:, None] * n"},
+    "statistics lie along the wrong axis": {"(rows >= cols) != transposed": "rows >= cols"},
+    "a square matrix counts as wide": {"per_row = (rows >= cols)": "per_row = (rows > cols)"},
+    "the root is of the longer side": {"root = sums.size(1), min(rows, cols)": "root = sums.size(1), max(rows, cols)"},
+    "beta2 is the rate": {"second, 1.0 - beta2, second)": "second, beta2, second)"},
+    "second is a sum": {"tl.div_rn(squares, n_other)": "squares"},
+    "second is not written": {"tl.store(second_ptr + offs, second, mask=mask)": "pass"},
+    "second is used before it is updated": {"    tl.store(second_ptr + offs, second, mask=mask)\n": "    tl.store(second_ptr + offs, second, mask=mask)\n    second = (second - (1.0 - beta2) * tl.div_rn(squares, n_other)) / beta2\n"},
+    "the norm is not preserved": {"* tl.sqrt_rn(inverse) * keep": "* tl.sqrt_rn(inverse)"},
+    "x is not rescaled": {"factor_ptr + offs, rescale * tl": "factor_ptr + offs, tl"},
+    "decay where it disagrees": {"z * p >= 0": "z * p <= 0"},
+    "decay everywhere": {"z * p >= 0": "p == p"},
+    "no decay at zero": {"z * p >= 0": "z * p > 0"},
+    "the decay grows": {"-decay, 0.0)": "decay, 0.0)"},
+    "the step goes up": {"tl.fma(-lr, z, p)": "tl.fma(lr, z, p)"},
+    "tall matrices do not step further": {"max(1.0, rows / cols) ** 0.5, MASTER": "1.0, MASTER"},
+    "wide ones do": {"max(1.0, rows / cols) ** 0.5, MASTER": "max(rows / cols, cols / rows) ** 0.5, MASTER"},
+    "low has the strides of p": {"(low.stride(0), low.stride(1))": "(p.stride(0), p.stride(1))"},
+    "x has the strides of p": {"*low_strides, x.stride(0), x.stride(1)": "*low_strides, p.stride(0), p.stride(1)"},
+    "buf has the strides of g": {"buf.stride(0), buf.stride(1)": "g.stride(0), g.stride(1)"},
+    "a tie goes to even": {"from kernels.tile import join_master, split_master": TO_EVEN},
+    "x is truncated": {
+        "    tl.store(x_ptr + (k * R":
+        "    u = (u.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)\n    tl.store(x_ptr + (k * R"
+    },
+}  # fmt: skip
+
+
+def everything(momentum, apply):
+    for shape in ((2, 13, 20), (2, 16, 16), (1, 20, 13), (2, 36, 132)):
+        for transposed in (False, True):
+            dtype = torch.bfloat16 if shape[1] < 20 else torch.float32
+            check_momentum(momentum_inputs(shape, transposed, dtype), momentum, gap=32, layout="rows apart")
+            for master in (False, True):
+                check_apply(apply_inputs(shape, transposed), apply, gap=32, layout="rows apart", master=master)
+            small = momentum_inputs(shape, transposed)
+            check_momentum(small | {name: small[name] * 1e-7 for name in ("g", "buf")}, momentum)
+    test_many_blocks()
+    test_zero_gradient(False, "triton")
+    test_decay_is_cautious(False)
+    test_ties_go_away_from_zero_in_the_update(apply)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
+    broken = mutant(module, MUTATIONS[name], tmp_path)
+    for op in ("muon_momentum", "muon_apply"):
+        monkeypatch.setattr(f"{__name__}.{op}", getattr(broken, op))
+        monkeypatch.setitem(globals(), f"check_{op[5:]}", bound(globals()[f"check_{op[5:]}"], getattr(broken, op)))
+    with pytest.raises((Failed, AssertionError)):
+        everything(broken.muon_momentum, broken.muon_apply)
+
+
+def bound(check, broken):
+    return lambda args, op=None, **options: check(args, broken, **options)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as above")
+def test_a_copy_that_is_not_broken_passes(tmp_path):
+    same = mutant(module, {"BETA2 = ": "BETA2  = "}, tmp_path)
+    everything(same.muon_momentum, same.muon_apply)
+
+
+def test_ties_go_away_from_zero_in_the_update(apply=muon_apply):
+    p = torch.tensor([1 + 2**-8, -(1 + 2**-8), 1 + 3 * 2**-8], device=DEVICE).expand(1, 2, 3).contiguous()
+    high, low = split_master(p)
+    hyper = torch.tensor([0.0, 0.5, 0.9], device=DEVICE)
+    second = torch.zeros(1, 1, 3, device=DEVICE)
+    apply.backends["triton"](high, torch.ones_like(p), second, hyper, transposed=False, low=low)
+    want, want_low = split_master(p)
+    assert torch.equal(high, want) and torch.equal(low, want_low) and (low == -(2**15)).all()
