@@ -1,18 +1,19 @@
 """Muon for the matrices, AdamW for everything else, on one device.
 
-Source: nanochat 92d63d4, optim.py; Polar Express is arXiv 2505.16932, NorMuon arXiv 2510.05491.
+Source: nanochat 92d63d4, optim.py. The rules are those of the ops adam_update, muon_update and polar_express in `kernels`.
 
-Shape of the code   each parameter has one `Group`; the update of a group is a function of (parameter, gradient, state)
-                    and hyperparameters, so that a rank that owns a slice of a bank calls the same function on it.
+Shape of the code   each parameter has one `Group`. A step calls, for each parameter, one op of AdamW or Muon's three on each
+                    of its views; so a rank that owns a slice of a bank would call the same on it.
+Hyperparameters     go to the device as one tensor a step: nothing compiles again or waits for it.
 Muon's matrices     banks are views to Muon: q, k, v and o are orthogonalised apart although q, k, v share storage, and the
-                    MLP's second matrix, stored (4C, C), is seen as the (C, 4C) projection it is.
+                    MLP's second matrix, stored (4C, C), is seen as the (C, 4C) projection it is (`MuonView.transposed`).
 Masters             fp32 parameters are their own master. A bf16 matrix or head keeps the low 16 bits of its fp32 master
                     beside it (`split_master`); embeddings in bf16 have no master, their moments are bf16 too.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,11 +21,10 @@ from torch import Tensor
 from core import schedule
 from core.config import OptimConfig
 from core.model import GPT, Dims
+from kernels.adam_update import adam_hyper, adam_update
 from kernels.dispatch import Backends
+from kernels.muon_update import MuonMomentum, muon_apply, muon_momentum
 from kernels.polar_express import COEFFICIENTS, polar_express
-
-ADAM_EPS = 1e-10
-MUON_BETA2 = 0.9
 
 # betas and decay of each AdamW group
 ADAM_GROUPS = {
@@ -72,84 +72,56 @@ def join_master(high: Tensor, low: Tensor) -> Tensor:
     return ((high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
 
 
-# updates ------------------------------------------------------------------
+# Muon's views -------------------------------------------------------------
 
 
-def adamw_update(
-    p: Tensor,
-    g: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    t: int,
-) -> None:
-    """One AdamW step (the t-th, from 1) in fp32, states rounded back to their types; p, exp_avg, exp_avg_sq in place."""
-    beta1, beta2 = betas
-    m = exp_avg if exp_avg.dtype == torch.float32 else exp_avg.float()
-    v = exp_avg_sq if exp_avg_sq.dtype == torch.float32 else exp_avg_sq.float()
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denom = v.sqrt().mul_((1 - beta2**t) ** -0.5).add_(ADAM_EPS)
-    p32 = p if p.dtype == torch.float32 else p.float()
-    p32.mul_(1 - lr * weight_decay).addcdiv_(m, denom, value=-lr / (1 - beta1**t))
-    for state, value in ((exp_avg, m), (exp_avg_sq, v), (p, p32)):
-        if state is not value:
-            state.copy_(value)
+@dataclass(frozen=True)
+class MuonView:
+    """Matrices of a bank as Muon sees them: `take` gives them out of the bank, or out of a state shaped like it, (K, R, C) as
+    stored; transposed: what is stored is the transpose of Muon's matrices."""
+
+    take: Callable[[Tensor], Tensor]
+    transposed: bool = False
+
+    def second_shape(self, stored: torch.Size) -> tuple[int, int, int]:
+        """Of NorMuon's variances: a number for each row, or for each column of a wide matrix."""
+        K, R, C = stored
+        rows, cols = (C, R) if self.transposed else (R, C)
+        return (K, rows, 1) if rows >= cols else (K, 1, cols)
 
 
-def muon_update(
-    p: Tensor,
-    g: Tensor,
-    momentum_buf: Tensor,
-    second_buf: Tensor,
-    *,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
-    compute_dtype: torch.dtype,
-    orthogonalise: Callable[[Tensor], Tensor],
-) -> None:
-    """One Muon step on fp32 matrices (K, rows, cols); p, momentum_buf, second_buf in place.
-
-    Nesterov momentum, row equilibration (MuonEq; in fp32 here, after the cast in nanochat), `orthogonalise` in
-    `compute_dtype`, Frobenius norm set to sqrt(min(rows, cols)) (Muon+), variance normalised per row of a tall and per column of a wide matrix with the norm
-    preserved (NorMuon), decay only where it agrees with the update (cautious). lr grows by sqrt(rows / cols) if tall.
-    """
-    rows, cols = p.shape[-2:]
-    lr = lr * max(1.0, rows / cols) ** 0.5
-    momentum_buf.lerp_(g, 1 - momentum)
-    x = g.lerp(momentum_buf, momentum)
-
-    row_norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    mean_norm = torch.linalg.vector_norm(row_norm, dim=-2, keepdim=True) / rows**0.5
-    x = (x * (mean_norm / row_norm.clamp_min(1e-6))).to(compute_dtype)
-    x = orthogonalise(x).float()
-    x *= min(rows, cols) ** 0.5 / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-6)
-
-    dim = -1 if rows >= cols else -2
-    n = x.size(dim)
-    variance = x.square().mean(dim=dim, keepdim=True)
-    old_norm = (n * variance.sum(dim=(-2, -1), keepdim=True)).sqrt()
-    second_buf.lerp_(variance, 1 - MUON_BETA2)
-    scale = second_buf.clamp_min(1e-10).rsqrt()
-    new_norm = (n * (variance * scale.square()).sum(dim=(-2, -1), keepdim=True)).sqrt()
-    x *= scale * (old_norm / new_norm.clamp_min(1e-10))
-
-    decay = torch.where(x * p >= 0, lr * weight_decay, 0.0)
-    p.sub_(p * decay).sub_(x, alpha=lr)
-
-
-def muon_views(name: str, bank: Tensor, d: Dims) -> list[Tensor]:
-    """The matrices of a bank (or of a state shaped like it) as Muon sees them, each (K, rows, cols)."""
+def muon_views(name: str, d: Dims) -> list[MuonView]:
+    """The views of the bank called `name`."""
     kind = name.split(".")[0]
+    if kind == "attn_qkv" and d.d_kv == d.d_model:
+        return [MuonView(lambda bank: bank.view(-1, d.d_model, d.d_model))]
     if kind == "attn_qkv":
-        if d.d_kv == d.d_model:
-            return [bank.view(-1, d.d_model, d.d_model)]
-        return list(bank.split((d.d_model, d.d_kv, d.d_kv), dim=-2))
-    return [bank.mT if kind == "mlp_down" else bank]
+        ends = list(itertools.accumulate((d.d_model, d.d_kv, d.d_kv), initial=0))
+        return [MuonView(lambda bank, a=a, b=b: bank[:, a:b]) for a, b in itertools.pairwise(ends)]
+    return [MuonView(lambda bank: bank, transposed=kind == "mlp_down")]
+
+
+@dataclass(frozen=True)
+class MuonOps:
+    """The functions of one view's step."""
+
+    momentum: Callable[..., MuonMomentum]
+    orthogonalise: Callable[..., Tensor]
+    apply: Callable[..., None]
+
+    def step(
+        self, p: Tensor, low: Tensor | None, g: Tensor, buf: Tensor, second: Tensor, hyper: Tensor, *,
+        transposed: bool, dtype: torch.dtype, ns_steps: int,
+    ) -> None:  # fmt: skip
+        """One step of matrices p (K, R, C) and their states in place; orthogonalises in dtype."""
+        x, scale = self.momentum(g, buf, hyper, transposed=transposed, out_dtype=dtype)
+        x = self.orthogonalise(x, scale, coefficients=COEFFICIENTS[:ns_steps])
+        self.apply(p, x, second, hyper, transposed=transposed, low=low)
+
+
+def choose_muon(backends: Backends, stored: torch.Size) -> MuonOps:
+    """For matrices stored (K, R, C)."""
+    return MuonOps(*(backends.choose(op, *stored) for op in (muon_momentum, polar_express, muon_apply)))
 
 
 # the optimizer ------------------------------------------------------------
@@ -191,34 +163,38 @@ class Optimizer:
     ) -> None:
         if not 1 <= ns_steps <= len(COEFFICIENTS):
             raise ValueError(f"ns_steps is {ns_steps}: expected 1 to {len(COEFFICIENTS)}")
-        self._backends = backends or Backends("ref", device=model.wte.device, dtype=compute_dtype)
-        self._orthogonalise: dict[str, Callable[[Tensor], Tensor]] = {}  # by "<parameter>.<view>"
+        backends = backends or Backends("ref", device=model.wte.device, dtype=compute_dtype)
         self.dims = model.dims
         self.weight_decay, self.ns_steps, self.compute_dtype = weight_decay, ns_steps, compute_dtype
         self.groups: dict[str, Group] = {}
         self.state: dict[str, Tensor] = {}  # "<parameter>.<state>"
+        self._adam: dict[str, Callable[..., None]] = {}  # by parameter
+        self._muon: dict[str, list[tuple[MuonView, MuonOps]]] = {}
         for name, p in model.named_parameters():
             kind = "lm_head" if name == "wte" and not model.cfg.untied_head else group_of(name)
             self.groups.setdefault(kind, Group(kind, lrs[kind])).params[name] = p
             self._init_state(kind, name, p)
+            if kind == "matrices":
+                views = muon_views(name, self.dims)
+                self._muon[name] = [(view, choose_muon(backends, view.take(p).shape)) for view in views]
+            else:
+                self._adam[name] = backends.choose(adam_update, p.numel(), dtype=p.dtype)
 
     @torch.no_grad()
     def _init_state(self, kind: str, name: str, p: Tensor) -> None:
-        if p.dim() > 1 and kind != "gates" and self.compute_dtype != torch.float32:
+        wide = torch.promote_types(p.dtype, torch.float32)
+        if p.dim() > 1 and kind != "gates" and self.compute_dtype.itemsize < 4:
             if kind in MASTERED:
                 p.data, self.state[f"{name}.low"] = split_master(p.data)
             else:
                 p.data = p.data.to(self.compute_dtype)
         if kind == "matrices":
-            self.state[f"{name}.momentum"] = torch.zeros_like(p, dtype=torch.float32)
-            for i, view in enumerate(muon_views(name, p, self.dims)):
-                K, rows, cols = view.shape
-                shape = (K, rows, 1) if rows >= cols else (K, 1, cols)
-                self.state[f"{name}.second.{i}"] = torch.zeros(shape, dtype=torch.float32, device=p.device)
-                function = self._backends.choose(polar_express, K, rows, cols)
-                self._orthogonalise[f"{name}.{i}"] = partial(function, coefficients=COEFFICIENTS[: self.ns_steps])
+            self.state[f"{name}.momentum"] = torch.zeros_like(p, dtype=wide)
+            for i, view in enumerate(muon_views(name, self.dims)):
+                shape = view.second_shape(view.take(p).shape)
+                self.state[f"{name}.second.{i}"] = torch.zeros(shape, dtype=wide, device=p.device)
         else:
-            dtype = torch.float32 if kind in MASTERED else p.dtype
+            dtype = wide if kind in MASTERED else p.dtype
             self.state[f"{name}.exp_avg"] = torch.zeros_like(p, dtype=dtype)
             self.state[f"{name}.exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
 
@@ -227,35 +203,39 @@ class Optimizer:
         self, grads: Callable[[Tensor], Tensor], *, step: int, lr_mult: float, momentum: float, decay_mult: float
     ) -> None:
         """Updates every parameter. `grads` gives the fp32 gradient of one; step counts from 0."""
-        for group in self.groups.values():
-            lr = group.lr * lr_mult
+        values = [
+            [group.lr * lr_mult, self.weight_decay * decay_mult, momentum]
+            if group.name == "matrices"
+            else adam_hyper(group.lr * lr_mult, *ADAM_GROUPS[group.name], step + 1)
+            for group in self.groups.values()
+        ]
+        for group, hyper in zip(self.groups.values(), self._to_device(values)):
             for name, p in group.params.items():
                 low = self.state.get(f"{name}.low")
-                master = p.data if low is None else join_master(p.data, low)
                 if group.name == "matrices":
-                    self._muon(name, master, grads(p), lr, momentum, decay_mult)
+                    self._muon_step(name, p.data, low, grads(p), hyper)
                 else:
-                    betas, decay = ADAM_GROUPS[group.name]
                     moments = self.state[f"{name}.exp_avg"], self.state[f"{name}.exp_avg_sq"]
-                    adamw_update(master, grads(p), *moments, lr=lr, betas=betas, weight_decay=decay, t=step + 1)
-                if low is not None:
-                    high, new_low = split_master(master)
-                    p.data.copy_(high)
-                    low.copy_(new_low)
+                    self._adam[name](p.data, grads(p), *moments, hyper, low)
 
-    def _muon(self, name: str, master: Tensor, grad: Tensor, lr: float, momentum: float, decay_mult: float) -> None:
-        views = (muon_views(name, t, self.dims) for t in (master, grad, self.state[f"{name}.momentum"]))
-        for i, (p, g, buf) in enumerate(zip(*views)):
-            muon_update(
-                p,
-                g,
-                buf,
+    def _to_device(self, values: list[list[float]]) -> tuple[Tensor, ...]:
+        """Lists of numbers as fp32 tensors, by one copy that does not wait."""
+        device = next(iter(self.state.values())).device
+        flat = torch.tensor(sum(values, []), dtype=torch.float32, pin_memory=device.type == "cuda")
+        return flat.to(device, non_blocking=True).split([len(v) for v in values])
+
+    def _muon_step(self, name: str, p: Tensor, low: Tensor | None, g: Tensor, hyper: Tensor) -> None:
+        for i, (view, ops) in enumerate(self._muon[name]):
+            ops.step(
+                view.take(p),
+                None if low is None else view.take(low),
+                view.take(g),
+                view.take(self.state[f"{name}.momentum"]),
                 self.state[f"{name}.second.{i}"],
-                lr=lr,
-                weight_decay=self.weight_decay * decay_mult,
-                momentum=momentum,
-                compute_dtype=self.compute_dtype,
-                orthogonalise=self._orthogonalise[f"{name}.{i}"],
+                hyper,
+                transposed=view.transposed,
+                dtype=self.compute_dtype,
+                ns_steps=self.ns_steps,
             )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from core.distributed import World
 from core.plan import Plan
 from core.wandb_mirror import WandbMirror
-from kernels.dispatch import Choice
+from kernels import dispatch
 
 UNCOUNTED_STEPS = 11  # steps 0..10 warm caches and compilers; the training clock leaves them out, as nanochat's does
 HIGH_NON_MATMUL_SHARE = 0.4  # above this the report says why
@@ -250,8 +250,8 @@ class RunLog:
         self.print(f"Redline {facts['preset']}  commit {commit}")
         self.print(f"device    {facts['device']}, {facts['precision']}")
         self.print("versions  " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
-        for row in facts["kernels"]["choices"]:
-            self.print(f"kernels   {Choice(**row)}")
+        for line in dispatch.summary([dispatch.Choice(**row) for row in facts["kernels"]["choices"]]):
+            self.print(f"kernels   {line}")
         self.print(f"data      {facts['data']}")
         self.print(f"run       {self.out}")
         self.print(plan_table(plan))

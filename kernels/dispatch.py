@@ -77,8 +77,22 @@ class Choice:
     others: dict[str, str]  # the backends that cannot run here, and why
 
     def __str__(self) -> str:
-        shape = " ".join(f"{dim}={n}" for dim, n in self.shape.items())
-        return f"{self.op:<14} {shape:<22} {self.dtype:<8}  {self.backend:<6}  {self.reason}"
+        return f"{self.op:<14} {self.sizes():<30} {self.dtype:<8}  {self.backend:<6}  {self.reason}"
+
+    def sizes(self) -> str:
+        return " ".join(f"{dim}={n}" for dim, n in self.shape.items())
+
+
+def summary(choices: Sequence[Choice]) -> list[str]:
+    """The table with a line for each op, dtype, backend and reason, however many shapes it has."""
+    groups: dict[tuple[str, ...], list[Choice]] = {}
+    for c in choices:
+        groups.setdefault((c.op, c.dtype, c.backend, c.reason), []).append(c)
+    lines = []
+    for (op, dtype, backend, reason), same in groups.items():
+        sizes = same[0].sizes() if len(same) == 1 else f"{len(same)} shapes"
+        lines.append(f"{op:<14} {sizes:<30} {dtype:<8}  {backend:<6}  {reason}")
+    return lines
 
 
 class Op:

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import Op, capability
+from kernels.tile import SAFETY, allow_descriptors, for_descriptor, has_large_shared_memory
 
 COEFFICIENTS = (
     # five steps, safety 2e-2, cushion 2 [arXiv 2505.16932, computed for these settings; as in nanochat and modded-nanogpt]
@@ -34,7 +35,6 @@ COEFFICIENTS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-SAFETY = 1.01  # the Frobenius norm bounds the largest singular value; this keeps rounding inside [nanochat 92d63d4, optim.py]
 TINY_NORM = 1e-6
 PROGRAMS_WITHOUT_GPU = 132  # multiprocessors of an H100
 
@@ -68,6 +68,8 @@ def _config(rows: int, cols: int, dtype: torch.dtype, arch: tuple[int, int], sym
     of sm_90 without a spill; small results take small tiles, so that there are enough. Not measured on a GPU yet."""
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
+    if not has_large_shared_memory(arch):
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
     if min(rows, cols) <= 512:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
@@ -167,8 +169,7 @@ def _gemm(
         tiles, _num_programs(left.device) * (3 if config["num_warps"] == 4 else 1)
     )  # as many as fit at a time
     out = left.new_empty(K, M, N)
-    # descriptors live in memory that Triton asks for at launch
-    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=left.device))
+    allow_descriptors(left.device)
     _gemm_kernel[(programs,)](
         left, right, add, scale, out, K, alpha, beta,
         M=M, N=N, L=L, LEFT_T=left_t, RIGHT_T=right_t, ADD=add is not None, SYMMETRIC=symmetric,
@@ -183,7 +184,7 @@ def _gemm(
 @torch.library.custom_op("redline::polar_express", mutates_args=())
 def _polar_express(x: Tensor, scale: Tensor, coefficients: list[float]) -> Tensor:
     """coefficients: a, b, c of each step, one after the other."""
-    tall = x.size(1) > x.size(2)
+    x, tall = for_descriptor(x), x.size(1) > x.size(2)
     steps = list(zip(*[iter(coefficients)] * 3, strict=True))
     for i, (a, b, c) in enumerate(steps):
         first = scale if i == 0 else None
@@ -219,7 +220,7 @@ def _polar_express_triton(
         padded = x.new_zeros(x.size(0), _up(rows, unit), _up(cols, unit))
         padded[:, :rows, :cols] = x
         return _polar_express(padded, scale, flat)[:, :rows, :cols].contiguous()
-    return _polar_express(x.contiguous(), scale, flat)
+    return _polar_express(x, scale, flat)
 
 
 def _up(n: int, unit: int) -> int:

@@ -12,6 +12,7 @@ Kernels   one persistent GEMM a b^T whose epilogue squares (forward) or scales b
           torch.mm. Forward can also leave an e4m3 copy of post, its transpose, and one max |post| per program, from the same
           registers: post ~ post_fp8 * scale (`_relu2_up`; nothing calls for it yet)
 Limits    C and F multiples of 16 bytes (8 in bf16, 4 in fp32; 16 for an fp8 copy, whose transpose wants M a multiple of 16)
+          Where post overflows to inf, so does dx; an infinite dy gives NaN for units that are off
 Bound     arithmetic: `relu2_mlp_cost`
 """
 
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import Op, capability
+from kernels.tile import allow_descriptors, for_descriptor, has_large_shared_memory
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -46,7 +48,9 @@ def _config(dtype: torch.dtype, arch: tuple[int, int], copies: bool) -> dict[str
     in the epilogue for each product; not measured on a GPU yet. Older GPUs have less shared memory."""
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "SPLIT": 1, "num_warps": 8, "num_stages": 2}
-    if copies or arch[0] < 9:  # an fp8 copy and its transpose take registers
+    if not has_large_shared_memory(arch):
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 3}
+    if copies or arch == (8, 0):  # an fp8 copy and its transpose take registers
         return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "SPLIT": 2, "num_warps": 8, "num_stages": 3}
 
@@ -135,8 +139,7 @@ def _relu2_gemm(a: Tensor, b: Tensor, factor: Tensor | None, scale: Tensor | Non
     fp8, fp8_t = ((a.new_empty(shape, dtype=FP8) if copies else None) for shape in ((M, N), (N, M)))
     amax = a.new_empty(programs, dtype=torch.float32) if copies else None
     if tiles:
-        # descriptors live in memory that Triton asks for at launch
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=a.device))
+        allow_descriptors(a.device)
         _relu2_gemm_kernel[(programs,)](
             a, b, factor, out, fp8, fp8_t, scale, amax, M, FP8_MAX,
             N=N, K=K, BACKWARD=factor is not None, COPIES=copies, **config,
@@ -148,8 +151,8 @@ def _relu2_gemm(a: Tensor, b: Tensor, factor: Tensor | None, scale: Tensor | Non
 
 
 def _rows(t: Tensor) -> Tensor:
-    """(M, last) of t without gaps, as bulk copies need it; a copy only where t has gaps."""
-    return t.reshape(-1, t.size(-1)).contiguous()
+    """(M, last) of t as tensor descriptors want it."""
+    return for_descriptor(t.reshape(-1, t.size(-1)))
 
 
 @torch.library.custom_op("redline::relu2_mlp_fwd", mutates_args=())
@@ -181,10 +184,13 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, up, down = inputs
     _, post = output
     ctx.mark_non_differentiable(post)
+    ctx.set_materialize_grads(False)  # a gradient of post would be as large as post
     ctx.save_for_backward(x, up, down, post)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if dy is None:
+        return None, None, None
     return _relu2_mlp_bwd(dy, *ctx.saved_tensors)
 
 
@@ -206,9 +212,11 @@ def _relu2_mlp_triton(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def _relu2_up(x: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """post (M, F) of x (M, C) and up (F, C) with its e4m3 copies for `scale` (one fp32 number): post, fp8 (M, F), fp8 transposed (F, M),
     amax per program. M and F are multiples of 16."""
-    if x.size(0) % 16 or up.size(0) % 16:
-        raise ValueError(f"relu2_mlp: M is {x.size(0)}, F is {up.size(0)}; expected multiples of 16 for fp8 copies")
-    return _relu2_gemm(x, up, None, scale)
+    if x.dim() != 2 or up.dim() != 2 or x.size(1) != up.size(1) or x.size(0) % 16 or up.size(0) % 16:
+        raise ValueError(f"relu2_mlp: x {_what(x)}, up {_what(up)}; expected (M, C), (F, C), M and F multiples of 16")
+    if scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != x.device or x.dtype != up.dtype:
+        raise ValueError(f"relu2_mlp: scale is {_what(scale)}; expected one float32 number on {x.device}")
+    return _relu2_gemm(_rows(x), _rows(up), None, scale)
 
 
 def _what(t: Tensor) -> str:

@@ -1,7 +1,13 @@
-"""Device functions that several kernels share."""
+"""What several kernels share: a constant, device functions, and the preparation of launches."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+# Polar Express starts from matrices of Frobenius norm 1 / SAFETY: that norm bounds the largest singular value, and this keeps
+# rounding inside [nanochat 92d63d4, optim.py]
+SAFETY = 1.01
 
 
 @triton.jit
@@ -16,3 +22,23 @@ def split_master(x):
     bits = x.to(tl.int32, bitcast=True)
     high = (bits + 0x8000) >> 16  # wraps around for NaNs of large payload, and so does the way back
     return high.to(tl.int16).to(tl.bfloat16, bitcast=True), (bits - (high << 16)).to(tl.int16)
+
+
+# what launches share
+
+
+def has_large_shared_memory(arch: tuple[int, int]) -> bool:
+    """Whether a block may have 160 KiB or more: the data-centre parts. Others end at 99 KiB."""
+    return arch in ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+def for_descriptor(t: Tensor) -> Tensor:
+    """t without gaps and at an address that is a multiple of 16 bytes, as tensor descriptors want it; copied only if it is not."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % 16 else t
+
+
+def allow_descriptors(device: torch.device) -> None:
+    """Gives Triton memory for the descriptors that the next launches of this thread make on the device."""
+    # the closure lives until the next call: it must not hold a tensor
+    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))

@@ -4,6 +4,7 @@ An op is called forward and backward with real shapes on memory that is never to
 instead of run. A process of its own, since Triton decides between interpreting and compiling when a kernel is defined.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -113,13 +114,15 @@ def is_wide(opcode: str, name: str) -> bool:
     return name.endswith(".128") and opcode.startswith(name[:3]) and opcode.endswith(".128")
 
 
-def launches(op: dispatch.Op, shape: tuple[int, ...], dtype: torch.dtype, form: str) -> list[dict[str, Any]]:
+def launches(
+    op: dispatch.Op, shape: tuple[int, ...], dtype: torch.dtype, form: str, capability: int
+) -> list[dict[str, Any]]:
     """What forward and backward of one form would launch."""
 
     def make(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, requires_grad=dtype.is_floating_point)
 
-    with compile_only() as compiled, no_products():
+    with compile_only(capability) as compiled, no_products():
         outputs = op.backends["triton"](**op.forms[form](make, *shape))
         outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t is not None]
         wanted = [t for t in outputs if t.requires_grad]
@@ -128,15 +131,23 @@ def launches(op: dispatch.Op, shape: tuple[int, ...], dtype: torch.dtype, form: 
     return compiled
 
 
-def main(names: list[str]) -> None:
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.aot", description=__doc__)
+    parser.add_argument("ops", nargs="*", help="unset: all")
+    parser.add_argument("--capability", type=int, default=90, help="one a process: Triton keeps its first target")
+    parser.add_argument("--case", help="only this one")
+    args = parser.parse_args(argv)
     assert not dispatch.interpreted(), "unset TRITON_INTERPRET"
+    dispatch.COMPILED_FOR = divmod(args.capability, 10)
     for name, op in dispatch.ops().items():
-        if "triton" not in op.backends or (names and name not in names):
+        if "triton" not in op.backends or (args.ops and name not in args.ops):
             continue
         for i, (case, shape) in enumerate(op.cases.items()):
+            if args.case not in (None, case):
+                continue
             for form in op.forms:
                 for dtype in (torch.bfloat16, torch.float32)[: 1 if i else 2]:  # the tracks train in bf16
-                    for facts in launches(op, shape, dtype, form):
+                    for facts in launches(op, shape, dtype, form, args.capability):
                         where = {"op": name, "case": case, "shape": shape, "form": form, "dtype": str(dtype)[6:]}
                         print(json.dumps(where | facts), flush=True)
 

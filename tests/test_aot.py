@@ -125,6 +125,20 @@ def test_muon_update_moves_16_bytes_at_a_time(kernels):
         assert got["STG"] - got.get("STG.E.128", 0) <= stores, describe(k)
 
 
+@pytest.mark.parametrize("capability", [80, 86, 120])
+def test_other_gpus_take_smaller_tiles(capability):
+    """Those with 99 KiB for a block, and the A100 with its 163."""
+    base = [sys.executable, "-m", "tests.aot", "--capability", str(capability), "--case"]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+    for case, op in (("depth 24, MLP", "polar_express"), ("depth 24", "relu2_mlp")):
+        done = subprocess.run([*base, case, op], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        compiled = [json.loads(line) for line in done.stdout.splitlines()]
+        assert compiled
+        for k in compiled:
+            assert k["spill_bytes"] == 0 and k["shared_bytes"] <= (163 if capability == 80 else 99) * 1024, describe(k)
+
+
 def test_a_spill_would_be_seen(tmp_path):
     """The checks above read what they should: a kernel with too much in registers spills, and the report says so."""
     (tmp_path / "greedy.py").write_text(GREEDY)

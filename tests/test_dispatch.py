@@ -131,6 +131,15 @@ def test_a_model_s_backends_are_remembered_once(monkeypatch):
     assert backends.choices[-1].reason == "PyTorch, on a CPU; there is no triton backend"
 
 
+def test_the_summary_has_a_line_for_shapes_of_the_same_fate():
+    backends = Backends("ref", device=torch.device("cpu"), dtype=torch.float32)
+    for shape in ((8, 8), (8, 16), (16, 8)):
+        backends.choose(made_up(), *shape)
+    backends.choose(rms_norm, 64, 32)
+    lines = dispatch.summary(backends.choices)
+    assert len(lines) == 2 and "3 shapes" in lines[0] and "M=64 N=32" in lines[1] and "forced" in lines[0]
+
+
 def test_every_op_is_found_and_complete():
     for name, op in dispatch.ops().items():
         assert op.name == name and op.cases and op.forms and "ref" in op.backends

@@ -1,14 +1,23 @@
 """relu2_mlp against float64: ragged tiles, layouts, what is saved, the fp8 copies of the epilogue, refusals, and mutations."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 import kernels.relu2_mlp as module
 from kernels.relu2_mlp import FP8, FP8_MAX, _relu2_up, relu2_mlp, relu2_mlp_cost
-from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, poisoned_allocations, randn
+from tests.harness import DEVICE, LAYOUTS, TINY, Failed, check_op, error, mutant, poisoned_allocations, randn
 
 DTYPES = (torch.bfloat16, torch.float32)
-SHAPES = ((5, 16, 32), (130, 24, 264), (64, 80, 40), (257, 72, 128))  # M, C, F: within a tile, across tiles, ragged
+SHAPES = (
+    (5, 16, 32),
+    (130, 24, 264),
+    (64, 80, 40),
+    (257, 72, 128),
+    (20, 520, 32),
+)  # M, C, F: within a tile, across tiles, ragged, long sums
 triton_mlp = relu2_mlp.backends["triton"]
 
 
@@ -59,11 +68,48 @@ def test_saves_the_input_and_the_squared_activation_only():
     assert (fresh[0] >= 0).all()
 
 
+def test_post_is_rounded_once():
+    """The exact square of the exact sum, but for fp32 sums and one rounding to bf16."""
+    x, up = randn(0, torch.bfloat16)(64, 520), randn(1, torch.bfloat16)(48, 520)
+    (post,) = module._relu2_gemm(x, up, None, None)
+    exact = torch.relu(x.double() @ up.double().T).square()
+    assert error(post, exact) <= 1.02 * error(exact.bfloat16(), exact) + TINY
+
+
+@pytest.mark.parametrize("fixed", [("x",), ("up",), ("x", "down"), ("up", "down")], ids=str)
+def test_some_inputs_have_no_gradient(fixed):
+    result = check_op(relu2_mlp, inputs((9, 16, 32)), no_grad=fixed, factor=1.25)
+    assert set(result) == {"y", "dx", "dup", "ddown"} - {f"d{name}" for name in fixed}
+
+
+def test_addresses_that_are_no_multiple_of_16_bytes():
+    args = inputs((8, 16, 32), torch.bfloat16)
+    shifted = {
+        n: torch.empty(t.numel() + 1, dtype=t.dtype, device=DEVICE)[1:].view(t.shape).copy_(t) for n, t in args.items()
+    }
+    assert shifted["x"].data_ptr() % 16
+    assert torch.equal(triton_mlp(**shifted), triton_mlp(**args))
+
+
+def test_nothing_is_kept_alive_by_a_launch():
+    args = inputs((8, 16, 32))
+    kept = weakref.ref(args["x"])
+    triton_mlp(**args)
+    del args
+    gc.collect()
+    assert kept() is None
+
+
 def test_what_is_not_a_number_stays_one():
     args = inputs((6, 16, 32))
     args["x"][2, 3] = torch.nan
     y = triton_mlp(**args)
     assert y[2].isnan().all() and y[[0, 1, 3, 4, 5]].isfinite().all()
+    args = {name: t.requires_grad_() for name, t in inputs((6, 16, 32)).items()}
+    dy = torch.ones(6, 16, device=DEVICE)
+    dy[4, 0] = torch.nan
+    triton_mlp(**args).backward(dy)
+    assert args["x"].grad[4].isnan().all() and args["x"].grad[:4].isfinite().all()
 
 
 def test_dead_units_have_no_gradient():
@@ -79,23 +125,31 @@ def test_dead_units_have_no_gradient():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(16, 32, 48), (144, 32, 272)], ids=str)
-def test_fp8_copies_of_the_epilogue(shape, dtype):
-    """Bit by bit what a pass over post would make; the scale is such that the largest saturate."""
+@pytest.mark.parametrize("scale", [0.37, 0.01])
+def test_fp8_copies_of_the_epilogue(shape, dtype, scale, monkeypatch):
+    """Bit by bit what a pass over post would make; with the smaller scale the largest saturate. Few programs, many tiles."""
+    monkeypatch.setattr(module, "PROGRAMS_WITHOUT_GPU", 2)
+    module._num_programs.cache_clear()
     M, C, F = shape
     x, up = randn(0, dtype)(M, C), randn(1, dtype)(F, C) * 0.2
-    scale = torch.tensor(0.01, device=DEVICE)
+    saturates, scale = scale == 0.01, torch.tensor(scale, device=DEVICE)
     with poisoned_allocations():
         post, fp8, fp8_t, amax = _relu2_up(x, up, scale)
     want = (post.float() * (1 / scale)).clamp(max=FP8_MAX).to(FP8)
-    assert (post.float() / scale > FP8_MAX).any()
+    assert (post.float() / scale > FP8_MAX).any() == saturates
     assert torch.equal(fp8.view(torch.uint8), want.view(torch.uint8))
     assert torch.equal(fp8_t.view(torch.uint8), want.view(torch.uint8).T)
     assert amax.max() == post.float().max() and amax.isfinite().all()
     assert torch.equal(post, module._relu2_gemm(x, up, None, None)[0]) or DEVICE == "cuda"  # tiles differ there
     x[3, 0] = torch.nan
     assert _relu2_up(x, up, scale)[3].isinf().any()
+    gaps = torch.zeros(M, C + 8, dtype=dtype, device=DEVICE)[:, :C].copy_(x)
+    assert torch.equal(_relu2_up(gaps, up, scale)[1].view(torch.uint8), _relu2_up(x, up, scale)[1].view(torch.uint8))
     with pytest.raises(ValueError, match="multiples of 16"):
         _relu2_up(x[:15], up, scale)
+    with pytest.raises(ValueError, match="scale is"):
+        _relu2_up(x, up, scale.double())
+    module._num_programs.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -134,6 +188,7 @@ MUTATIONS = {
     "ragged tiles are dropped": {"tl.cdiv(M, BLOCK_M) * tiles_n": "M // BLOCK_M * tiles_n"},
     "the upstream gradient is one": {"dy, rows = _rows(dy), _rows(x)": "dy, rows = torch.ones_like(_rows(dy)), _rows(x)"},
     "ddown has the wrong activation": {"post.T @ dy": "dpre.T @ dy"},
+    "pre is rounded": {"        acc = acc * acc\n": "        acc = acc.to(tl.bfloat16).to(tl.float32)\n        acc = acc * acc\n"},
     "post is truncated": {
         "    out = acc.to(out_desc.dtype)":
         "    out = (acc.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True).to(out_desc.dtype)"
@@ -149,6 +204,7 @@ def test_a_broken_kernel_is_noticed(name, tmp_path):
     with pytest.raises(Failed):
         check_op(broken, inputs((140, 24, 40), torch.bfloat16), factor=1.25)
         check_op(broken, inputs((200, 24, 264), torch.bfloat16), factor=1.25)
+        check_op(broken, inputs((20, 24, 40)), factor=1.25)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")

@@ -57,13 +57,58 @@ def test_gradients_as_attention_returns_them():
 
 
 def test_value_embeddings_from_one_wide_gather():
-    """ve of a layer is a slice of what one gather made for all layers."""
+    """ve of a layer is a slice of what one gather made for all layers: forward and backward."""
     args = inputs("value embeddings", (2, 5, 4, 2, 16))
-    wide = guarded(torch.randn(2, 5, 3, 2, 16, device=DEVICE))
+    wide = guarded(torch.randn(2, 5, 3, 2, 16, device=DEVICE)).requires_grad_()
     args["ve"] = wide.unbind(2)[1]
     assert not args["ve"].is_contiguous()
-    for got, want in zip(triton_op(**args), rope_qk_norm_ref(**args)):
+    leaves = {"wide": wide, "gate": args["gate"].requires_grad_(), "qkv": args["qkv"].requires_grad_()}
+    results = {}
+    for name, op in (("ref", rope_qk_norm_ref), ("triton", triton_op)):
+        out = op(**args)
+        grads = torch.autograd.grad(sum((t * t.cos()).sum() for t in out), list(leaves.values()))
+        results[name] = [*out, *grads]
+    for got, want in zip(results["triton"], results["ref"]):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("changes", [{"scale": -0.7}, {"scale": 3.0, "eps": 0.5}], ids=str)
+def test_scale_and_eps(changes):
+    check("value embeddings", (2, 3, 4, 2, 16), changes=changes)
+    args = inputs("plain", (1, 3, 2, 2, 16))
+    del args["scale"]  # 1
+    check_op(rope_qk_norm, args, no_grad=NO_GRAD, factor=FACTOR)
+
+
+def test_slices_and_expanded_batches():
+    """The beginning of longer rows, and one row for the whole batch."""
+    args = inputs("plain", (2, 3, 4, 2, 16))
+    longer = torch.randn(2, 7, 128, device=DEVICE)
+    for qkv in (longer[:, :3], longer[:1, :3].expand(2, 3, 128)):
+        for got, want in zip(triton_op(**args | {"qkv": qkv}), rope_qk_norm_ref(**args | {"qkv": qkv})):
+            torch.testing.assert_close(got, want)
+
+
+def test_the_widest_and_the_most_heads():
+    check("value embeddings", (1, 2, 2, 1, 256), torch.bfloat16)
+    check("plain", (1, 2, 66, 62, 8))
+
+
+@pytest.mark.parametrize("one", ["q", "k", "v"])
+def test_gradient_of_one_output_alone(one):
+    check("value embeddings" if one == "v" else "plain", (1, 3, 2, 1, 16), upstream_of=(one,))
+
+
+def test_rows_and_heads_more_than_two_billion_elements_apart():
+    """Memory that is only asked for."""
+    apart = 2**29
+    args = inputs("value embeddings", (1, 5, 2, 2, 16), torch.bfloat16)
+    far = torch.empty(4 * apart + 96, dtype=torch.bfloat16, device=DEVICE)
+    qkv = far.as_strided((1, 5, 96), (0, apart, 1)).copy_(args["qkv"])
+    ve = torch.empty(5 * apart, dtype=torch.bfloat16, device=DEVICE).as_strided((1, 5, 2, 16), (0, 16, 4 * apart, 1))
+    ve.copy_(args["ve"])
+    for got, want in zip(triton_op(**args | {"qkv": qkv, "ve": ve}), triton_op(**args)):
+        assert torch.equal(got, want)
 
 
 def test_rows_at_positions_of_their_own():
@@ -128,6 +173,7 @@ GOOD = dict(qkv=torch.ones(2, 3, 32), heads=2, kv_heads=1)
         (dict(qkv=torch.ones(2, 3, 32).double()), "float64"),
         (dict(qkv=torch.ones(1, 1, 300 * 8), heads=200, kv_heads=50), "not 250"),
         (dict(cos=torch.ones(3, 4)), "cos goes with sin"),
+        (dict(scale=0.0), "scale is 0"),
         (dict(gate=torch.ones(2, 3, 1)), "gate with ve"),
         (dict(cos=torch.ones(4, 4), sin=torch.ones(4, 4)), r"cos is \(4, 4\)"),
         (dict(cos=torch.ones(3, 4).bfloat16(), sin=torch.ones(3, 4).bfloat16()), "cos is .*bfloat16"),
@@ -164,7 +210,10 @@ MUTATIONS = {
     "dk is dropped": {"dq1 + dk1, dq2 + dk2": "dq1, dq2"},
     "dv is one": {"dv1, dv2 = _two_halves(dv_ptr, offs_dv, HALF, is_v)": "dv1, dv2 = _two_halves(dv_ptr, offs_dv * 0, HALF, is_v)"},
     "sin has the stride of cos": {"t * stride_sin_t": "t * stride_cos_t"},
-    "a stride is forgotten": {"t * stride_dq_t + offs_h[:, None] * stride_dq_h": "t * (H * D) + offs_h[:, None] * stride_dq_h"},
+    "the scale is a constant": {"scale * (r1 * rstd[:, None])": "1.2 * (r1 * rstd[:, None])"},
+    "eps is a constant": {"scale, eps,\n            H=heads": "scale, EPS,\n            H=heads"},
+    "ve has a stride of its own only forward": {"        ve1, ve2 = _two_halves(ve_ptr, offs_ve, HALF, is_v)\n        dgate": "        offs_ve = token * G * D + offs\n        ve1, ve2 = _two_halves(ve_ptr, offs_ve, HALF, is_v)\n        dgate"},
+    "a stride is forgotten": {"t * stride_dq_t + wide_h * stride_dq_h": "t * (H * D) + wide_h * stride_dq_h"},
 }  # fmt: skip
 
 
@@ -177,6 +226,7 @@ def test_a_broken_kernel_is_noticed(name, tmp_path):
             check("value embeddings", (2, 5, 3, 2, 12), torch.bfloat16, op=broken, layout=layout)
         small = inputs("plain", (1, 3, 2, 1, 8))
         check_op(broken, small | {"qkv": small["qkv"] * 1e-4}, no_grad=NO_GRAD, factor=FACTOR)
+        check("plain", (1, 3, 2, 1, 16), op=broken, changes={"scale": 3.0, "eps": 0.5})
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")

@@ -23,6 +23,7 @@ from core import checkpoint, schedule
 from core.config import from_dict
 from core.errors import TrainingError, user_errors
 from core.optim import Optimizer
+from kernels import dispatch
 
 ROOT = Path(train.__file__).resolve().parent
 
@@ -250,22 +251,23 @@ def test_micro_batches_do_not_change_the_losses(tiny, tmp_path, device_batch, fi
         assert losses(out)[step] == pytest.approx(loss, rel=1e-4)
 
 
-def test_triton_trains_like_the_reference(tiny, tmp_path, capsys):
+def test_triton_trains_like_the_reference(tiny, tmp_path, monkeypatch, capsys):
     """Forward, backward and optimizer, with every op that has a Triton kernel on it (interpreted, on a CPU)."""
-    options = ["--steps", "3", "--eval-every", "9", "--sample-every", "9", "--sample-tokens", "0"]
-    options += ["--seq-len", "4", "--total-batch-size", "32", "--final-eval-bytes", "1"]
+    monkeypatch.setattr(train, "evaluate", lambda run, valset: 1.0)  # thousands of tokens: minutes in the interpreter
+    options = ["--steps", "3", "--depth", "1", "--seq-len", "4", "--total-batch-size", "32", "--sample-tokens", "0"]
     ref = run(tiny, tmp_path / "ref", *options, "--kernels", "ref")
     capsys.readouterr()
     fast = run(tiny, tmp_path / "fast", *options, "--kernels", "triton")
-    assert re.search(r"rms_norm +M=32 N=32 +float32 +triton +forced", capsys.readouterr().out)
+    text = capsys.readouterr().out
+    assert re.search(r"rms_norm +M=32 N=32 +float32 +triton +forced", text)
     for step, loss in losses(ref).items():
         assert losses(fast)[step] == pytest.approx(loss, rel=1e-4)
     weights = final_tensors(ref), final_tensors(fast)
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])  # it was another code
-    scores = [json.loads((out / "summary.json").read_text()) for out in (ref, fast)]
-    assert scores[0]["val_bpb"] == pytest.approx(scores[1]["val_bpb"], rel=1e-4)
-    assert {row["backend"] for row in scores[1]["kernels"]["choices"]} == {"triton"}
-    assert events(fast, "start")[0]["kernels"] == scores[1]["kernels"]
+    kernels = json.loads((fast / "summary.json").read_text())["kernels"]
+    assert {row["op"] for row in kernels["choices"]} == set(dispatch.ops())
+    assert {row["backend"] for row in kernels["choices"]} == {"triton"}
+    assert events(fast, "start")[0]["kernels"] == kernels
 
 
 def test_kernels_that_cannot_run_are_told_before_any_work(tiny, tmp_path, monkeypatch):
