@@ -372,7 +372,7 @@ def test_cost():
 
 
 MASK = "mask = mask_r[:, None] & mask_c[None, :]"
-TO_EVEN = """from kernels.tile import join_master
+TO_EVEN = """from kernels.tile import SAFETY, join_master
 
 @triton.jit
 def split_master(x):
