@@ -11,8 +11,8 @@ Rounding  sums of products in fp32; A, B and X are each rounded once. x is not r
 Kernels   one GEMM, out = alpha left right + beta add, in five uses. A and B are symmetric: only tiles on and below the
           diagonal are computed, and stored a second time transposed (those on it once). Tall matrices need no copy: the
           transposes are read by the products
-Limits    any rows and cols of at least 1; where cols is no multiple of 16 bytes the batch is copied with columns of zeros,
-          which change nothing. x without gaps between rows, else copied
+Limits    any rows and cols of at least 1; where cols, or the shorter side, is no multiple of 16 bytes the batch is copied
+          with zeros around it, which change nothing. x without gaps between rows, else copied
 Bound     arithmetic: `polar_express_cost`, with half of each symmetric product
 """
 
@@ -213,6 +213,7 @@ def _polar_express_triton(
         return torch.empty_like(x)
     if scale is None:
         scale = 1 / (safety * torch.linalg.matrix_norm(x.float()) + TINY_NORM)
+    scale = scale.contiguous()
     flat = [float(number) for step in coefficients for number in step]
     unit, (_, rows, cols) = 16 // x.dtype.itemsize, x.shape
     small = min(rows, cols) % unit  # the side of A; the other is that of x

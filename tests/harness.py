@@ -11,6 +11,7 @@ Conditions  random upstream gradients that are not one; inputs and upstream grad
 And         `torch.library.opcheck` of each torch op that was called; `torch.compile(fullgraph=True)` with the same results
 """
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
@@ -87,9 +88,16 @@ def unharmed(*states: Tensor) -> None:
             raise Failed("wrote beside the elements of a state")
 
 
+@functools.cache
+def fill_dynamo_tables() -> None:
+    """torch.compile lists torch's functions when it is first used: that must not happen while some of them are replaced."""
+    torch.compile(lambda x: torch.empty_like(x).zero_(), backend="eager", fullgraph=True)(torch.ones(2))
+
+
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Inside, an uninitialised tensor is NaN in every element (integers are -1), and writing beside it is an error."""
+    fill_dynamo_tables()
     real = {"empty": torch.empty, "empty_like": torch.empty_like, "new_empty": Tensor.new_empty}
     bases: list[Tensor] = []
 
@@ -179,6 +187,7 @@ def check_op(
                   ends in one should use less than 2
     rounded_once  results that are exact but for one final rounding: held to the error that rounding the oracle makes
     """
+    fill_dynamo_tables()  # here, where nothing watches dispatch yet
     kernel, reference = op.backends[backend], op.backends["ref"]
 
     def prepare(convert: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:

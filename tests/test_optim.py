@@ -163,6 +163,7 @@ TINY = ModelConfig(depth=6, d_model=32, d_head=8, seq_len=16, vocab_size=64, n_k
 
 def test_muon_sees_separate_matrices_and_factors():
     model = GPT(TINY)
+    model.init_weights(0)
     views = {
         n: [(tuple(v.take(p).shape), v.transposed, v.second_shape(v.take(p).shape)) for v in muon_views(n, model.dims)]
         for n, p in model.named_parameters()
@@ -228,6 +229,52 @@ def test_twenty_steps_with_triton_are_those_of_the_reference(dtype):
         errors = [((got[name] - want).norm() / moved).item() for got in (ref, triton)]
         few = want.numel() < 16  # a draw rather than a mean
         assert errors[1] <= (5 if few else 2) * errors[0] + 1e-6, (name, errors)
+
+
+@pytest.mark.parametrize("backend", ["ref", "triton"])
+def test_the_optimizer_is_the_rules_parameter_by_parameter(backend):
+    """Three steps with changing hyperparameters, grouped key/value heads, against the rules in float64 applied by hand."""
+    cfg = dataclasses.replace(TINY, depth=1)
+    model = GPT(cfg)
+    model.init_weights(0)
+    backends = Backends(backend, device=torch.device("cpu"), dtype=torch.float32)
+    optimizer = Optimizer(model, lrs=LRS, weight_decay=0.1, ns_steps=5, compute_dtype=torch.float32, backends=backends)
+    want = {n: p.detach().double() for n, p in model.named_parameters()}
+    states, adams = {}, {}
+    for step, (lr_mult, momentum, decay_mult) in enumerate(((0.5, 0.8, 1.0), (1.0, 0.9, 0.7), (0.25, 0.95, 0.2))):
+        generator = torch.Generator().manual_seed(step)
+        grads = {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
+        by_param = {p: grads[n] for n, p in model.named_parameters()}
+        optimizer.step(by_param.__getitem__, step=step, lr_mult=lr_mult, momentum=momentum, decay_mult=decay_mult)
+        for name, start in want.items():
+            group = next(g for g in optimizer.groups.values() if name in g.params)
+            if group.name != "matrices":
+                (beta1, beta2), decay = ADAM_GROUPS[group.name]
+                if name not in adams:
+                    p = torch.nn.Parameter(start)
+                    adams[name] = p, torch.optim.AdamW([p], betas=(beta1, beta2), eps=ADAM_EPS, weight_decay=decay)
+                p, adam = adams[name]
+                adam.param_groups[0]["lr"] = LRS[group.name] * lr_mult
+                p.grad = grads[name].double()
+                adam.step()
+                want[name] = p.detach()
+                continue
+            kind = name.split(".")[0]
+            rows = {"attn_qkv": ((0, 32), (32, 48), (48, 64))}.get(kind, ((0, start.size(1)),))
+            moved = start.clone()
+            for layer in range(start.size(0)):
+                for a, b in rows:
+                    turn = (lambda t: t.T) if kind == "mlp_down" else (lambda t: t)
+                    p, g = (turn(t[layer, a:b].double()) for t in (start, grads[name]))
+                    empty = torch.zeros(p.size(0), 1) if p.size(0) >= p.size(1) else torch.zeros(1, p.size(1))
+                    buf, second = states.get((name, layer, a), (torch.zeros_like(p), empty.double()))
+                    new, *states[name, layer, a] = muon_oracle(
+                        p, g, buf, second, lr=LRS["matrices"] * lr_mult, wd=0.1 * decay_mult, mu=momentum
+                    )
+                    moved[layer, a:b] = turn(new)
+            want[name] = moved
+    for name, p in model.named_parameters():
+        assert rel_rms(p.detach().double(), want[name]) < 1e-5, name
 
 
 def test_every_parameter_is_in_one_group_and_moves():

@@ -52,6 +52,15 @@ def test_a_scale_stands_for_the_norm(shape, dtype):
     own = 1 / (SAFETY * torch.linalg.matrix_norm(x.float()) + 1e-6)
     assert torch.equal(triton_polar(x, own), triton_polar(x))
     assert torch.equal(triton_polar(x * 4, own / 4), triton_polar(x))
+    gaps = torch.stack((scale, scale * 9), dim=1)[:, 0]
+    assert not gaps.is_contiguous() and torch.equal(triton_polar(x, gaps), triton_polar(x, scale))
+    assert torch.equal(triton_polar(x, scale[:1].expand(3)), triton_polar(x, scale[0].repeat(3)))
+
+
+def test_safety():
+    x = randn(0, torch.float32)(2, 16, 24)
+    torch.testing.assert_close(triton_polar(x, safety=3.0), polar_express_ref(x, safety=3.0), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(triton_polar(x, safety=3.0), triton_polar(x), atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 40), (2, 40, 24), (2, 3, 12)], ids=str)
