@@ -92,15 +92,20 @@ def _gemm_kernel(
 ):  # fmt: skip
     """out (K, M, N) = scale^SCALE_POWER (alpha left (K, M, L) right (K, L, N) + beta add (K, M, N)), with left and right stored
     transposed where the flag says so. SYMMETRIC: out is (M = N), tiles above the diagonal are mirrored, not computed."""
-    left_block: tl.constexpr = [1, BLOCK_K, BLOCK_M] if LEFT_T else [1, BLOCK_M, BLOCK_K]
-    left_shape: tl.constexpr = [L, M] if LEFT_T else [M, L]
-    right_block: tl.constexpr = [1, BLOCK_N, BLOCK_K] if RIGHT_T else [1, BLOCK_K, BLOCK_N]
-    right_shape: tl.constexpr = [N, L] if RIGHT_T else [L, N]
+    # sizes one by one: Triton 3.6 knows no constant lists
+    left_rows: tl.constexpr = L if LEFT_T else M
+    left_cols: tl.constexpr = M if LEFT_T else L
+    LEFT_ROWS: tl.constexpr = BLOCK_K if LEFT_T else BLOCK_M
+    LEFT_COLS: tl.constexpr = BLOCK_M if LEFT_T else BLOCK_K
+    right_rows: tl.constexpr = N if RIGHT_T else L
+    right_cols: tl.constexpr = L if RIGHT_T else N
+    RIGHT_ROWS: tl.constexpr = BLOCK_N if RIGHT_T else BLOCK_K
+    RIGHT_COLS: tl.constexpr = BLOCK_K if RIGHT_T else BLOCK_N
     left_desc = tl.make_tensor_descriptor(
-        left_ptr, [K, left_shape[0], left_shape[1]], [M * L, left_shape[1], 1], left_block
+        left_ptr, [K, left_rows, left_cols], [M * L, left_cols, 1], [1, LEFT_ROWS, LEFT_COLS]
     )
     right_desc = tl.make_tensor_descriptor(
-        right_ptr, [K, right_shape[0], right_shape[1]], [L * N, right_shape[1], 1], right_block
+        right_ptr, [K, right_rows, right_cols], [L * N, right_cols, 1], [1, RIGHT_ROWS, RIGHT_COLS]
     )
     out_desc = tl.make_tensor_descriptor(out_ptr, [K, M, N], [M * N, N, 1], [1, BLOCK_M, BLOCK_N])
     add_desc = out_desc
