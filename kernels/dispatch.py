@@ -77,7 +77,10 @@ class Choice:
     others: dict[str, str]  # the backends that cannot run here, and why
 
     def __str__(self) -> str:
-        return f"{self.op:<14} {self.sizes():<30} {self.dtype:<8}  {self.backend:<6}  {self.reason}"
+        return self.line(self.sizes())
+
+    def line(self, sizes: str) -> str:
+        return f"{self.op:<14} {sizes:<30} {self.dtype:<8}  {self.backend:<6}  {self.reason}"
 
     def sizes(self) -> str:
         return " ".join(f"{dim}={n}" for dim, n in self.shape.items())
@@ -88,11 +91,7 @@ def summary(choices: Sequence[Choice]) -> list[str]:
     groups: dict[tuple[str, ...], list[Choice]] = {}
     for c in choices:
         groups.setdefault((c.op, c.dtype, c.backend, c.reason), []).append(c)
-    lines = []
-    for (op, dtype, backend, reason), same in groups.items():
-        sizes = same[0].sizes() if len(same) == 1 else f"{len(same)} shapes"
-        lines.append(f"{op:<14} {sizes:<30} {dtype:<8}  {backend:<6}  {reason}")
-    return lines
+    return [str(same[0]) if len(same) == 1 else same[0].line(f"{len(same)} shapes") for same in groups.values()]
 
 
 class Op:

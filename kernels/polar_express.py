@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import Op, capability
-from kernels.tile import SAFETY, allow_descriptors, for_descriptor, has_large_shared_memory
+from kernels.tile import SAFETY, allow_descriptors, describe, for_descriptor, has_large_shared_memory
 
 COEFFICIENTS = (
     # five steps, safety 2e-2, cushion 2 [arXiv 2505.16932, computed for these settings; as in nanochat and modded-nanogpt]
@@ -63,7 +63,7 @@ def polar_express_ref(
 # Triton
 
 
-def _config(rows: int, cols: int, dtype: torch.dtype, arch: tuple[int, int], symmetric: bool) -> dict[str, int]:
+def _config(rows: int, cols: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
     """Tile sizes, warps and stages for a result of rows x cols. Symmetric results have square tiles. Of those that fit an SM
     of sm_90 without a spill; small results take small tiles, so that there are enough. Not measured on a GPU yet."""
     if dtype == torch.float32:
@@ -167,7 +167,7 @@ def _gemm(
     """scale^scale_power (alpha left right + beta add) for batches of matrices, left and right transposed first if asked."""
     K, M, L = (left.mT if left_t else left).shape
     N = (right.mT if right_t else right).size(2)
-    config = _config(M, N, left.dtype, capability(left.device), symmetric)
+    config = _config(M, N, left.dtype, capability(left.device))
     tiles_m, tiles_n = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
     tiles = K * (tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n)
     programs = min(
@@ -209,9 +209,9 @@ def _polar_express_triton(
     x: Tensor, scale: Tensor | None = None, *, coefficients: Coefficients = COEFFICIENTS, safety: float = SAFETY
 ) -> Tensor:
     if x.dim() != 3 or 0 in x.shape[1:] or x.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"polar_express: x is {_what(x)}; expected (K, rows, cols) bfloat16 or float32")
+        raise ValueError(f"polar_express: x is {describe(x)}; expected (K, rows, cols) bfloat16 or float32")
     if scale is not None and (scale.shape != x.shape[:1] or scale.dtype != torch.float32 or scale.device != x.device):
-        raise ValueError(f"polar_express: scale is {_what(scale)}; expected ({x.size(0)},) float32 on {x.device}")
+        raise ValueError(f"polar_express: scale is {describe(scale)}; expected ({x.size(0)},) float32 on {x.device}")
     if not coefficients:
         raise ValueError("polar_express: no coefficients; give (a, b, c) of one step at least")
     if x.size(0) == 0:
@@ -231,10 +231,6 @@ def _polar_express_triton(
 
 def _up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
-
-
-def _what(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
 
 
 # cost

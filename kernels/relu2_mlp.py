@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import Op, capability
-from kernels.tile import allow_descriptors, for_descriptor, has_large_shared_memory
+from kernels.tile import allow_descriptors, describe, for_descriptor, has_large_shared_memory
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -200,10 +200,12 @@ _relu2_mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
 def _relu2_mlp_triton(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     if x.dim() == 0 or up.dim() != 2 or up.shape != down.shape or x.size(-1) != up.size(1):
         raise ValueError(
-            f"relu2_mlp: x {_what(x)}, up {_what(up)}, down {_what(down)}; expected (..., C), (F, C), (F, C)"
+            f"relu2_mlp: x {describe(x)}, up {describe(up)}, down {describe(down)}; expected (..., C), (F, C), (F, C)"
         )
     if not (x.dtype == up.dtype == down.dtype and x.device == up.device == down.device):
-        raise ValueError(f"relu2_mlp: x {_what(x)}, up {_what(up)}, down {_what(down)}; expected one dtype and device")
+        raise ValueError(
+            f"relu2_mlp: x {describe(x)}, up {describe(up)}, down {describe(down)}; expected one dtype and device"
+        )
     if why := _limits("triton", (0, up.size(1), up.size(0)), x.dtype):
         raise ValueError(f"relu2_mlp: {why}")
     return _relu2_mlp_fwd(x, up, down)[0]
@@ -213,14 +215,12 @@ def _relu2_up(x: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Ten
     """post (M, F) of x (M, C) and up (F, C) with its e4m3 copies for `scale` (one fp32 number): post, fp8 (M, F), fp8 transposed (F, M),
     amax per program. M and F are multiples of 16."""
     if x.dim() != 2 or up.dim() != 2 or x.size(1) != up.size(1) or x.size(0) % 16 or up.size(0) % 16:
-        raise ValueError(f"relu2_mlp: x {_what(x)}, up {_what(up)}; expected (M, C), (F, C), M and F multiples of 16")
+        raise ValueError(
+            f"relu2_mlp: x {describe(x)}, up {describe(up)}; expected (M, C), (F, C), M and F multiples of 16"
+        )
     if scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != x.device or x.dtype != up.dtype:
-        raise ValueError(f"relu2_mlp: scale is {_what(scale)}; expected one float32 number on {x.device}")
+        raise ValueError(f"relu2_mlp: scale is {describe(scale)}; expected one float32 number on {x.device}")
     return _relu2_gemm(_rows(x), _rows(up), None, scale)
-
-
-def _what(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
 
 
 # cost

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import Op, capability
+from kernels.tile import describe
 
 EPS = torch.finfo(torch.float32).eps
 FP8 = torch.float8_e4m3fn
@@ -288,21 +289,17 @@ def _rms_norm_triton(
     eps: float = EPS,
 ) -> RMSNorm:
     if x.dim() == 0 or x.dtype not in (torch.bfloat16, torch.float32) or not 1 <= x.size(-1) <= MAX_N:
-        raise ValueError(f"rms_norm: x is {_what(x)}; expected (..., N) bfloat16 or float32 with 1 <= N <= {MAX_N}")
+        raise ValueError(f"rms_norm: x is {describe(x)}; expected (..., N) bfloat16 or float32 with 1 <= N <= {MAX_N}")
     if x0 is None and (a is not None or b is not None):
         raise ValueError("rms_norm: a and b scale a sum of two streams; give x0 with them")
     if x0 is not None and (x0.shape != x.shape or x0.dtype != x.dtype or x0.device != x.device):
-        raise ValueError(f"rms_norm: x0 is {_what(x0)}; expected one like x, {_what(x)}")
+        raise ValueError(f"rms_norm: x0 is {describe(x0)}; expected one like x, {describe(x)}")
     for name, t in (("a", a), ("b", b), ("scale", scale)):
         if t is not None and (t.numel() != 1 or t.dtype != torch.float32 or t.device != x.device):
-            raise ValueError(f"rms_norm: {name} is {_what(t)}; expected one float32 number on {x.device}")
+            raise ValueError(f"rms_norm: {name} is {describe(t)}; expected one float32 number on {x.device}")
     y, h, _, y_fp8, amax = _rms_norm_fwd(x, x0, a, b, scale, eps)
     fp8 = (None, None) if scale is None else (y_fp8, amax)
     return RMSNorm(y, None if x0 is None else h, *fp8)
-
-
-def _what(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
 
 
 # cost

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import Op, capability
+from kernels.tile import describe
 
 EPS = torch.finfo(torch.float32).eps
 MIN_HEAD, MAX_HEAD = 8, 256
@@ -346,7 +347,7 @@ def _rope_qk_norm_triton(
 ) -> QKV:
     packed = heads + 2 * kv_heads
     if qkv.dim() != 3 or heads < 1 or kv_heads < 1 or qkv.size(2) % packed:
-        raise ValueError(f"rope_qk_norm: qkv is {_what(qkv)}; expected (B, T, ({heads} + 2 * {kv_heads}) * D)")
+        raise ValueError(f"rope_qk_norm: qkv is {describe(qkv)}; expected (B, T, ({heads} + 2 * {kv_heads}) * D)")
     B, T, width = qkv.shape
     D = width // packed
     if why := _limits("triton", (B, T, heads, kv_heads, D), qkv.dtype):
@@ -358,16 +359,12 @@ def _rope_qk_norm_triton(
     for name, t in (("cos", cos), ("sin", sin)):
         shapes = ((T, D // 2), (1, T, D // 2), (B, T, D // 2))
         if t is not None and (t.shape not in shapes or t.dtype != torch.float32 or t.device != qkv.device):
-            raise ValueError(f"rope_qk_norm: {name} is {_what(t)}; expected ({T}, {D // 2}) float32 on {qkv.device}")
+            raise ValueError(f"rope_qk_norm: {name} is {describe(t)}; expected ({T}, {D // 2}) float32 on {qkv.device}")
     for name, t, shape in (("gate", gate, (B, T, kv_heads)), ("ve", ve, (B, T, kv_heads, D))):
         if t is not None and (t.shape != shape or t.dtype != qkv.dtype or t.device != qkv.device):
-            raise ValueError(f"rope_qk_norm: {name} is {_what(t)}; expected {shape} {qkv.dtype} on {qkv.device}")
+            raise ValueError(f"rope_qk_norm: {name} is {describe(t)}; expected {shape} {qkv.dtype} on {qkv.device}")
     q, k, v, _ = _rope_qk_norm_fwd(qkv, cos, sin, gate, ve, heads, kv_heads, scale, norm, eps)
     return QKV(q, k, v)
-
-
-def _what(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
 
 
 # cost
