@@ -1,14 +1,10 @@
 """Muon around its orthogonalisation: `pytest bench/bench_muon_update.py`. Each backend that can run here, on the banks of the tracks."""
 
-from bench.ops import measure_in_place, parameters
+from bench.ops import op_items
 from kernels.muon_update import muon_apply, muon_momentum
 
-
-@parameters(muon_momentum, in_place=True)
-def test_muon_momentum(benchmark, backend, case, form):
-    measure_in_place(benchmark, muon_momentum, backend, case, form)
+ITEMS = [*op_items(muon_momentum), *op_items(muon_apply)]
 
 
-@parameters(muon_apply, in_place=True)
-def test_muon_apply(benchmark, backend, case, form):
-    measure_in_place(benchmark, muon_apply, backend, case, form)
+def test_muon_update(record):
+    record()

@@ -1,135 +1,214 @@
-"""What the bench files of ops share: one measurement of one backend on one shape, forward or backward.
+"""Ops as items of the suite: their backends, torch.compile of the reference and installed peers on the shapes of the tracks.
 
-On a GPU `extra_info` has the median time with a cold L2 cache, GB/s and TFLOP/s of the least work (the op's cost) and the
-fraction of what copying a large tensor and multiplying large matrices reach in the same run. On a CPU only the reference
-runs, on the quickstart's shape. A backend whose results are wrong gets no number.
+On a GPU: bf16 on every track's shape, fp32 on the first of them, cold inputs, CUDA graphs. On a CPU: the quickstart's shape.
+Inputs are random-normal numbers. The check is the law of the tests, without its harder conditions: the reference in float64 is
+the oracle, and a variant may be off by FACTOR times what the reference is in its own dtype. A peer that computes in another
+precision has a bound of its own, which its row states.
 """
 
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import pytest
 import torch
+from torch import Tensor
 
-from kernels.dispatch import Device, Op
+from bench.peers import PEERS, Peer
+from bench.suite import Item
+from bench.timing import GraphSampler, HostSampler, Sampler
+from core.optim import join_master
+from kernels.dispatch import BACKENDS, Device, Op
+from tests.harness import FACTOR, TINY, error, named
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-DTYPE = torch.bfloat16 if CUDA else torch.float32
-BACKENDS = ("ref", "torch.compile", "triton") if CUDA else ("ref",)
-COPY_BYTES = 2**30
-GEMM = 8192
-TOLERANCE = 0.02  # relative, of outputs and gradients against the reference: a gate, not the proof that tests give
-
-
-def make(*size: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    if not dtype.is_floating_point:
-        return torch.zeros(size, device=DEVICE, dtype=dtype)
-    return torch.randn(size, device=DEVICE, dtype=dtype)
-
-
-def median_ms(function) -> float:
-    from triton.testing import do_bench  # empties the L2 cache before each call
-
-    return do_bench(function, warmup=50, rep=200, return_mode="median")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+QUICKSTART = "quickstart"
+COMPILED = "torch.compile"
+COLD_BYTES = 2**28  # of the input sets together: several times an L2 cache
+MAX_SETS = 256
+FEW = 64  # numbers of an output: their mean error says little, so they may be off by one rounding
 
 
-@functools.cache
-def copy_bandwidth() -> float:
-    """Bytes per second read and written by a large copy."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / (median_ms(lambda: target.copy_(source)) * 1e-3)
+def op_items(op: Op) -> list[Item]:
+    """What can be measured of an op on this device."""
+    cases = [case for case in op.cases if (case == QUICKSTART) != (DEVICE == "cuda")]
+    found = []
+    for i, case in enumerate(cases):
+        for dtype in (torch.float32,) if DEVICE == "cpu" else (torch.bfloat16, torch.float32)[: 1 if i else 2]:
+            for form in op.forms:
+                for backward in (False, True)[: 2 if has_gradients(op, form) else 1]:
+                    found.append(op_item(op, case, form, dtype, backward))
+    return found
 
 
-@functools.cache
-def gemm_speed() -> float:
-    """FLOP per second of a large bf16 product of random numbers."""
-    a, b = make(GEMM, GEMM), make(GEMM, GEMM)
-    return 2 * GEMM**3 / (median_ms(lambda: a @ b) * 1e-3)
-
-
-def parameters(op: Op, in_place: bool = False):
-    """Parametrises a bench by backend, case, form and, but for an op that works in place, direction."""
-    cases = list(op.cases) if CUDA else ["quickstart"]
-    directions = [pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])]
-    marks = (
-        *(directions if not in_place else []),
-        pytest.mark.parametrize("form", op.forms),
-        pytest.mark.parametrize("case", cases),
-        pytest.mark.parametrize("backend", BACKENDS),
+def op_item(op: Op, case: str, form: str, dtype: torch.dtype, backward: bool) -> Item:
+    shape = op.cases[case]
+    here = Device.of(torch.device(DEVICE))
+    variants = {name: op.obstacle(name, shape, dtype, here) for name in BACKENDS if name in op.backends}
+    variants[COMPILED] = None
+    peers = {name: peer for name, peer in PEERS.get(op.name, {}).items() if form in peer.forms}
+    variants |= {name: peer.absent(DEVICE) for name, peer in peers.items()}
+    return Item(
+        op=op.name,
+        case=case,
+        form=form,
+        direction="backward" if backward else "forward",
+        dtype=str(dtype).removeprefix("torch."),
+        shape=shape,
+        work=op.cost(shape, dtype, form, backward),
+        baseline="ref",
+        ours=op.choose(shape, dtype, here)[0].backend,
+        variants=variants,
+        open=functools.partial(_open, op, shape, form, dtype, backward, peers),
     )
-    return lambda test: functools.reduce(lambda t, mark: mark(t), marks, test)
 
 
-def tensors(outputs) -> list[torch.Tensor]:
-    return [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t is not None]
+def has_gradients(op: Op, form: str) -> bool:
+    """Whether some input of the form can have a gradient; the optimizer's have none."""
+    inputs = op.forms[form](_maker(torch.float32, "meta"), *next(iter(op.cases.values())))
+    return bool(_leaves(inputs))
 
 
-def implementation(op: Op, backend: str, shape: tuple[int, ...]):
-    if backend == "torch.compile":
-        torch.compiler.reset()
-        return torch.compile(op.backends["ref"], fullgraph=True, dynamic=False)
-    if obstacle := op.obstacle(backend, shape, DTYPE, Device.of(DEVICE)):
-        pytest.skip(obstacle)
-    return op.backends[backend]
+def _maker(dtype: torch.dtype, device: str, seed: int = 0) -> Callable[..., Tensor]:
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def make(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        if not dtype.is_floating_point:  # the low halves of masters
+            return torch.zeros(size, dtype=dtype, device=device)
+        return torch.randn(size, generator=generator, device=device).to(dtype).requires_grad_()
+
+    return make
 
 
-def measure_in_place(benchmark, op: Op, backend: str, case: str, form: str) -> None:
-    """An op that changes its inputs and has no gradients; what it changes is compared, and what it returns."""
-    shape = op.cases[case]
-    function, inputs = implementation(op, backend, shape), op.forms[form](make, *shape)
-    given = tensors(tuple(t for t in inputs.values() if isinstance(t, torch.Tensor)))
-    with torch.no_grad():
-        copies = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in inputs.items()}
-        want = tensors(op.backends["ref"](**copies))
-        want += [t for t in copies.values() if isinstance(t, torch.Tensor)]
-        # the low halves of masters are rounding noise to each other
-        pairs = zip(tensors(function(**inputs)) + given, want, strict=True)
-        compared = [(a, b) for a, b in pairs if b.is_floating_point()]
-        check([a for a, _ in compared], [b for _, b in compared])
-        del copies, want, compared
-        report(benchmark, lambda: function(**inputs), shape, *op.cost(shape, DTYPE, form))
+def _leaves(inputs: dict[str, Any]) -> list[Tensor]:
+    return [t for t in inputs.values() if isinstance(t, Tensor) and t.requires_grad]
 
 
-def measure(benchmark, op: Op, backend: str, case: str, form: str, backward: bool) -> None:
-    shape = op.cases[case]
-    function = implementation(op, backend, shape)
-    inputs = op.forms[form](make, *shape)
-    constants = {"scale", "cos", "sin"}
-    leaves = [t.requires_grad_() for name, t in inputs.items() if isinstance(t, torch.Tensor) and name not in constants]
-    outputs, want = tensors(function(**inputs)), tensors(op.backends["ref"](**inputs))
-    heads = [t for t in outputs if t.requires_grad]
-    grads = [torch.randn_like(t) for t in heads]
-    check(outputs + list(torch.autograd.grad(heads, leaves, grads, retain_graph=True)),
-          want + list(torch.autograd.grad([t for t in want if t.requires_grad], leaves, grads)))  # fmt: skip
-    del want
-
-    def forwards() -> None:
-        with torch.no_grad():
-            function(**inputs)
-
-    def backwards() -> None:
-        torch.autograd.grad(heads, leaves, grads, retain_graph=True)
-
-    report(benchmark, backwards if backward else forwards, shape, *op.cost(shape, DTYPE, form, backward))
+@contextmanager
+def _open(
+    op: Op, shape: tuple[int, ...], form: str, dtype: torch.dtype, backward: bool, peers: dict[str, Peer]
+) -> Iterator["OpPrograms"]:
+    # what torch.compile saves for backward must outlive the first of several
+    with torch._functorch.config.patch(donated_buffer=False):
+        if DEVICE == "cpu":
+            yield OpPrograms(op, shape, form, dtype, backward, peers)
+        else:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):  # a graph's backward is captured on the stream that forward ran on
+                yield OpPrograms(op, shape, form, dtype, backward, peers)
+                stream.synchronize()
+            torch.cuda.empty_cache()
+    torch.compiler.reset()
 
 
-def report(benchmark, run, shape: tuple[int, ...], flops: int, nbytes: int) -> None:
-    benchmark.extra_info |= {"device": Device.of(DEVICE).name, "shape": list(shape), "flops": flops, "bytes": nbytes}
-    if not CUDA:
-        benchmark(run)
-        return
-    ms = median_ms(run)
-    gb_per_s, tflops = nbytes / ms / 1e6, flops / ms / 1e9
-    benchmark.extra_info |= {"ms": ms, "gb_per_s": gb_per_s, "tflops": tflops}
-    benchmark.extra_info |= {
-        "copy_fraction": 1e9 * gb_per_s / copy_bandwidth(),
-        "gemm_fraction": 1e12 * tflops / gemm_speed(),
-    }
-    benchmark.pedantic(lambda: (run(), torch.cuda.synchronize()), rounds=20, warmup_rounds=3)
+class OpPrograms:
+    def __init__(
+        self, op: Op, shape: tuple[int, ...], form: str, dtype: torch.dtype, backward: bool, peers: dict[str, Peer]
+    ) -> None:
+        self._op, self._form, self._backward, self._peers = op, form, backward, peers
+
+        def inputs(seed: int) -> dict[str, Any]:
+            return op.forms[form](_maker(dtype, DEVICE, seed), *shape)
+
+        self._sets = [inputs(0)]
+        if DEVICE == "cuda":
+            size = sum(t.nbytes for t in self._sets[0].values() if isinstance(t, Tensor))
+            sets = min(MAX_SETS, max(2, -(-COLD_BYTES // size)))
+            self._sets += [inputs(seed) for seed in range(1, sets)]
+        self._functions: dict[str, Callable[..., Any]] = {}
+
+    def _function(self, variant: str) -> Callable[..., Any]:
+        if variant not in self._functions:
+            if variant == COMPILED:
+                function = torch.compile(self._op.backends["ref"], fullgraph=True, dynamic=False)
+            elif variant in self._peers:
+                function = self._peers[variant].make(self._form, self._sets[0])
+            else:
+                function = self._op.backends[variant]
+            self._functions[variant] = function
+        return self._functions[variant]
+
+    # check
+
+    def check(self, variant: str) -> str | None:
+        bound = self._peers[variant].bound if variant in self._peers else None
+        got = results(self._function(variant), copied(self._sets[0]))
+        want, like = self._oracle
+        if missing := want.keys() ^ got.keys():
+            return f"{sorted(missing)} of {sorted(want)} differ from what the reference returns"
+        for name, t in want.items():
+            n = max(1, t.numel())
+            floor = torch.finfo(got[name].dtype).eps if n < FEW else TINY
+            limit = bound or (FACTOR * like[name] + floor) * (1 + 3 / n**0.5)
+            if not (off := error(got[name], t)) <= limit:
+                return f"{name} is off by {off:.2e}; allowed {limit:.2e}, PyTorch in the same dtype {like[name]:.2e}"
+        return None
+
+    @functools.cached_property
+    def _oracle(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Results in float64, and the errors of the reference in its own dtype."""
+        reference = self._op.backends["ref"]
+        want = results(reference, copied(self._sets[0], wide=True))
+        like = results(reference, copied(self._sets[0]))
+        return want, {name: error(t, want[name]) for name, t in like.items()}
+
+    # time
+
+    def sampler(self, variant: str) -> Sampler:
+        function = self._function(variant)
+        calls = [self._call(function, inputs) for inputs in self._sets]
+        return HostSampler(calls[0]) if DEVICE == "cpu" else GraphSampler(calls, torch.cuda.current_stream())
+
+    def _call(self, function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], object]:
+        if self._backward:
+            heads = [t for t in _outputs(function(**inputs)).values() if t.requires_grad]
+            grads = [torch.randn_like(t) for t in heads]
+            leaves = _leaves(inputs)
+            return lambda: torch.autograd.grad(heads, leaves, grads, retain_graph=True)
+
+        def forward() -> None:
+            with torch.no_grad():
+                function(**inputs)
+
+        return forward
 
 
-def check(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
-    for a, b in zip(got, want, strict=True):
-        difference = (a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-30)
-        assert difference < TOLERANCE, f"{tuple(a.shape)} is off by {difference:.3g}"
+def copied(inputs: dict[str, Any], *, wide: bool = False) -> dict[str, Any]:
+    """The same inputs in memory of their own; wide: in float64, a weight of two halves as one number."""
+
+    def copy(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        copy = t.detach().clone()
+        if wide and t.is_floating_point():
+            copy = copy.double()
+        return copy.requires_grad_(t.requires_grad)
+
+    own = {name: copy(t) for name, t in inputs.items()}
+    if wide and own.get("low") is not None:
+        own |= {"p": join_master(inputs["p"], inputs["low"]).double(), "low": None}
+    return own
+
+
+def results(function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Outputs by name, then gradients for upstream gradients that are not one, or what an op without gradients made of its
+    inputs."""
+    outputs = _outputs(function(**inputs))
+    found = {name: t.detach() for name, t in outputs.items()}
+    heads = {name: t for name, t in outputs.items() if t.requires_grad}
+    if heads:
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        # the same numbers whatever the dtype of the output
+        upstream = [0.5 + torch.randn(t.shape, generator=generator, device=DEVICE).bfloat16() for t in heads.values()]
+        upstream = [g.to(t.dtype) for g, t in zip(upstream, heads.values())]
+        leaves = {name: t for name, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
+        gradients = torch.autograd.grad(list(heads.values()), list(leaves.values()), upstream)
+        return found | {f"d{name}": g for name, g in zip(leaves, gradients)}
+    found |= {name: t for name, t in inputs.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    if inputs.get("low") is not None:
+        found["p"] = join_master(inputs["p"], inputs["low"])
+    return found
+
+
+def _outputs(returned: Any) -> dict[str, Tensor]:
+    return {} if returned is None else named(returned)
