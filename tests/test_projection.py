@@ -1,0 +1,274 @@
+"""The projection reproduces published step times and the work that they are published with, and takes measurements."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from bench import projection
+from bench.projection import CLASSES, FLOPS, HBM, TOLERANCE
+from core.config import ModelConfig
+from core.model import dims
+from core.plan import meta_model
+from kernels import dispatch
+from kernels.polar_express import polar_express_cost
+
+CHECKS = {w.name: w for w in projection.checks()}
+PRODUCTS = ("bf16 product", "fp8 product")
+BUDGETS = {target: projection.redline(target=target) for target in (False, True)}
+
+
+def changed(name, factor):
+    return CLASSES | {name: dataclasses.replace(CLASSES[name], efficiency=factor * CLASSES[name].efficiency)}
+
+
+def accounted(w, depth, short):
+    """FLOPs per token as nanochat counts them: attention over whole windows, masked pairs too; without the gates' products."""
+    d = dims(ModelConfig(depth=depth))
+    windows = [n if n == d.seq_len else short for n in d.windows]
+    return w.flops(*PRODUCTS) * projection.GPUS / w.tokens + sum(12 * d.d_model * n for n in windows)
+
+
+# check ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, published_ms",
+    [
+        ("nanochat run 1: d24 bf16", 1e3 * 10949 / 16704),
+        ("nanochat run 3: d26 fp8", 1373),
+        ("nanochat run 6: d24 fp8", 1067),
+        ("modded #85: stage 1", 32.3),
+        ("modded #85: stage 2", 58.1),
+        ("modded #85: stage 3", 84.0),
+    ],
+)
+def test_published_step_times(name, published_ms):
+    w = CHECKS[name]
+    assert 1e3 * w.published == pytest.approx(published_ms, rel=1e-3)
+    assert 1e3 * w.seconds() == pytest.approx(published_ms, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name, factor",
+    [(name, 0.5) for name in (*PRODUCTS, "attention forward", "attention backward", "compiled pass", "collective")]
+    + [("bf16 product", 2.0)],
+)
+def test_the_check_can_fail(name, factor):
+    assert max(abs(w.error(changed(name, factor))) for w in CHECKS.values()) > TOLERANCE
+
+
+def test_efficiencies_are_shares_with_a_source():
+    for c in CLASSES.values():
+        assert 0 < c.efficiency < 1 and c.source
+
+
+def test_nothing_of_the_check_depends_on_measurements():
+    assert not any(row.cost or row.measured for w in CHECKS.values() for row in w.rows)
+
+
+# work -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, depth, flops", [("nanochat run 6: d24 fp8", 24, 4.7752e9)])
+def test_flops_per_token_of_nanochat(name, depth, flops):
+    assert accounted(CHECKS[name], depth, 512) == pytest.approx(flops, rel=2e-5)
+
+
+def test_flops_of_nanochats_first_run():
+    w = CHECKS["nanochat run 1: d24 bf16"]
+    assert accounted(w, 24, 1024) * w.tokens * w.steps == pytest.approx(4.330784e19, rel=2e-5)
+
+
+@pytest.mark.parametrize("stage, tokens", [(1, 131_072), (2, 262_144), (3, 393_216)])
+def test_matmul_flops_of_modded_nanogpt(stage, tokens):
+    w = CHECKS[f"modded #85: stage {stage}"]
+    assert w.tokens == tokens
+    assert w.flops(*PRODUCTS) * projection.GPUS == pytest.approx(6 * 114.1e6 * tokens, rel=1e-3)
+
+
+@pytest.mark.parametrize("target", BUDGETS)
+def test_flops_of_redline_are_the_plans(target):
+    w = BUDGETS[target]
+    assert (w.tokens, w.steps) == (1_048_576, 5568)
+    assert accounted(w, 24, 512) == pytest.approx(meta_model(ModelConfig(depth=24)).flops_per_token(), rel=2e-5)
+
+
+def test_attention_counts_visible_pairs():
+    T, w = 50, 8
+    pairs = sum(0 <= q - k <= w for q in range(T) for k in range(T))
+    assert projection.mean_keys(w, [T]) == pairs / T
+    assert projection.mean_keys(w, [T, 3]) == (pairs + 6) / (T + 3)
+    forward, backward = projection.attention(tokens=100, width=256, keys=[10.0, 30.0], calls=1)
+    assert forward.flops == 4 * 256 * 100 * 40
+    assert backward.flops == 2.5 * forward.flops
+
+
+@pytest.mark.parametrize("shape", [(12, 1536, 1536), (4, 6144, 1536), (8, 256, 768)])
+def test_newton_schulz_flops(shape):
+    K, rows, cols = shape
+    n, m = min(rows, cols), max(rows, cols)
+    assert projection.newton_schulz(*shape, symmetric=True).flops == polar_express_cost(shape, projection.BF16)[0]
+    assert (
+        projection.newton_schulz(*shape, symmetric=False).flops == K * 5 * (4 * m / n + 2) * n**3
+    )  # T (4 alpha + 2) n^3
+
+
+def test_documents_have_the_published_mean_and_median():
+    lengths = projection.documents(10**9)
+    assert sorted(lengths)[256] == pytest.approx(403, rel=0.01)
+    assert sum(lengths) / len(lengths) == pytest.approx(690, rel=0.02)
+    assert max(projection.documents(896)) == 896
+
+
+def test_sharding_divides_the_optimizer():
+    today, target = (projection.by_group(BUDGETS[target])["optimizer"] for target in (False, True))
+    assert target == pytest.approx(today / projection.GPUS)
+
+
+# laws -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "direction, S, tflops",
+    [
+        ("forward", 1024, 364), ("forward", 2048, 560), ("forward", 4096, 667), ("forward", 8192, 685),
+        ("backward", 1024, 182), ("backward", 2048, 316), ("backward", 4096, 444), ("backward", 8192, 539),
+    ],
+)  # fmt: skip
+def test_attention_law_gives_published_speeds(direction, S, tflops):
+    c = CLASSES[f"attention {direction}"]
+    keys = projection.mean_keys(S, [S])
+    got = 1e-12 * c.peak * c.efficiency * projection.attention_fit(keys, direction)
+    assert got == pytest.approx(tflops, rel=0.05 if S > 1024 else 0.2)
+
+
+def test_product_law_gives_nanochats_microbenchmark():
+    """65536 x 1664 @ 1664 x 6656 forward: 2.00 ms in bf16, 1.45 ms in fp8 with its casts."""
+    M, K, N = 65536, 1664, 6656
+    assert 1e3 * projection.products("", "", [(1, M, N, K)]).seconds() == pytest.approx(2.00, rel=0.05)
+    fp8 = projection.products("", "", [(1, M, N, K)], kind="fp8 product")
+    casts = projection.one_pass("", "", 5 * M * K + 9 * N * K, 4)
+    assert 1e3 * (fp8.seconds() + casts.seconds()) == pytest.approx(1.45, rel=0.05)
+
+
+def test_product_law():
+    fit = projection.product_fit
+    assert fit(1, 128 * projection.SMS, 256, 2**20, 2) == pytest.approx(1, abs=1e-3)  # one whole wave, long
+    assert fit(1, 32768, 1536, 768, 2) < fit(1, 32768, 1536, 3072, 2)  # short K costs
+    assert fit(1, 1536, 1536, 32768, 2) > 72 / projection.SMS  # 72 tiles alone would leave most idle: K is split
+
+
+# measurements ---------------------------------------------------------------
+
+ROW = {
+    "op": "rms_norm", "form": "mix", "case": "depth 24", "shape": [65536, 1536], "dtype": "bfloat16", "direction": "forward",
+    "backend": "triton", "us": 500.0, "flops": 6 * 65536 * 1536, "bytes": 4 * 2 * 65536 * 1536, "device": "NVIDIA H100 80GB HBM3",
+    "commit": "abc1234", "date": "2026-12-01T10:00:00",
+}  # fmt: skip
+
+
+def results(tmp_path, *rows):
+    folder = tmp_path / "h100"
+    folder.mkdir()
+    (folder / "ops.jsonl").write_text("".join(json.dumps(ROW | row) + "\n" for row in rows) + "\n")
+    return projection.read_results(tmp_path)
+
+
+def mix(w):
+    return next(
+        r for r in w.rows if r.cost and (r.cost.op, r.cost.form, r.cost.direction) == ("rms_norm", "mix", "forward")
+    )
+
+
+def test_measured_rows_replace_assumed_ones(tmp_path):
+    before = BUDGETS[False]
+    after = projection.with_measurements(before, results(tmp_path, {}))
+    ratio = ROW["bytes"] / HBM["H100"] / 500e-6
+    assert mix(after).measured.ratio == pytest.approx(ratio)
+    assert mix(after).seconds() == pytest.approx(mix(before).nbytes / HBM["H100"] / ratio)
+    assert projection.entry(mix(after))["efficiency"] == pytest.approx(ratio)
+    assert projection.entry(mix(after))["basis"] == "measured (NVIDIA H100 80GB HBM3, abc1234)"
+    assert sum(row.measured is not None for row in after.rows) == 1
+    assert after.seconds() - before.seconds() == pytest.approx(mix(after).seconds() - mix(before).seconds())
+
+
+def us(measured):
+    """Time that a ratio stands for, of ROW's work on an H100."""
+    return 1e6 * ROW["bytes"] / HBM["H100"] / measured.ratio
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        ([{}, {"backend": "cuda", "us": 450.0}, {"backend": "ref", "us": 900.0}], 450.0),  # the fastest
+        ([{}, {"backend": "torch.compile", "us": 100.0}, {"backend": "liger", "us": 90.0}], 500.0),  # of Redline's
+        ([{}, {"backend": "cuda", "us": 1.0, "error": "off by 0.3"}], 500.0),  # that is right
+        ([{}, {"us": 600.0, "date": "2026-12-02T10:00:00"}], 600.0),  # as measured last
+        ([{}, {"us": 1.0, "shape": [2048, 128], "case": "quickstart"}], 500.0),  # on the nearest shape
+        ([{}, {"us": 1.0, "device": "NVIDIA H200"}], 500.0),  # an H100 first
+        ([{"us": 600.0, "device": "NVIDIA H200"}], 600.0 * HBM["H200"] / HBM["H100"]),  # by that device's own peak
+        (
+            [{}, {"us": 1.0, "dtype": "float32"}, {"us": 1.0, "form": "add"}, {"us": 1.0, "direction": "backward"}],
+            500.0,
+        ),
+    ],
+)
+def test_which_measurement_counts(tmp_path, rows, expected):
+    w = projection.with_measurements(BUDGETS[False], results(tmp_path, *rows))
+    assert us(mix(w).measured) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("device", ["NVIDIA A100-SXM4-80GB", "cpu", "NVIDIA H100 PCIe"])
+def test_other_devices_count_nothing(tmp_path, device):
+    assert results(tmp_path, {"device": device}) == []
+
+
+def test_arithmetic_is_measured_against_its_peak(tmp_path):
+    flops = 2 * 65536 * 1536 * 6144 * 2
+    row = {"op": "relu2_mlp", "form": "plain", "shape": [65536, 1536, 6144], "flops": flops, "bytes": 1, "us": 5000.0}
+    w = projection.with_measurements(BUDGETS[False], results(tmp_path, row))
+    (measured,) = (r for r in w.rows if r.measured)
+    assert measured.measured.ratio == pytest.approx(flops / FLOPS["bf16"] / 5e-3)
+    assert measured.seconds() == pytest.approx(measured.flops / FLOPS["bf16"] / measured.measured.ratio)
+
+
+def test_every_measurable_row_is_a_case_of_an_op():
+    ops = dispatch.ops()
+    for w in BUDGETS.values():
+        for row in w.rows:
+            if row.cost:
+                op = ops[row.cost.op]
+                assert row.cost.form in op.forms and len(row.cost.shape) == len(op.dims), row.op
+
+
+# output ---------------------------------------------------------------------
+
+
+def test_output(capsys, tmp_path):
+    projection.main(["--plot", str(tmp_path / "bars.png")])
+    text = capsys.readouterr().out
+    assert "not a measurement" in text
+    for w in (*CHECKS.values(), *BUDGETS.values()):
+        assert f"### {w.name}" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} <= {5, 7}
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json(capsys):
+    projection.main(["--json"])
+    out = json.loads(capsys.readouterr().out)
+    assert "not a measurement" in out["note"]
+    assert [w["name"] for w in out["checks"]] == list(CHECKS)
+    for w in out["checks"] + out["budgets"]:
+        assert math.isclose(sum(row["ms"] for row in w["rows"]), w["step_ms"])
+        assert math.isclose(sum(w["groups_ms"].values()), w["step_ms"])
+        assert w["total_s"] == pytest.approx(1e-3 * w["step_ms"] * w["steps"])
+
+
+def test_a_check_that_fails_says_so():
+    far = dataclasses.replace(CHECKS["modded #85: stage 1"], published=1.0)
+    assert "**not within 15 %**" in projection.report([far], [])
+    assert "**not within" not in projection.report(list(CHECKS.values()), [])
