@@ -42,7 +42,7 @@ def pytest_configure(config):
     config.option.benchmark_quiet = True  # our table is shorter and says more
     distributed.keep_freed_memory()  # as train.py does
     if config.getoption("--store"):
-        results.refuse_changed_checkout()
+        results.refuse_changed_checkout(results.facts()["commit"])
 
 
 def pytest_collection_modifyitems(items):

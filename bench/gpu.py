@@ -7,25 +7,39 @@ In this order, as far as the time goes:
   ops        every shape, with torch.compile of the reference and the peers that are installed
 Training text is the source of the installed Python packages: nothing is downloaded.
 
-DIR: tests.json, ops.jsonl, train.jsonl (rows as in bench/results/, added as they are measured), table.txt, log.txt. It may be
-stopped at any time: what was measured is there, and the table says what is missing. Exit status 1 when something was wrong.
-`--device cpu` rehearses all of it in small.
+DIR: tests.json, ops.jsonl, train.jsonl (rows for `python -m bench.results --add DIR`, written as they are measured), table.txt,
+log.txt. It may be stopped at any time: what was measured is there, and the table says what is missing. Exit status 1 when
+something was wrong. `--device cpu` rehearses all of it in small.
 """
 
+# ruff: noqa: E402
 import argparse
-import dataclasses
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import site
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+NEEDED = (
+    "torch", "triton", "numpy", "tiktoken", "rustbpe", "pyarrow", "tyro", "rich", "matplotlib", "safetensors", "pytest",
+    "pytest_benchmark", "hypothesis",
+)  # fmt: skip
+if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    names = " ".join(lacking).replace("_", "-")
+    sys.exit(
+        f"bench.gpu: {names} not installed here; without a network, `pip download -d wheels {names}` elsewhere (for this "
+        f"Python), and here `pip install --no-index --find-links wheels {names}`"
+    )
 
 import torch
 
@@ -38,15 +52,22 @@ from kernels import dispatch
 ROOT = Path(__file__).resolve().parent.parent
 RESERVE_S = 10  # to end in
 TESTS_SHARE, TRAINING_SHARE = 0.35, 0.4  # of the time, at most
-FIRST_SECONDS, LATER_SECONDS = 0.2, 0.2  # for each variant of an item
+PASSED = "passed"
+SECONDS = 0.2  # for each variant of an item
+ITEM_S = 8  # that must be left for another item
+SHARES_SHOWN = 6
 TEXT_BYTES = 48 << 20
+LOG_BYTES = 8 << 20  # of log.txt that are kept, from its end
+POLL_S = 0.2
 FIRST_CASES = ("depth 24", "depth 24, MLP")
 OURS_AND_REFERENCE = ("ref", "triton", "cuda")
 DEPTHS = (12, 24)
 TRAINING_KERNELS = ("auto", "ref")
 MIN_TRAINING_S = 60  # compiling takes most of it
 BATCH_TOKENS = 131072
-REHEARSAL = "--device cpu --d-model 64 --d-head 16 --seq-len 64 --vocab-size 512 --total-batch-size 1024 --compile"
+REHEARSAL = (
+    "--device cpu --depth 2 --d-model 64 --d-head 16 --seq-len 64 --vocab-size 512 --total-batch-size 1024 --compile"
+)
 
 
 class Bench:
@@ -55,30 +76,22 @@ class Bench:
         self.start = time.monotonic()
         self.end = self.start + 60 * minutes - RESERVE_S
         self.minutes = minutes
+        self.scratch = Path(tempfile.mkdtemp(prefix="redline-gpu-"))
         self.log = open(out / "log.txt", "wb")
-        self.tests: dict[str, str] = {}  # op: passed, or why it has no numbers
+        self.tests: dict[str, str] = {}  # file of an op: passed, or why it has no numbers
         self.rows: list[dict[str, Any]] = []
         self.trained: list[dict[str, Any]] = []
-        self.done: set[tuple[str, str]] = set()
         self.missing: list[str] = []
+        self.children: list[subprocess.Popen] = []
 
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def child(self, *args: str, seconds: float) -> subprocess.CompletedProcess | None:
-        """Runs python with these arguments; None if it had to be stopped."""
-        process = subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=self.log)
-        try:
-            output, _ = process.communicate(timeout=max(1.0, seconds))
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-        self.log.write(output)
-        self.log.flush()
-        return subprocess.CompletedProcess(args, process.returncode, output.decode())
+    def child(self, *args: str, stdout: int | None = None) -> subprocess.Popen:
+        """Starts python with these arguments."""
+        process = subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=stdout or self.log, stderr=self.log)
+        self.children.append(process)
+        return process
 
     def add(self, name: str, rows: list[dict[str, Any]]) -> None:
         with open(self.out / name, "a") as file:
@@ -87,81 +100,78 @@ class Bench:
     # parts
 
     def test(self) -> None:
-        end = time.monotonic() + TESTS_SHARE * 60 * self.minutes
-        for module in dict.fromkeys(op.backends["ref"].__module__ for op in dispatch.ops().values()):
-            stem = module.split(".")[-1]
-            report = self.out / ".tests.xml"
-            arguments = (
-                "-m",
-                "pytest",
-                f"tests/test_{stem}.py",
-                "-q",
-                f"--junitxml={report}",
-                "-p",
-                "no:cacheprovider",
-            )
-            done = self.child(*arguments, seconds=min(end - time.monotonic(), self.left()))
-            if done is None:
-                self.tests[stem] = "its tests did not finish"
-            elif done.returncode:
-                failed = failures(report) if report.exists() else [f"pytest ended with status {done.returncode}"]
-                self.tests[stem] = f"{len(failed)} tests failed: {failed[0]}"
-            else:
-                self.tests[stem] = "passed"
-            report.unlink(missing_ok=True)
-            self.say(f"tests of {stem}: {self.tests[stem]}")
-            (self.out / "tests.json").write_text(json.dumps(self.tests, indent=1) + "\n")
+        """Tests of all ops, several files at a time."""
+        end = min(time.monotonic() + TESTS_SHARE * 60 * self.minutes, self.end)
+        waiting = [stem_of(op) for op in dispatch.ops().values()]
+        waiting = list(dict.fromkeys(waiting))
+        running: dict[str, subprocess.Popen] = {}
+        while (waiting or running) and time.monotonic() < end:
+            while waiting and len(running) < max(1, os.cpu_count() // 2):
+                stem = waiting.pop(0)
+                report = ("-p", "no:cacheprovider", f"--junitxml={self.scratch / stem}.xml")
+                running[stem] = self.child("-m", "pytest", f"tests/test_{stem}.py", "-q", *report)
+            for stem, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[stem]
+                    self.judge(stem, self.outcome(stem, process.returncode))
+            time.sleep(POLL_S)
+        for stem in (*running, *waiting):
+            self.judge(stem, "its tests did not finish")
+        self.kill()
 
-    def ops(self, chosen: list[tuple[Item, list[str] | None]], seconds: float) -> None:
-        for item, variants in chosen:
-            names = [name for name in variants or item.variants if (str(item), name) not in self.done]
-            names = [name for name in names if name in item.variants]
-            stem = dispatch.ops()[item.op].backends["ref"].__module__.split(".")[-1]
-            if self.tests.get(stem) != "passed" or not names:
+    def outcome(self, stem: str, status: int) -> str:
+        if status == 0:
+            return PASSED
+        report = self.scratch / f"{stem}.xml"
+        failed = failures(report) if report.exists() else []
+        return f"{len(failed)} tests failed: {failed[0]}" if failed else f"pytest ended with status {status}"
+
+    def judge(self, stem: str, outcome: str) -> None:
+        self.tests[stem] = outcome
+        self.say(f"tests of {stem}: {outcome}")
+        (self.out / "tests.json").write_text(json.dumps(self.tests, indent=1) + "\n")
+
+    def ops(self, chosen: list[Item], variants: list[str] | None) -> None:
+        for item in chosen:
+            if self.tests.get(stem_of(dispatch.ops()[item.op])) != PASSED:
                 continue
-            if self.left() < 5:
-                self.missing.append(f"{item} ({', '.join(names)})")
+            if self.left() < ITEM_S:
+                self.missing.append(f"{item} ({', '.join(variants or item.variants)})")
                 continue
-            measured = measure(item, names, seconds=seconds)
             entries = [
                 row(item, name, result, results.roofline_of(item), results.facts())
-                for name, result in measured.items()
+                for name, result in measure(item, variants, seconds=SECONDS).items()
                 if not result.absent
             ]
-            self.done |= {(str(item), name) for name in names}
             self.rows += entries
             self.add("ops.jsonl", entries)
 
     def train(self) -> None:
-        text = self.out / ".packages.jsonl"
+        text = self.scratch / "packages.jsonl"
         written = write_text(text)
         self.say(f"training text: {written >> 20} MiB of installed packages")
-        end = time.monotonic() + TRAINING_SHARE * 60 * self.minutes
+        end = min(time.monotonic() + TRAINING_SHARE * 60 * self.minutes, self.end)
+        small = self.device == "cpu"
         for depth in DEPTHS:
             for kernels in TRAINING_KERNELS:
-                seconds = min(end - time.monotonic(), self.left())
-                name = f"training at depth {depth}, --kernels {kernels}"
-                if seconds < MIN_TRAINING_S and self.device != "cpu":
-                    self.missing.append(name)
+                seconds = end - time.monotonic()
+                if seconds < (1 if small else MIN_TRAINING_S):
+                    self.missing.append(f"training at depth {depth}, --kernels {kernels}")
                     continue
-                size = REHEARSAL.split() if self.device == "cpu" else ["--total-batch-size", str(BATCH_TOKENS)]
-                depth_here = 2 if self.device == "cpu" else depth
-                cache = ("--data", str(text), "--cache-dir", str(self.out / ".cache"))
-                options = ("--depth", str(depth_here), "--kernels", kernels, "--steps", "1000", *cache, *size)
-                done = self.child("-m", "bench.train_step", "gpt2", *options, seconds=seconds)
-                if done is None or done.returncode:
-                    why = (
-                        "did not finish in time"
-                        if done is None
-                        else f"ended with status {done.returncode}, see log.txt"
-                    )
-                    entry = {"depth": depth, "kernels": kernels, "error": why, **results.facts()}
-                else:
-                    entry = json.loads(done.stdout)
-                self.trained.append(entry)
-                self.add("train.jsonl", [entry])
-                self.say(name + ": " + (entry.get("error") or f"{entry['tok_per_s']:.4g} tokens/s"))
-        text.unlink()
+                size = REHEARSAL if small else f"--depth {depth} --total-batch-size {BATCH_TOKENS}"
+                where = ("--data", str(text), "--cache-dir", str(self.scratch / "cache"))
+                options = ("gpt2", "--kernels", kernels, "--steps", "1000", *size.split(), *where)
+                process = self.child("-m", "bench.train_step", *options, stdout=subprocess.PIPE)
+                try:
+                    output, _ = process.communicate(timeout=seconds)
+                    why = process.returncode and f"ended with status {process.returncode}, see log.txt"
+                except subprocess.TimeoutExpired:
+                    why = f"did not finish within {seconds:.0f} s"
+                    self.kill()
+                failed = {"depth": depth, "kernels": kernels, "error": why, **results.facts()}
+                self.trained.append(failed if why else json.loads(output))
+                self.add("train.jsonl", self.trained[-1:])
+                self.say(training_lines(self.trained[-1])[0])
 
     # report
 
@@ -171,19 +181,9 @@ class Bench:
     def table(self) -> str:
         lines = [f"{results.facts()['device']}, commit {results.facts()['commit']}", ""]
         lines += [f"tests of {stem}: {outcome}" for stem, outcome in self.tests.items()]
-        lines += ["", *results.console(self.rows), ""]
+        lines += ["", *results.console(results.newest(self.rows)), ""]
         for entry in self.trained:
-            title = f"training at depth {entry['depth']}, --kernels {entry['kernels']}"
-            if entry.get("error"):
-                lines.append(f"{title}: {entry['error']}")
-                continue
-            mfu = f", MFU {entry['mfu']:.1%}" if entry["mfu"] else ""
-            times = f"{entry['step_ms']:.1f} ms [{entry['step_ms_low']:.1f}, {entry['step_ms_high']:.1f}]"
-            lines.append(f"{title}, {entry['precision']}: {entry['tok_per_s']:,.0f} tokens/s{mfu}, {times} a step")
-            losses = entry["losses"]
-            lines.append(f"    {entry['peak_memory_gb']:.1f} GB, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-            shares = list(entry["time_by_op"].items())[:6]
-            lines.append("    " + ", ".join(f"{op[:40]} {share:.0%}" for op, share in shares))
+            lines += training_lines(entry)
         lines += [f"not measured: {name}" for name in self.missing]
         return "\n".join(lines)
 
@@ -191,11 +191,41 @@ class Bench:
         red = any(outcome != "passed" for outcome in self.tests.values())
         return red or any(entry.get("error") for entry in (*self.rows, *self.trained))
 
+    def kill(self) -> None:
+        for process in self.children:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        self.children.clear()
+
     def close(self) -> None:
+        self.kill()
+        self.log.close()
+        log = self.out / "log.txt"
+        log.write_bytes(log.read_bytes()[-LOG_BYTES:])
+        shutil.rmtree(self.scratch)
         text = self.table()
         (self.out / "table.txt").write_text(text + "\n")
         print("\n" + text, flush=True)
-        self.log.close()
+
+
+def stem_of(op: dispatch.Op) -> str:
+    """The file of an op."""
+    return op.backends["ref"].__module__.split(".")[-1]
+
+
+def training_lines(entry: dict[str, Any]) -> list[str]:
+    title = f"training at depth {entry['depth']}, --kernels {entry['kernels']}"
+    if entry.get("error"):
+        return [f"{title}: {entry['error']}"]
+    mfu = f", MFU {entry['mfu']:.1%}" if entry["mfu"] else ""
+    times = f"{entry['step_ms']:.1f} ms [{entry['step_ms_low']:.1f}, {entry['step_ms_high']:.1f}]"
+    losses, shares = entry["losses"], list(entry["time_by_op"].items())[:SHARES_SHOWN]
+    return [
+        f"{title}, {entry['precision']}: {entry['tok_per_s']:,.0f} tokens/s{mfu}, {times} a step",
+        f"    {entry['peak_memory_gb']:.1f} GB at most, loss {losses[0]:.3f} -> {losses[-1]:.3f}",
+        "    " + ", ".join(f"{op[:48]} {share:.0%}" for op, share in shares),
+    ]
 
 
 def failures(report: Path) -> list[str]:
@@ -226,21 +256,24 @@ def write_text(path: Path) -> int:
     return total
 
 
-def real(item: Item) -> bool:
-    """Whether it is an op's, not a program's on the CPU."""
-    return item.work is not None
+def on_signals(handler: Any) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handler)
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if need be, and must be empty")
+    parser.add_argument("--commit", help="of this code, where it lies outside of its git checkout")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal in small")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no GPU here that torch can use: --device cpu rehearses")
     if args.minutes * 60 <= 2 * RESERVE_S:
         raise ValueError(f"--minutes is {args.minutes}: expected more than {2 * RESERVE_S / 60:.2g}")
+    if args.commit:
+        results.set_commit(args.commit)
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
         raise ValueError(f"--out {args.out} is not empty: give a new folder, so that results do not mix")
@@ -248,19 +281,19 @@ def main(argv: list[str]) -> int:
     def stop(signum: int, _: Any) -> None:
         raise Stopped(f"stopped by {signal.Signals(signum).name}: what was measured is in {args.out}", signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
     bench = Bench(args.minutes, args.out, args.device)
-    bench.say(f"{device_name(torch.device(args.device))}, {args.minutes:g} minutes")
-    everything = [item for item in items() if real(item)]
-    first = [item for item in everything if item.case in FIRST_CASES or args.device == "cpu"]
     try:
+        on_signals(stop)
+        bench.say(f"{device_name(torch.device(args.device))}, {args.minutes:g} minutes")
+        everything = [item for item in items() if item.op in dispatch.ops()]
+        first = [item for item in everything if item.case in FIRST_CASES or args.device == "cpu"]
         bench.test()
-        bench.ops([(item, list(OURS_AND_REFERENCE)) for item in first], FIRST_SECONDS)
+        bench.ops(first, list(OURS_AND_REFERENCE))
         bench.say(f"{len(bench.rows)} rows of ops")
         bench.train()
-        bench.ops([(item, None) for item in everything], LATER_SECONDS)
+        bench.ops(everything, None)
     finally:
+        on_signals(signal.SIG_IGN)  # a second one must not cost the table
         bench.close()
     return int(bench.wrong())
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from bench.peers import PEERS, Peer
@@ -89,7 +90,7 @@ def _open(
     op: Op, shape: tuple[int, ...], form: str, dtype: torch.dtype, backward: bool, peers: dict[str, Peer]
 ) -> Iterator["OpPrograms"]:
     # what torch.compile saves for backward must outlive the first of several
-    with torch._functorch.config.patch(donated_buffer=False):
+    with functorch_config.patch(donated_buffer=False):
         if DEVICE == "cpu":
             yield OpPrograms(op, shape, form, dtype, backward, peers)
         else:

@@ -1,4 +1,4 @@
-"""Stored results, and what is made of them: `python -m bench.results` draws them again.
+"""Stored results, and what is made of them: `python -m bench.results` draws them again, `--add DIR` stores those of bench.gpu.
 
 bench/results/<device>/ops.jsonl     one row a line, oldest first: (commit, item, backend) and what was measured
                        train.jsonl   training runs, by bench.gpu
@@ -7,6 +7,7 @@ bench/results/<device>/ops.jsonl     one row a line, oldest first: (commit, item
 Only a clean checkout may store, so that a row's commit is the code that was measured.
 """
 
+import argparse
 import datetime
 import functools
 import json
@@ -26,6 +27,8 @@ from core.runlog import device_name, git_state, versions
 
 ROOT = Path(__file__).parent / "results"
 KEY = ("op", "case", "form", "direction", "dtype", "backend")
+COMMIT_VARIABLE = "REDLINE_COMMIT"
+FILES = ("ops", "train")
 Row = dict[str, Any]
 
 
@@ -33,17 +36,23 @@ Row = dict[str, Any]
 def facts() -> dict[str, Any]:
     """What every row of this process says about where it comes from."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    git = git_state() or {"commit": None, "dirty": True}
+    git = git_state() or {"commit": os.environ.get(COMMIT_VARIABLE), "dirty": False}
     commit = git["commit"] and git["commit"][:12] + ("+changes" if git["dirty"] else "")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"commit": commit, "date": now, "device": device_name(device), **versions()}
 
 
-def refuse_changed_checkout() -> None:
-    """ValueError unless a row's commit would say what was measured."""
-    if (commit := facts()["commit"]) is None or "+" in commit:
+def set_commit(commit: str) -> None:
+    """Names the code of this process, which lies outside of its git checkout."""
+    os.environ[COMMIT_VARIABLE] = commit  # for processes that this one starts, too
+    facts.cache_clear()
+
+
+def refuse_changed_checkout(commit: str | None) -> None:
+    """ValueError unless a row's commit says what was measured."""
+    if commit is None or "+" in commit:
         raise ValueError(
-            f"--store: the checkout is at {commit}; results are stored of a clean commit only: commit first"
+            f"results are stored of a clean commit only, not of {commit}: commit first, then measure again"
         )
 
 
@@ -59,6 +68,8 @@ def folder(device: str) -> Path:
 
 def store(rows: Sequence[Row], name: str = "ops") -> Path:
     """Appends rows of one device, and draws its table and plots again."""
+    for row in rows:
+        refuse_changed_checkout(row["commit"])
     where = folder(rows[0]["device"])
     where.mkdir(parents=True, exist_ok=True)
     path = where / f"{name}.jsonl"
@@ -211,11 +222,21 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise ValueError("bench.results takes no arguments: it draws every folder of bench/results")
-    for where in sorted(path for path in ROOT.iterdir() if path.is_dir()):
+    parser = argparse.ArgumentParser(prog="python -m bench.results", description=__doc__.splitlines()[0])
+    parser.add_argument("--add", type=Path, metavar="DIR", help="what bench.gpu left")
+    args = parser.parse_args(argv)
+    if args.add:
+        found = {name: rows for name in FILES if (rows := load(args.add / f"{name}.jsonl"))}
+        if not found:
+            raise ValueError(
+                f"--add {args.add}: no ops.jsonl or train.jsonl with rows; give the DIR of bench.gpu --out DIR"
+            )
+        for name, rows in found.items():
+            print(store(rows, name))
+        return
+    for where in sorted(path for path in ROOT.iterdir() if path.is_dir()) if ROOT.exists() else ():
         draw(where)
-        print(where.name)
+        print(where)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ class HostSampler:
 
     def __init__(self, call: Callable[[], object]) -> None:
         self._call, self._calls = call, 1
-        end = time.perf_counter() + WARMUP_S
-        best = math.inf
+        call()  # compiles
+        end, best = time.perf_counter() + WARMUP_S, math.inf
         while best == math.inf or time.perf_counter() < end:
             best = min(best, self())
         self._calls = max(1, math.ceil(MIN_SAMPLE_S / best))
@@ -81,14 +81,13 @@ class GraphSampler:
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(stream):
             self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-            end, passes, begun = time.perf_counter() + WARMUP_S, 0, None
-            while begun is None or time.perf_counter() < end:
-                for call in calls:
-                    call()
-                stream.synchronize()
-                passes, begun = passes + 1, begun or time.perf_counter()  # the first pass compiles
-            seconds = (time.perf_counter() - begun) / max(1, passes - 1)
-        repeats = max(1, math.ceil(MIN_REPLAY_S / max(seconds, 1e-6)))
+            self._run(calls)  # compiles
+            start, passes = time.perf_counter(), 0
+            while passes == 0 or time.perf_counter() - start < WARMUP_S:
+                self._run(calls)
+                passes += 1
+            seconds = (time.perf_counter() - start) / passes
+        repeats = math.ceil(MIN_REPLAY_S / seconds)
         self._calls = repeats * len(calls)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=stream):
@@ -96,6 +95,11 @@ class GraphSampler:
                 for call in calls:
                     call()
         self()
+
+    def _run(self, calls: Sequence[Callable[[], object]]) -> None:
+        for call in calls:
+            call()
+        self._stream.synchronize()
 
     def __call__(self) -> float:
         with torch.cuda.stream(self._stream):

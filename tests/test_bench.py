@@ -1,0 +1,465 @@
+"""The bench measures what it says: wrong backends get no number, 10 % is seen and 2 % of noise is not, rows and tables hold.
+
+Timings here are of made-up samplers, or of sleeps: what this machine does meanwhile does not matter.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import compare, gpu, ops, results, roofline, suite
+from bench.peers import PEERS, Peer
+from bench.timing import MIN_ROUNDS, HostSampler, Spread, interleave
+from kernels.adam_update import adam_update
+from kernels.dispatch import Op
+from kernels.rms_norm import RMSNorm, rms_norm
+from tests.harness import DEVICE
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="bench.gpu runs the bench itself there")
+
+
+# timing -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [6, 9, 25, 200])
+def test_bounds_hold_the_median_with_95_percent(n):
+    """Of an exponential distribution, which is far from normal: its median is ln 2."""
+    rng = random.Random(n)
+    held = 0
+    for _ in range(2000):
+        low, high = Spread(tuple(rng.expovariate(1) for _ in range(n))).bounds
+        held += low <= 0.6931 <= high
+    assert 0.94 <= held / 2000 <= (0.985 if n >= 25 else 1)
+
+
+def test_bounds_of_few_samples_are_their_extremes():
+    assert Spread((3.0, 1.0, 2.0)).bounds == (1.0, 3.0)
+
+
+def test_variants_take_turns_and_each_round_begins_with_another():
+    calls = []
+
+    def sampler(name):
+        return lambda: calls.append(name) or 1.0
+
+    spreads = interleave({name: sampler(name) for name in "abc"}, seconds=0)
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert len(rounds) == MIN_ROUNDS and all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert [turn[0] for turn in rounds[:4]] == ["a", "b", "c", "a"]
+    assert all(len(spread.samples) == MIN_ROUNDS for spread in spreads.values())
+
+
+def test_a_drifting_machine_moves_times_and_not_ratios():
+    slow = [1.0]
+
+    def sampler(factor):
+        def sample():
+            slow[0] *= 1.02
+            return factor * slow[0]
+
+        return sample
+
+    spreads = interleave({"a": sampler(1.0), "b": sampler(2.0)}, seconds=0)
+    assert spreads["a"].samples[-1] > 1.3 * spreads["a"].samples[0]
+    assert spreads["b"].over(spreads["a"]).median == pytest.approx(2, rel=0.03)
+
+
+def test_a_host_sample_is_seconds_per_call():
+    sampler = HostSampler(lambda: time.sleep(0.003))
+    assert 0.003 <= sampler() < 0.02
+    assert sampler._calls >= 3
+
+
+# correctness --------------------------------------------------------------
+
+
+def broken(op, function):
+    """The op with another kernel in the place of its own, which the interpreter lets run here."""
+    shared = {"dims": op.dims, "forms": op.forms, "cost": op.cost, "limits": op.limits, "ref": op.backends["ref"]}
+    return Op(op.name, cases={"quickstart": (64, 32)}, triton=function, **shared)
+
+
+def measured(op, form="plain", backward=False):
+    item = ops.op_item(op, "quickstart", form, torch.float32, backward)
+    return suite.measure(item, ["ref", "triton"], seconds=0)
+
+
+def double(t, factor):
+    return t if t is None else t * factor
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: RMSNorm(rms_norm.backends["ref"](x).y * 1.0001),
+        lambda x: RMSNorm(torch.zeros_like(x)),
+        lambda x: RMSNorm(rms_norm.backends["ref"](x).y * torch.nan),
+        lambda x: RMSNorm(rms_norm.backends["ref"](x).y.detach() + 0 * x),  # right, but its gradient is not
+        lambda x: RMSNorm(rms_norm.backends["ref"](x).y, h=x),
+    ],
+    ids=["a factor", "zeros", "NaN", "gradient", "another output"],
+)
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_wrong_backend_gets_no_number_and_the_others_do(wrong, backward):
+    found = measured(broken(rms_norm, wrong), backward=backward)
+    assert found["triton"].seconds is None and found["triton"].error
+    assert found["ref"].error is None and found["ref"].seconds.median > 0
+
+
+def test_a_right_backend_gets_a_number():
+    found = measured(broken(rms_norm, lambda x: RMSNorm(x / (x.square().mean(-1, keepdim=True) + 1e-7).sqrt())))
+    assert found["triton"].error is None and found["triton"].over_baseline.median > 0
+
+
+def test_a_backend_that_raises_takes_no_number_from_the_others(capfd):
+    def raising(x):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    found = measured(broken(rms_norm, raising))
+    assert found["triton"].error == "RuntimeError: no kernel image" and found["ref"].seconds
+    assert "no kernel image" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["p", "exp_avg", "exp_avg_sq", "low"])
+def test_what_is_changed_in_place_is_compared(name):
+    def wrong(**inputs):
+        adam_update.backends["ref"](**inputs)
+        t = inputs[name]
+        t.add_(1000 if name == "low" else 0.01 * t)
+
+    cases = {"quickstart": (4096,)}
+    shared = {
+        "dims": adam_update.dims,
+        "forms": adam_update.forms,
+        "cost": adam_update.cost,
+        "limits": adam_update.limits,
+    }
+    op = Op("adam_update", cases=cases, triton=wrong, ref=adam_update.backends["ref"], **shared)
+    found = suite.measure(ops.op_item(op, "quickstart", "master", torch.bfloat16, False), ["ref", "triton"], seconds=0)
+    assert found["triton"].error and found["ref"].seconds
+
+
+def test_every_reference_and_kernel_passes_its_own_check():
+    """At small sizes, with the kernels in the interpreter: the gate is no stricter than the tests."""
+    small = {
+        "rms_norm": (32, 64),
+        "rope_qk_norm": (1, 16, 2, 2, 16),
+        "relu2_mlp": (32, 32, 64),
+        "polar_express": (2, 32, 32),
+    }
+    small |= {"muon_momentum": (2, 32, 48), "muon_apply": (2, 32, 48), "adam_update": (500,)}
+    from kernels import dispatch
+
+    assert small.keys() == dispatch.ops().keys()
+    for name, op in dispatch.ops().items():
+        shared = {"dims": op.dims, "forms": op.forms, "cost": op.cost, "limits": op.limits}
+        op = Op(name, cases={"quickstart": small[name]}, **shared, **op.backends)
+        for form in op.forms:
+            item = ops.op_item(op, "quickstart", form, torch.float32, False)
+            with item.open() as programs:
+                assert [programs.check(variant) for variant in ("ref", "triton")] == [None, None], (name, form)
+
+
+def test_optimizer_ops_have_no_backward():
+    assert {item.op: item.direction for item in suite.items() if item.op.startswith(("muon", "adam", "polar"))} == {
+        name: "forward" for name in ("adam_update", "muon_momentum", "muon_apply", "polar_express")
+    }
+    assert {item.direction for item in suite.items() if item.op == "rms_norm"} == {"forward", "backward"}
+
+
+def test_a_program_that_returns_something_else_gets_no_number():
+    @contextmanager
+    def programs():
+        yield suite.HostPrograms({"redline": lambda: 1, "plain": lambda: 2}, "plain")
+
+    found = suite.measure(suite.host_item("x", "y", "plain", (), programs), seconds=0)
+    assert found["redline"].error == "redline does not return what plain returns" and found["plain"].seconds
+
+
+# peers --------------------------------------------------------------------
+
+
+def test_absent_peers_are_listed_with_the_reason():
+    item = next(item for item in suite.items() if item.op == "rms_norm" and item.form == "plain")
+    assert {"liger", "quack", "torch.compile"} <= item.variants.keys()
+    found = suite.measure(item, ["liger"], seconds=0)
+    assert found["liger"].absent == "liger-kernel needs an NVIDIA GPU"
+    nowhere = Peer("a_package_that_is_nowhere", "nowhere", (), lambda form, inputs: None)
+    assert nowhere.absent("cuda") == "nowhere is not installed"
+
+
+def test_peers_are_for_ops_and_forms_that_exist():
+    from kernels import dispatch
+
+    for name, peers in PEERS.items():
+        for peer in peers.values():
+            assert set(peer.forms) <= dispatch.ops()[name].forms.keys()
+
+
+# rows ---------------------------------------------------------------------
+
+
+def item_of(**changes):
+    named = {
+        "op": "op",
+        "case": "depth 24",
+        "form": "plain",
+        "direction": "forward",
+        "dtype": "bfloat16",
+        "shape": (4, 8),
+    }
+    rest = {"work": (2 * 10**9, 10**6), "baseline": "ref", "ours": "triton", "variants": {}, "open": None}
+    return suite.Item(**{**named, **rest, **changes})
+
+
+FACTS = {"commit": "abc123", "date": "2026-01-01", "device": "NVIDIA H100 80GB HBM3"}
+
+
+def test_a_row_has_rates_and_its_fraction_of_the_roofline():
+    result = suite.Result(seconds=Spread((1e-3,) * 9), over_baseline=Spread((2.0,) * 9))
+    entry = suite.row(item_of(), "triton", result, roofline.Roofline(copy=1e9, gemm=4e12), FACTS)
+    assert (entry["us"], entry["tflops"], entry["gb_per_s"]) == pytest.approx((1000, 2, 1))
+    assert entry["roofline_fraction"] == pytest.approx(1)  # 1 MB at 1 GB/s takes longer than 2 GFLOP at 4 TFLOP/s
+    assert entry["speedup"] == 2 and entry["commit"] == "abc123"
+    json.dumps(entry)
+
+
+def test_a_wrong_row_has_no_number_in_any_table():
+    entry = suite.row(item_of(), "triton", suite.Result(error="y is off by 2"), None, FACTS)
+    assert not {"us", "tflops", "speedup"} & entry.keys()
+    assert "wrong, no number: y is off by 2" in results.console([entry])[1]
+    assert "wrong" in results.cells(entry) and not any("us" in cell for cell in results.cells(entry))
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+
+    def store(commit, us, error=None):
+        result = suite.Result(error=error) if error else suite.Result(seconds=Spread((us * 1e-6,) * 9))
+        return results.store([suite.row(item_of(), "triton", result, None, FACTS | {"commit": commit})])
+
+    return store
+
+
+def test_stored_results_are_history_with_a_table_and_a_plot(stored, tmp_path):
+    path = stored("aaaaaaa", 100.0)
+    stored("bbbbbbb", 90.0)
+    assert path == tmp_path / "nvidia-h100-80gb-hbm3" / "ops.jsonl"
+    assert [entry["us"] for entry in results.load(path)] == pytest.approx([100, 90])
+    text = (path.parent / "README.md").read_text()
+    assert "| 90 us |" in text and "| 100 us |" not in text and "op.png" in text
+    assert (path.parent / "op.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(path.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("commit", [None, "abc123+changes"])
+def test_changed_code_is_not_stored(stored, tmp_path, commit):
+    with pytest.raises(ValueError, match="clean commit"):
+        stored(commit, 1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_of_a_gpu_run_are_added(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "ROOT", tmp_path / "results")
+    entry = suite.row(item_of(), "triton", suite.Result(seconds=Spread((1e-6,) * 9)), None, FACTS)
+    (tmp_path / "ops.jsonl").write_text(json.dumps(entry) + "\n")
+    trained = {"depth": 24, "kernels": "auto", "tok_per_s": 123456.0, "mfu": 0.5, **FACTS}
+    (tmp_path / "train.jsonl").write_text(json.dumps(trained) + "\n")
+    results.main(["--add", str(tmp_path)])
+    assert "1.235e+05" in (tmp_path / "results" / "nvidia-h100-80gb-hbm3" / "README.md").read_text()
+    with pytest.raises(ValueError, match="bench.gpu --out"):
+        results.main(["--add", str(tmp_path / "results")])
+
+
+# compare ------------------------------------------------------------------
+
+
+def ratio(factor, noise, n=20, seed=0):
+    rng = random.Random(seed)
+    return Spread(tuple(factor * rng.gauss(1, noise) for _ in range(n)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ten_percent_is_reported_and_two_percent_of_noise_is_not(seed):
+    assert compare.verdict(ratio(1.10, 0.02, seed=seed), compare.THRESHOLD) == "slower"
+    assert compare.verdict(ratio(1.00, 0.02, seed=seed), compare.THRESHOLD) == "same"
+    assert compare.verdict(ratio(1 / 1.10, 0.02, seed=seed), compare.THRESHOLD) == "faster"
+
+
+def test_two_percent_slower_is_below_the_threshold():
+    assert compare.verdict(ratio(1.02, 0.005), compare.THRESHOLD) == "same"
+
+
+def test_noise_that_could_hide_a_slowdown_is_called_unclear():
+    assert compare.verdict(ratio(1.0, 0.3), compare.THRESHOLD) == "unclear"
+
+
+SLEEPY = """
+import time
+from contextlib import contextmanager
+from core.sleepy import SECONDS
+from bench.suite import HostPrograms, host_item
+
+@contextmanager
+def programs():
+    sleep = lambda: time.sleep(SECONDS)
+    yield HostPrograms({"redline": sleep, "plain": sleep}, "plain")
+
+ITEMS = [host_item("sleep", "x", "plain", (), programs)]
+"""
+
+
+@pytest.fixture(scope="module")
+def sleepy(tmp_path_factory):
+    """A clone with commits that sleep for different times, the bench of this working tree, and nothing else to measure."""
+    repo = tmp_path_factory.mktemp("repo") / "redline"
+    author = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+
+    def git(*args):
+        done = subprocess.run(["git", "-C", str(repo), *author, *args], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(repo)], check=True)
+    for part in ("bench", "tests"):
+        for path in (ROOT / part).glob("*.py"):
+            (repo / part / path.name).write_text(path.read_text())
+    for path in (repo / "bench").glob("bench_*.py"):
+        path.unlink()
+    (repo / "bench" / "bench_sleep.py").write_text(SLEEPY)
+    commits = {}
+    for name, seconds in (("base", 0.02), ("ten", 0.022), ("two", 0.0203)):
+        (repo / "core" / "sleepy.py").write_text(f"SECONDS = {seconds}\n")
+        git("add", "-A")
+        git("commit", "-qm", name)
+        commits[name] = git("rev-parse", "HEAD")
+
+    def run(*args):
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "bench.compare", *(commits.get(a, a) for a in args)]
+        done = subprocess.run(command, cwd=repo, env=env | {"PYTHONPATH": str(repo)}, capture_output=True, text=True)
+        assert len(git("worktree", "list").splitlines()) == 1, "a worktree was left behind"
+        return done
+
+    return run
+
+
+def test_a_commit_that_is_ten_percent_slower_is_red(sleepy, tmp_path):
+    done = sleepy("base", "ten", "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 1 and "slower" in done.stdout, done.stdout + done.stderr
+    (outcome,) = json.loads((tmp_path / "out.json").read_text())["outcomes"]
+    assert outcome["verdict"] == "slower" and 1.05 < outcome["ratio"] < 1.15
+
+
+def test_a_commit_within_two_percent_is_green(sleepy):
+    done = sleepy("base", "two")
+    assert done.returncode == 0 and "1 same" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (("no-such-commit",), "no-such-commit"),
+        (("base", "two", "--only", "nothing"), "matches no item"),
+        (("base", "--threshold", "0"), "expected a share"),
+    ],
+)
+def test_compare_says_what_it_cannot_do(sleepy, arguments, sentence):
+    done = sleepy(*arguments)
+    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+# commands -----------------------------------------------------------------
+
+
+def run_bench(*args, **options):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, **options)
+
+
+def test_pytest_bench_reports_samples_to_pytest_benchmark(tmp_path):
+    report = tmp_path / "report.json"
+    arguments = ("bench/bench_adam_update.py", "-k", "plain and ref", "--benchmark-max-time=0.05")
+    done = run_bench("-m", "pytest", *arguments, f"--benchmark-json={report}", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout
+    (entry,) = json.loads(report.read_text())["benchmarks"]
+    info = entry["extra_info"]
+    assert entry["stats"]["median"] * 1e6 == pytest.approx(info["us"], rel=1e-3)
+    assert entry["stats"]["rounds"] == info["samples"] >= MIN_ROUNDS
+    assert {"commit", "device", "tflops", "gb_per_s", "flops", "bytes", "roofline_fraction"} <= info.keys()
+
+
+def test_a_training_step_is_measured_as_train_py_makes_it(tiny, cache_dir):
+    done = run_bench("-m", "bench.train_step", "quickstart", *tiny)
+    assert done.returncode == 0, done.stderr
+    entry = json.loads(done.stdout)
+    assert entry["depth"] == 2 and entry["tok_per_s"] == pytest.approx(512e3 / entry["step_ms"])
+    assert len(entry["losses"]) == 4 + 6 * 2 + 2 and entry["losses"][-1] < entry["losses"][0]
+    assert entry["peak_memory_gb"] > 0 and sum(entry["time_by_op"].values()) <= 1.001
+    assert {choice["backend"] for choice in entry["backends"]} == {"ref"}
+
+
+def test_the_gpu_command_refuses_what_it_cannot_do(tmp_path):
+    (tmp_path / "x").write_text("")
+    for arguments, sentence in (
+        (("--out", str(tmp_path / "new")), "no GPU"),
+        (("--out", str(tmp_path), "--device", "cpu"), "not empty"),
+        (("--out", str(tmp_path / "new"), "--device", "cpu", "--minutes", "0.1"), "--minutes"),
+    ):
+        done = run_bench("-m", "bench.gpu", *arguments)
+        assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_the_gpu_command_may_be_stopped_at_any_time(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "bench.gpu",
+        "--device",
+        "cpu",
+        "--minutes",
+        "8",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "8 minutes" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in errors, errors
+    assert "commit" in output and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["log.txt", "table.txt"]
+
+
+def test_ops_whose_tests_fail_get_no_numbers(tmp_path, capsys):
+    bench = gpu.Bench(1, tmp_path, "cpu")
+    bench.tests = {"rms_norm": "1 tests failed: test_x", "adam_update": gpu.PASSED}
+    chosen = [item for item in suite.items() if item.op in ("rms_norm", "adam_update") and item.form == "plain"]
+    bench.ops(chosen, ["ref"])
+    bench.close()
+    assert {entry["op"] for entry in results.load(tmp_path / "ops.jsonl")} == {"adam_update"}
+    assert bench.wrong() and "tests of rms_norm: 1 tests failed: test_x" in (tmp_path / "table.txt").read_text()
+
+
+def test_what_there_was_no_time_for_is_named(tmp_path, capsys):
+    bench = gpu.Bench(1, tmp_path, "cpu")
+    bench.tests, bench.end = {"adam_update": gpu.PASSED}, time.monotonic()
+    bench.ops([item for item in suite.items() if item.op == "adam_update"], ["ref"])
+    bench.train()
+    bench.close()
+    table = (tmp_path / "table.txt").read_text()
+    assert "not measured: adam_update-quickstart-plain-forward-float32 (ref)" in table
+    assert "not measured: training at depth 24, --kernels ref" in table
