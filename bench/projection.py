@@ -1,4 +1,4 @@
-"""What a training step takes on 8 H100s, from the costs of its ops: `python -m bench.projection [--plot F.png] [--json] [--depth N]`.
+"""What a training step takes on 8 H100s, from the costs of its ops: `python -m bench.projection [--plot F.png] [--rows] [--json]`.
 
 A prediction, not a measurement. A workload lists what one GPU does in one optimizer step, op by op, with FLOPs and bytes. A row
 takes the longer of its arithmetic and its memory traffic, each at the nominal peak times the efficiency of its class; rows
@@ -25,6 +25,7 @@ from statistics import NormalDist
 import torch
 
 from core.config import ModelConfig, preset
+from core.errors import user_errors
 from core.loss import CHUNK_LOGITS
 from core.model import GPT, dims
 from core.optim import group_of, muon_views
@@ -560,7 +561,8 @@ def table(w: Workload) -> list[str]:
     return [*lines, f"| **sum** | {flops / 1e12:.1f} | {nbytes / 1e9:.1f} | | **{1e3 * w.seconds():.2f}** | |"]
 
 
-def report(checked: Sequence[Workload], budgets: Sequence[Workload]) -> str:
+def report(checked: Sequence[Workload], budgets: Sequence[Workload], rows: bool) -> str:
+    """rows: those of the check as well."""
     lines = ["# Projection to 8 H100s", "", f"**{NOTE}** GPU: H100 SXM; one GPU, one optimizer step.", ""]
     lines += ["| class | efficiency | of T/s | source |", "|---|--:|--:|---|"]
     for name, c in CLASSES.items():
@@ -585,7 +587,7 @@ def report(checked: Sequence[Workload], budgets: Sequence[Workload]) -> str:
             "",
             *table(w),
         ]
-    lines += [*details, "", "## Budget"]
+    lines += [*(details if rows else ()), "", "## Budget"]
     for w in budgets:
         step, updates = w.seconds(), by_group(w)["optimizer"]
         lines += ["", f"### {w.name}: {w.tokens} tokens a step", "", *table(w), ""]
@@ -630,6 +632,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.projection", description=NOTE)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a bar chart")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--rows", action="store_true", help="print the check op by op, too")
     parser.add_argument("--depth", type=int, default=24, help="of Redline's budget")
     options = parser.parse_args(args)
     checked, results = checks(), read_results()
@@ -641,8 +644,9 @@ def main(args: Sequence[str] | None = None) -> None:
         parts = {"checks": [as_dict(w) for w in checked], "budgets": [as_dict(w) for w in budgets]}
         print(json.dumps({"note": NOTE, "tolerance": TOLERANCE, "classes": classes} | parts))
     else:
-        print(report(checked, budgets))
+        print(report(checked, budgets, options.rows))
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

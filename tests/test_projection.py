@@ -247,7 +247,10 @@ def test_every_measurable_row_is_a_case_of_an_op():
 
 
 def test_output(capsys, tmp_path):
-    projection.main(["--plot", str(tmp_path / "bars.png")])
+    projection.main([])
+    short = capsys.readouterr().out
+    assert all((f"### {w.name}" in short) == (w in BUDGETS.values()) for w in (*CHECKS.values(), *BUDGETS.values()))
+    projection.main(["--rows", "--plot", str(tmp_path / "bars.png")])
     text = capsys.readouterr().out
     assert "not a measurement" in text
     for w in (*CHECKS.values(), *BUDGETS.values()):
@@ -270,5 +273,5 @@ def test_json(capsys):
 
 def test_a_check_that_fails_says_so():
     far = dataclasses.replace(CHECKS["modded #85: stage 1"], published=1.0)
-    assert "**not within 15 %**" in projection.report([far], [])
-    assert "**not within" not in projection.report(list(CHECKS.values()), [])
+    assert "**not within 15 %**" in projection.report([far], [], rows=False)
+    assert "**not within" not in projection.report(list(CHECKS.values()), [], rows=False)
