@@ -1,40 +1,30 @@
 """Every Triton kernel at every size of the tracks compiles for sm_90: nothing spilled, within its shared memory, wide loads.
 
-`tests/aot.py` compiles in processes of its own, one an op, once for all these tests.
+`bench/aot.py` compiles in processes of its own, once for all these tests and for `bench/static.py`, which keeps the facts.
 """
 
 import json
-import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import static
+from bench.aot import MAIN, environment
 from kernels import dispatch
 
 MAX_SHARED = 232_448  # bytes a block may have on sm_90
 ROOT = Path(__file__).resolve().parent.parent
-COMPILED = [name for name, op in dispatch.ops().items() if "triton" in op.backends]
+COMPILED = static.compiled_ops()
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # the default of fused multiply-add changes in Triton 3.10
-    env |= {"TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-    def compile_op(name):
-        return subprocess.run(
-            [sys.executable, "-m", "tests.aot", name], cwd=ROOT, env=env, capture_output=True, text=True
-        )
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(compile_op, COMPILED))
-    assert all(done.returncode == 0 for done in results), "".join(done.stderr for done in results)[-3000:]
-    return [json.loads(line) for done in results for line in done.stdout.splitlines()]
+    found, errors = static.facts(capabilities=[MAIN])
+    assert not errors, errors
+    return found
 
 
 def describe(k):
@@ -128,22 +118,18 @@ def test_muon_update_moves_16_bytes_at_a_time(kernels):
 @pytest.mark.parametrize("capability", [80, 86, 120])
 def test_other_gpus_take_smaller_tiles(capability):
     """Those with 99 KiB for a block, and the A100 with its 163."""
-    base = [sys.executable, "-m", "tests.aot", "--capability", str(capability), "--case"]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
-    for case, op in (("depth 24, MLP", "polar_express"), ("depth 24", "relu2_mlp")):
-        done = subprocess.run([*base, case, op], cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        compiled = [json.loads(line) for line in done.stdout.splitlines()]
-        assert compiled
-        for k in compiled:
-            assert k["spill_bytes"] == 0 and k["shared_bytes"] <= (163 if capability == 80 else 99) * 1024, describe(k)
+    compiled, errors = static.facts(["polar_express", "relu2_mlp"], [capability])
+    assert not errors, errors
+    assert {(k["op"], k["case"]) for k in compiled} == {("polar_express", "depth 24, MLP"), ("relu2_mlp", "depth 24")}
+    for k in compiled:
+        assert k["spill_bytes"] == 0 and k["shared_bytes"] <= (163 if capability == 80 else 99) * 1024, describe(k)
 
 
 def test_a_spill_would_be_seen(tmp_path):
     """The checks above read what they should: a kernel with too much in registers spills, and the report says so."""
     (tmp_path / "greedy.py").write_text(GREEDY)
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    env["TRITON_DEFAULT_FP_FUSION"] = "1"
+    env = environment()
+    env["PYTHONPATH"] = f"{ROOT}:{tmp_path}:{env.get('PYTHONPATH', '')}"
     done = subprocess.run([sys.executable, "-m", "greedy"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (facts,) = json.loads(done.stdout)
@@ -152,7 +138,7 @@ def test_a_spill_would_be_seen(tmp_path):
 
 GREEDY = """
 import json, torch, triton, triton.language as tl
-from tests.aot import compile_only
+from bench.aot import compile_only
 
 @triton.jit
 def greedy(x_ptr, y_ptr, BLOCK: tl.constexpr):
@@ -172,8 +158,7 @@ def test_this_process_interprets():
 
 def test_fp8_copies_in_the_epilogue_of_relu2_mlp_fit():
     """What no op calls for yet: post in bf16, in e4m3 and transposed, with amax, at the tracks' sizes."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
-    done = subprocess.run([sys.executable, "-c", COPIES], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", COPIES], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = json.loads(done.stdout)
     assert len(compiled) == 3
@@ -184,7 +169,7 @@ def test_fp8_copies_in_the_epilogue_of_relu2_mlp_fit():
 
 COPIES = """
 import json, torch
-from tests.aot import compile_only
+from bench.aot import compile_only
 from kernels.relu2_mlp import _relu2_up, relu2_mlp
 
 with compile_only() as compiled:

@@ -1,0 +1,287 @@
+"""Compiles the Triton kernels of ops for GPUs that are not there: `python -m bench.aot [OP@CAPABILITY ...]`, such as rms_norm@90.
+
+An op is called forward and backward with real shapes on memory that is never touched; each launch is compiled instead of
+run. For sm_90 that is every case, for other GPUs one (`cases`). Each OP@CAPABILITY is a process of its own, since Triton keeps
+its first target, as many at a time as there are cores. Prints an object for each as it ends: {"op", "capability", "error",
+"kernels"}; kernels has the facts of every launch in order, error says why something does not compile, and is null otherwise.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from kernels import dispatch
+
+MAIN = 90  # the capability that everything is compiled for
+LEAST = {("rms_norm", "mix_fp8"): 89}  # form of an op: least capability, Triton has no e4m3 below
+TENSOR = re.compile(r"(UTC)?[BDHIOQ]G?MMA")  # Ampere and sm_120 HMMA, QMMA; sm_90 HGMMA, QGMMA; sm_100 UTCHMMA, UTCQMMA
+BULK = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED")
+ACCESSES = ("LDG", "LDGSTS", "STG")  # .E.128 is counted beside them, for 16 bytes or more
+OTHERS = ("USETMAXREG", "LDL", "STL", "BAR")
+
+
+def environment() -> dict[str, str]:
+    """Of a process that compiles, also when this one interprets."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # the default of fused multiply-add changes in Triton 3.10
+    return env | {"TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@contextlib.contextmanager
+def no_products():
+    """Matrix products of real sizes would take minutes on a CPU, and nobody reads them here."""
+    honest = torch.Tensor.__matmul__
+    torch.Tensor.__matmul__ = lambda a, b: a.new_empty(*a.shape[:-1], b.size(-1))
+    try:
+        yield
+    finally:
+        torch.Tensor.__matmul__ = honest
+
+
+class Driver:
+    """Stands for the GPU: says which one it would be, and no more."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+_KNOWN: dict[Any, dict[str, Any]] = {}  # kernel: its facts
+
+
+@contextlib.contextmanager
+def compile_only(capability: int = MAIN):
+    """Inside, a launch compiles for sm_<capability> and does not run. Yields the list of what was compiled."""
+    compiled: list[dict[str, Any]] = []
+    run = JITFunction.run
+
+    def warm_up(self, *args, grid, warmup, **kwargs):
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel not in _KNOWN:  # Triton compiles each specialisation once a process
+            _KNOWN[kernel] = describe(self, kernel, log.getvalue()) | {"variant": len(_KNOWN)}
+        compiled.append(_KNOWN[kernel])
+
+    triton.runtime.driver.set_active(Driver(capability))
+    JITFunction.run = warm_up
+    try:
+        # a kernel out of the cache would come without its log
+        with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+            triton.knobs.nvidia.dump_ptxas_log = True
+            triton.knobs.compilation.always_compile = True
+            yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def describe(function: JITFunction, kernel: Any, log: str) -> dict[str, Any]:
+    """Facts of one compiled kernel: registers, spills and shared memory in bytes, instruction counts, length of its loop."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        sass = disassemble(file.name)
+    return {
+        "kernel": function.__name__,
+        "num_warps": kernel.metadata.num_warps,
+        "shared_bytes": kernel.metadata.shared,
+        "tensor_memory": kernel.metadata.tmem_size or 0,  # columns, of 512
+        **read_log(function.__name__, log),
+        **read_sass(sass),
+    }
+
+
+def disassemble(cubin: str | Path) -> str:
+    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+
+
+def read_log(name: str, log: str) -> dict[str, Any]:
+    """What ptxas says of a kernel."""
+    usage = re.search(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)  # of functions it calls too
+    if not usage or not spills:
+        raise RuntimeError(f"no resource usage in the log of {name}: {log!r}")
+    return {
+        "registers": int(usage[1]),
+        "spill_bytes": sum(int(stores) + int(loads) for stores, loads in spills),
+        "serialized": "wgmma" in log and "serializ" in log,
+    }
+
+
+_LINE = re.compile(
+    r"(?P<label>\.L_\w+):|\s+/\*[0-9a-f]+\*/\s+(?P<guard>@!?U?P\w+ )?\s*(?P<opcode>[A-Z][\w.]*)(?P<rest>.*)"
+)
+
+
+def read_sass(sass: str) -> dict[str, Any]:
+    """Instruction counts and the length of the loop that matters, of one kernel as nvdisasm -c prints it."""
+    labels: dict[str, int] = {}
+    opcodes: list[str] = []
+    ends: list[int] = []  # where control does not go on to the next instruction
+    backward: list[tuple[int, int]] = []
+    for line in sass.splitlines():
+        if not (found := _LINE.match(line)):
+            continue
+        if found["label"]:
+            labels[found["label"]] = len(opcodes)
+            continue
+        here, target = len(opcodes), re.search(r"`\((\.L_\w+)\)", found["rest"])
+        opcodes.append(found["opcode"])
+        if found["opcode"].startswith("BRA") and target and target[1] in labels:
+            backward.append((labels[target[1]], here))
+        if found["opcode"].startswith(("EXIT", "RET")) and not found["guard"]:
+            ends.append(here)
+    counts: Counter[str] = Counter()
+    for opcode in opcodes:
+        base, *modifiers = opcode.split(".")
+        if base in ACCESSES or base in BULK or base in OTHERS or TENSOR.fullmatch(base):
+            counts[base] += 1
+        if base in ACCESSES and not {"128", "256"}.isdisjoint(modifiers):
+            counts[f"{base}.E.128"] += 1
+    return {"instructions": dict(sorted(counts.items())), "loop": loop_length(opcodes, backward, ends)}
+
+
+def loop_length(opcodes: Sequence[str], backward: Sequence[tuple[int, int]], ends: Sequence[int]) -> int:
+    """Instructions of the innermost loop with the most tensor-core instructions, or without any of the longest innermost one.
+
+    Not loops: a way back from code that stands after the kernel's end, where slow paths are moved to; waiting at a barrier.
+    """
+
+    def products(loop: tuple[int, int]) -> int:
+        return sum(bool(TENSOR.fullmatch(op.split(".")[0])) for op in opcodes[loop[0] : loop[1] + 1])
+
+    def waits(loop: tuple[int, int]) -> bool:
+        body = opcodes[loop[0] : loop[1] + 1]
+        return len(body) <= 4 and not products(loop) and any(op.endswith("TRYWAIT") for op in body)
+
+    loops = {loop for loop in backward if loop[0] < loop[1] and not any(loop[0] <= end < loop[1] for end in ends)}
+    loops = {loop for loop in loops if not waits(loop)}
+    loops = {loop for loop in loops if products(loop)} or loops
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    start, end = max(inner, key=lambda loop: (products(loop), loop[1] - loop[0]), default=(0, -1))
+    return end - start + 1
+
+
+def launches(
+    op: dispatch.Op, shape: tuple[int, ...], dtype: torch.dtype, form: str, capability: int
+) -> list[dict[str, Any]]:
+    """What forward and backward of one form would launch."""
+
+    def make(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, requires_grad=dtype.is_floating_point)
+
+    with compile_only(capability) as compiled, no_products():
+        outputs = op.backends["triton"](**op.forms[form](make, *shape))
+        outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t is not None]
+        forward = len(compiled)
+        wanted = [t for t in outputs if t.requires_grad]
+        if wanted:
+            torch.autograd.backward(wanted, [torch.empty_like(t) for t in wanted])
+    return [facts | {"backward": i >= forward} for i, facts in enumerate(compiled)]
+
+
+def cases(op: dispatch.Op, capability: int) -> list[tuple[str, torch.dtype]]:
+    """Cases and dtypes to compile: all in bf16, which the tracks train in, and the first in fp32; elsewhere than on sm_90 only
+    the last of depth 24."""
+    if capability != MAIN:
+        deep = [case for case in op.cases if "depth 24" in case] or list(op.cases)
+        return [(deep[-1], torch.bfloat16)]
+    return [(next(iter(op.cases)), torch.float32), *((case, torch.bfloat16) for case in op.cases)]
+
+
+def forms(op: dispatch.Op, capability: int) -> list[str]:
+    return [form for form in op.forms if capability >= LEAST.get((op.name, form), 0)]
+
+
+def compile_op(name: str, capability: int, file: Path, log: Path) -> None:
+    """Runs in a process of its own."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    dispatch.COMPILED_FOR = divmod(capability, 10)
+    op, found = dispatch.ops()[name], []
+    for case, dtype in cases(op, capability):
+        for form in forms(op, capability):
+            where = {"op": name, "capability": capability, "case": case, "shape": op.cases[case], "form": form}
+            for facts in launches(op, op.cases[case], dtype, form, capability):
+                found.append(where | {"dtype": str(dtype).removeprefix("torch.")} | facts)
+    file.write_text(json.dumps(found))
+
+
+def compile_cuda(source: Path, nvcc: str) -> list[dict[str, Any]]:
+    """The same facts of the kernels of a .cu file, for sm_90a."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "out.cubin"
+        options = ["-arch", "sm_90a", "-cubin", "-Xptxas", "-v", "-keep", "-keep-dir", folder, "-o", cubin]
+        log = subprocess.run([nvcc, *options, source], capture_output=True, text=True, check=True).stderr
+        ptx = "".join(file.read_text() for file in Path(folder).glob("*.ptx"))
+        sections = re.split(r"^//-+ \.text\.(\S+) +-+$", disassemble(cubin), flags=re.MULTILINE)
+    sass = dict(zip(sections[1::2], sections[2::2]))
+    rows = []
+    for part in log.split("Compiling entry function '")[1:]:
+        name = part.split("'")[0]
+        threads = re.search(rf"\.entry {re.escape(name)}\([^)]*\)[^{{]*\.maxntid (\d+)(?:, *(\d+), *(\d+))?", ptx)
+        size = [int(n or 1) for n in threads.groups()] if threads else [0, 1, 1]
+        shared = re.search(r"(\d+) bytes smem", part)
+        where = {"op": f"csrc/{source.name}", "capability": 90, "case": "", "form": "", "dtype": "", "variant": 0}
+        sizes = {
+            "num_warps": -(-size[0] * size[1] * size[2] // 32),  # of __launch_bounds__, 0 without
+            "shared_bytes": int(shared[1]) if shared else 0,  # what a launch adds is not in it
+            "tensor_memory": 0,
+        }
+        rows.append(where | {"kernel": name} | sizes | read_log(name, part) | read_sass(sass[name]))
+    return rows
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser.add_argument("tasks", nargs="*", metavar="OP@CAPABILITY", help=f"unset: every op for {MAIN}")
+    args = parser.parse_args(argv)
+    assert not dispatch.interpreted(), "unset TRITON_INTERPRET"
+    tasks = [task.split("@") for task in args.tasks]
+    tasks = tasks or [[name, MAIN] for name, op in dispatch.ops().items() if "triton" in op.backends]
+    # forked, so that torch and Triton are imported once; nothing here has asked Triton for its target
+    fork, running = multiprocessing.get_context("fork"), {}
+    with tempfile.TemporaryDirectory() as folder:
+        while tasks or running:
+            while tasks and len(running) < (os.cpu_count() or 1):
+                name, capability = tasks.pop(0)
+                file, log = (Path(folder) / f"{name}@{capability}.{end}" for end in ("json", "log"))
+                process = fork.Process(target=compile_op, args=(name, int(capability), file, log))
+                process.start()
+                running[process.sentinel] = process, {"op": name, "capability": int(capability)}, file, log
+            for sentinel in wait(list(running)):
+                process, task, file, log = running.pop(sentinel)
+                process.join()
+                failed = process.exitcode != 0
+                error = f"exit status {process.exitcode}: {log.read_text()[-3000:].strip()}" if failed else None
+                print(json.dumps(task | {"error": error, "kernels": [] if failed else json.loads(file.read_text())}))
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,479 @@
+"""The check of compiled kernels: red on what got worse, quiet on what may move, compiled once, against committed baselines."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import triton
+
+from bench import aot, static
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINES = ROOT / "bench" / "static"
+
+
+def launch(**changes):
+    """Facts of a launch that does not exist."""
+    facts = {
+        "op": "rms_norm", "capability": 90, "case": "depth 24", "shape": [65536, 1536], "form": "plain", "dtype": "bfloat16",
+        "kernel": "_rms_norm_fwd_kernel", "num_warps": 4, "shared_bytes": 1024, "tensor_memory": 0, "registers": 40,
+        "spill_bytes": 0, "serialized": False, "loop": 50, "variant": 0, "backward": False,
+        "instructions": {"HGMMA": 4, "UTMALDG": 2, "LDG": 5, "LDG.E.128": 3, "STG": 4, "STG.E.128": 3, "BAR": 2},
+    }  # fmt: skip
+    return facts | changes
+
+
+def instructions(**changes):
+    return {"instructions": launch()["instructions"] | {name.replace("_", "."): n for name, n in changes.items()}}
+
+
+def changed(**changes):
+    return static.compare(static.table([launch()]), static.table([launch(**changes)]), {})
+
+
+WORSE = {
+    "spill_bytes": {"spill_bytes": 4},
+    "serialized": {"serialized": True},
+    "shared_bytes": {"shared_bytes": 1028},
+    "occupancy": {"registers": 168},
+    "tensor HGMMA": instructions(HGMMA=3),
+    "bulk UTMALDG": instructions(UTMALDG=0),
+    "wide_loads": instructions(LDG=4, LDG_E_128=2),
+    "wide_stores": instructions(STG=3, STG_E_128=2),
+    "narrow_loads": instructions(LDG=6),
+    "narrow_stores": instructions(STG=5),
+    "local_loads": instructions(LDL=1),
+    "local_stores": instructions(STL=1),
+}
+
+
+@pytest.mark.parametrize("counter", WORSE)
+def test_each_hard_counter_fails(counter):
+    (change,) = changed(**WORSE[counter])
+    assert change.kind == "worse" and change.text.startswith(f"{counter} "), change
+    (back,) = static.compare(static.table([launch(**WORSE[counter])]), static.table([launch()]), {})
+    assert back.kind == "better"
+    assert {name.split()[0] for name in WORSE} == set(static.HARD)
+
+
+@pytest.mark.parametrize("moved", [{"registers": 39}, {"loop": 99}, instructions(BAR=3)])
+def test_registers_loops_and_barriers_may_move(moved):
+    (change,) = changed(**moved)
+    assert change.kind == "moved" and "→" in change.text
+
+
+def test_other_products_are_no_substitute():
+    (change,) = changed(**instructions(HGMMA=0, HMMA=64))
+    assert change.kind == "worse" and change.text == "tensor HGMMA 4 → 0, tensor HMMA 0 → 64"
+
+
+def test_new_and_missing_kernels_and_those_that_do_not_compile_fail():
+    one, other = launch(), launch(case="depth 26", registers=50)
+    both, first = static.table([one, other]), static.table([one])
+    for old, new, kind in ((both, first, "gone"), (first, both, "new")):
+        (change,) = static.compare(old, new, {})
+        assert change.kind == kind and kind in static.FAILING and "depth 26" in change.key
+    errors = {"sm_90 / rms_norm": "Traceback\nValueError: no such type"}
+    (change,) = static.compare(both, {}, errors)
+    assert change.kind == "broken" and "broken" in static.FAILING and "ValueError: no such type" in change.text
+
+
+def test_the_worst_stands_first():
+    old = [launch(case=str(i)) for i in range(4)]
+    new = [launch(case="0", registers=39), launch(case="1", shared_bytes=2048), launch(case="2", spill_bytes=8), launch(case="3")]  # fmt: skip
+    changes = static.compare(static.table(old), static.table(new), {})
+    assert [change.key.split(" / ")[2] for change in changes] == ["2", "1", "0"]
+
+
+def test_variants_of_a_kernel_are_told_apart_and_repeated_launches_are_not():
+    rows = static.table([launch(), launch(variant=1, registers=50), launch()])
+    assert [key[-2:] for key in rows] == ["el", "#2"]
+
+
+# occupancy: what cuda_occupancy.h of CUDA 13.0 computes, which agrees on 9,600 combinations
+
+
+@pytest.mark.parametrize(
+    "capability, registers, warps, shared, ctas",
+    [
+        (90, 32, 4, 0, 16),  # the warps of an SM
+        (90, 16, 1, 0, 32),  # its blocks
+        (90, 168, 8, 0, 1),  # registers: 12 warps, in threes a partition
+        (90, 160, 8, 180_248, 1),  # shared memory of relu2_mlp
+        (90, 111, 8, 113_664, 2),
+        (90, 40, 4, 232_448, 1),  # the most a block may have
+        (80, 255, 4, 0, 2),
+        (80, 128, 4, 98_304, 1),
+        (100, 56, 4, 4096, 9),
+        (120, 32, 4, 0, 12),
+        (120, 16, 1, 0, 24),
+        (120, 40, 4, 50_176, 2),
+    ],
+)
+def test_occupancy(capability, registers, warps, shared, ctas):
+    assert static.ctas_per_sm(capability, registers, warps, shared) == ctas
+
+
+def test_tensor_memory_limits_blocks():
+    assert static.ctas_per_sm(100, 32, 4, 0, tensor_memory=256) == 2
+
+
+# SASS
+
+SASS = """
+.text.kernel:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/              @!P0 LDG.E R8, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.128.CONSTANT R12, desc[UR4][R2.64] ;
+        /*0030*/                   LDGDEPBAR ;
+.L_x_3:
+        /*0040*/                   UTMALDG.2D [UR8], [UR6] ;
+        /*0050*/                   HFMA2.MMA R7, -RZ, RZ, 0, 0 ;
+.L_x_1:
+        /*0060*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR21], R5 ;
+        /*0070*/              @!P0 BRA `(.L_x_2) ;
+.L_x_4:
+        /*0080*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24 ;
+        /*0090*/              @!P1 BRA `(.L_x_1) ;
+        /*00a0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00b0*/              @!P2 BRA `(.L_x_3) ;
+        /*00c0*/              @!P2 EXIT ;
+.L_x_6:
+        /*00d0*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*00e0*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*00f0*/              @!P3 BRA `(.L_x_6) ;
+        /*0100*/                   EXIT ;
+.L_x_2:
+        /*0110*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR21], R5 ;
+        /*0120*/              @!P0 BRA `(.L_x_2) ;
+        /*0130*/                   BRA `(.L_x_4) ;
+.L_x_5:
+        /*0140*/                   BRA `(.L_x_5);
+"""
+
+
+def test_sass_is_read():
+    facts = aot.read_sass(SASS)
+    assert facts["instructions"] == {
+        "BAR": 1, "HGMMA": 1, "LDG": 3, "LDG.E.128": 2, "STG": 1, "UTMALDG": 1,
+    }  # fmt: skip
+    assert facts["loop"] == 4  # TRYWAIT, BRA, HGMMA, BRA: not the one around it, nor a longer one without products
+
+
+def test_without_products_the_longest_inner_loop_counts():
+    without = SASS.replace("HGMMA.64x256x16", "FFMA")
+    assert aot.read_sass(without)["loop"] == 8  # the one in it only waits
+    assert aot.read_sass(without.replace("TRYWAIT", "PARITY"))["loop"] == 4
+    assert aot.read_sass("        /*0000*/                   EXIT ;\n")["loop"] == 0
+
+
+# least times
+
+
+def test_roofline_says_what_binds():
+    found = static.roofline([launch(), launch(backward=True), launch(op="polar_express", case="depth 24, attention")])
+    plain = "rms_norm / depth 24 / plain / bfloat16"
+    assert found[f"{plain} / forward"] == {"us": 120.2, "bound": "memory"}  # 2 x 65536 x 1536 x 2 B at 3.35 TB/s
+    assert found[f"{plain} / backward"] == {"us": 180.3, "bound": "memory"}
+    products = found["polar_express / depth 24, attention / plain / bfloat16 / forward"]
+    assert products == {"us": 879.0, "bound": "flops"}  # 5 steps x 12 x 4 x 1536^3 FLOPs at 989.4 TFLOP/s
+    assert len(found) == 3
+
+
+# the command, on facts that are given
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """(kernels, errors, *arguments) -> exit status; its baselines lie in tmp_path/static."""
+
+    def run(kernels, *argv, errors=None):
+        monkeypatch.setattr(static, "facts", lambda ops, **_: (kernels, errors or {}))
+        return static.main([*argv, "--cache-dir", str(tmp_path)], root=tmp_path, baselines=tmp_path / "static")
+
+    return run
+
+
+def only_baseline(tmp_path):
+    (file,) = (tmp_path / "static").iterdir()
+    return json.loads(file.read_text())
+
+
+def test_check_goes_red_on_a_spill_and_green_after_an_update(command, tmp_path, capsys):
+    assert command([launch()], "--update", "--reason", "first numbers") == 0
+    assert command([launch()], "--check") == 0
+    capsys.readouterr()
+    spilled = [launch(spill_bytes=128, registers=255)]
+    assert command(spilled, "--check") == 1
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(
+        "worse   sm_90 / rms_norm / depth 24 / plain / bfloat16 / _rms_norm_fwd_kernel: spill_bytes 0 → 128"
+    )
+    assert command(spilled, "--update", "--reason", " larger tiles ") == 0
+    assert command(spilled, "--check") == 0
+    reasons = only_baseline(tmp_path)["reasons"]
+    assert [(r["reason"], r["changed"]) for r in reasons] == [
+        ("larger tiles", "1 worse (rms_norm)"),
+        ("first numbers", "1 new (rms_norm)"),
+    ]
+    assert all(len(r["date"]) == 10 for r in reasons)
+
+
+@pytest.mark.parametrize(
+    "kernels, errors", [([], {}), ([launch(), launch(case="depth 26")], {}), ([], {"sm_90 / rms_norm": "why"})]
+)
+def test_check_goes_red_on_missing_new_and_broken_kernels(command, kernels, errors):
+    command([launch()], "--update", "--reason", "first numbers")
+    assert command(kernels, "--check", errors=errors) == 1
+
+
+def test_check_reports_improvements_with_the_command_that_keeps_them(command, capsys):
+    command([launch(spill_bytes=8)], "--update", "--reason", "first numbers")
+    assert command([launch()], "--check") == 0
+    out = capsys.readouterr().out
+    assert "better" in out and "spill_bytes 8 → 0" in out and "--update --reason" in out
+
+
+def test_another_cost_is_reported_and_kept(command, monkeypatch, tmp_path, capsys):
+    command([launch()], "--update", "--reason", "first numbers")
+    monkeypatch.setattr(static.dispatch.ops()["rms_norm"], "cost", lambda *_: (10**12, 1))
+    assert command([launch()], "--check") == 0
+    assert (
+        "time    rms_norm / depth 24 / plain / bfloat16 / forward: 120.2 us, memory → 1011.0 us, flops"
+        in capsys.readouterr().out
+    )
+    command([launch()], "--update", "--reason", "counted again")
+    assert len(only_baseline(tmp_path)["reasons"]) == 2 and command([launch()], "--check") == 0
+
+
+def test_an_update_without_change_writes_nothing(command, tmp_path, capsys):
+    command([launch()], "--update", "--reason", "first numbers")
+    (file,) = (tmp_path / "static").iterdir()
+    before = file.stat().st_mtime_ns
+    assert command([launch()], "--update", "--reason", "again") == 0
+    assert file.stat().st_mtime_ns == before and "nothing changed" in capsys.readouterr().out
+
+
+def test_an_update_of_one_op_leaves_the_others(command, tmp_path):
+    other = launch(op="adam_update", form="plain", case="depth 24")
+    command([launch(), other], "--update", "--reason", "first numbers")
+    assert command([launch(registers=60)], "--update", "--reason", "more", "--ops", "rms_norm") == 0
+    rows = only_baseline(tmp_path)["kernels"]
+    assert sorted(row["registers"] for row in rows.values()) == [40, 60]
+
+
+def test_nothing_is_written_where_something_does_not_compile(command, tmp_path, capsys):
+    errors = {"sm_80 / rms_norm": "exit status 1: ValueError: type not supported"}
+    assert command([launch()], "--update", "--reason", "first numbers", errors=errors) == 1
+    assert not (tmp_path / "static").exists() and "type not supported" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--update"],
+        ["--update", "--reason", " "],
+        ["--check", "--reason", "x"],
+        ["--check", "--update"],
+        ["--ops", "rms"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage(command, argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command([launch()], *argv)
+    assert (
+        stopped.value.code == 2
+        and "expected" in (err := capsys.readouterr().err)
+        or "reason" in err
+        or "not allowed" in err
+    )
+
+
+def test_no_baseline_is_a_sentence(command, tmp_path, capsys):
+    (tmp_path / "static").mkdir()
+    (tmp_path / "static" / "triton-3.1.4.json").write_text("{}")
+    assert command([launch()], "--check") == 1
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and triton.__version__ in out and "3.1.4" in out and "--update --reason" in out
+
+
+def test_a_baseline_with_a_merge_conflict_is_a_sentence(command, tmp_path, capsys):
+    command([launch()], "--update", "--reason", "first numbers")
+    (file,) = (tmp_path / "static").iterdir()
+    file.write_text("<<<<<<< HEAD\n" + file.read_text())
+    capsys.readouterr()
+    assert command([launch()], "--check") == 1
+    assert "is not JSON" in capsys.readouterr().out
+
+
+# the cache
+
+COMPILER = """
+import json, sys
+with open("calls", "a") as calls:
+    for task in sys.argv[1:]:
+        op, capability = task.split("@")
+        calls.write(task + "\\n")
+        broken = "broken" in open(f"kernels/{op}.py").read()
+        kernels = [] if broken else [{"op": op, "capability": int(capability)}]
+        print(json.dumps({"op": op, "capability": int(capability), "error": "it is" if broken else None, "kernels": kernels}))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A tree whose compiler only says that it was called."""
+    for name, text in {"bench/aot.py": COMPILER, **{f"kernels/{n}.py": "" for n in ("rms_norm", "adam_update", "tile", "dispatch")}}.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def compiled():
+        """The facts now, and what was compiled for them."""
+        (tmp_path / "calls").write_text("")
+        found, errors = static.facts(["rms_norm", "adam_update"], [90, 80], root=tmp_path, folder=tmp_path / "cache")
+        assert len(found) + 2 * len(errors) // 2 == 4
+        return sorted((tmp_path / "calls").read_text().split()), errors
+
+    return tmp_path, compiled
+
+
+BOTH = ["adam_update@80", "adam_update@90", "rms_norm@80", "rms_norm@90"]
+
+
+def test_each_op_is_compiled_once_until_its_source_changes(checkout):
+    tree, compiled = checkout
+    assert compiled() == (BOTH, {}) and compiled() == ([], {})
+    (tree / "kernels" / "rms_norm.py").write_text("# changed")
+    assert compiled() == (["rms_norm@80", "rms_norm@90"], {}) and compiled() == ([], {})
+    for shared in ("kernels/tile.py", "kernels/dispatch.py", "bench/aot.py"):
+        (tree / shared).write_text((tree / shared).read_text() + "# changed")
+        assert compiled() == (BOTH, {}), shared
+    assert not [file for file in (tree / "cache").iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize("damage", ["", '{"kernels": [', "[]", '{"kernel": []}'])
+def test_a_damaged_cache_is_compiled_again(checkout, capsys, damage):
+    tree, compiled = checkout
+    compiled()
+    victim = next((tree / "cache").glob("rms_norm-sm_80-*"))
+    victim.write_text(damage)
+    assert compiled() == (["rms_norm@80"], {}) and "damaged" in capsys.readouterr().err
+    assert compiled() == ([], {})
+
+
+def test_what_does_not_compile_is_tried_again(checkout):
+    tree, compiled = checkout
+    (tree / "kernels" / "rms_norm.py").write_text("broken")
+    for _ in range(2):
+        calls, errors = compiled()
+        assert errors == {"sm_90 / rms_norm": "it is", "sm_80 / rms_norm": "it is"} and "rms_norm@90" in calls
+
+
+def test_a_compiler_that_dies_is_an_error(checkout):
+    tree, compiled = checkout
+    (tree / "bench" / "aot.py").write_text("raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        compiled()
+
+
+# csrc
+
+CUDA = """
+extern "C" __global__ void __launch_bounds__(256) copy(const float4* x, float4* y) { y[threadIdx.x] = x[threadIdx.x]; }
+extern "C" __global__ void __launch_bounds__(128) turn(const float* x, float* y) {
+    __shared__ float tile[32][33];
+    tile[threadIdx.y][threadIdx.x] = x[threadIdx.y * 32 + threadIdx.x];
+    __syncthreads();
+    y[threadIdx.y * 32 + threadIdx.x] = tile[threadIdx.x][threadIdx.y];
+}
+"""
+
+
+@pytest.fixture
+def csrc(tmp_path):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "copy.cu").write_text(CUDA)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "aot.py").write_text("")
+    return tmp_path
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on PATH")
+def test_cuda_kernels_have_the_same_facts(csrc):
+    found, errors, note = static.cuda_facts(csrc, folder=csrc / "cache")
+    rows = static.table(found)
+    assert not errors and note is None and list(rows) == ["sm_90 / csrc/copy.cu / copy", "sm_90 / csrc/copy.cu / turn"]
+    copy, turn = rows.values()
+    assert (copy["wide_loads"], copy["wide_stores"], copy["warps"], copy["occupancy"]) == (1, 1, 8, 1.0)
+    assert (turn["narrow_loads"], turn["narrow_stores"], turn["shared_bytes"], turn["barriers"]) == (
+        1,
+        1,
+        32 * 33 * 4,
+        1,
+    )
+    assert static.cuda_facts(csrc, folder=csrc / "cache")[0] == found
+    (csrc / "csrc" / "copy.cu").write_text("no C++")
+    assert "copy.cu" in static.cuda_facts(csrc, folder=csrc / "cache")[1]["sm_90 / csrc/copy.cu"]
+
+
+def test_without_nvcc_the_output_says_so(csrc, monkeypatch, command, capsys):
+    monkeypatch.setenv("PATH", os.devnull)
+    assert static.cuda_facts(csrc) == ([], {}, "1 files csrc/*.cu were not compiled: no nvcc on PATH")
+    command([launch()], "--update", "--reason", "first numbers")
+    assert "not compiled: no nvcc" in capsys.readouterr().out
+
+
+# the real thing
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_baselines_are_committed(version):
+    file = static.baseline_file(BASELINES, version)
+    baseline = json.loads(file.read_text())
+    assert baseline["triton"] == version and baseline["reasons"] and baseline["roofline"]
+    assert {f"{key.split(' / ')[0]} {key.split(' / ')[1]}" for key in baseline["kernels"]} >= {
+        f"sm_{capability} {op}" for capability in static.CAPABILITIES for op in static.compiled_ops()
+    }
+    assert file.stat().st_size < 200_000
+    without_backward = {"adam_update", "muon_momentum", "muon_apply", "polar_express"}
+    backward = {key.split(" / ")[0] for key in baseline["roofline"] if key.endswith("backward")}
+    assert backward == set(static.compiled_ops()) - without_backward
+
+
+def test_the_kernels_are_as_in_the_baseline(capfd):
+    if not static.baseline_file(BASELINES).exists():
+        pytest.skip(f"no baseline for Triton {triton.__version__}")
+    assert static.main(["--check"]) == 0, capfd.readouterr().out
+
+
+MUTATIONS = {  # of adam_update
+    "spill_bytes": ('"BLOCK": 1024, "num_warps": 4', '"BLOCK": 8192, "num_warps": 2'),
+    "wide_loads": (
+        "@triton.jit\ndef _adam_update_kernel",
+        '@triton.jit(do_not_specialize=["n"])\ndef _adam_update_kernel',
+    ),
+}
+
+
+@pytest.mark.parametrize("counter", MUTATIONS)
+def test_a_kernel_made_worse_is_caught(tmp_path, counter):
+    """A changed source, compiled and compared with the committed baseline."""
+    if not static.baseline_file(BASELINES).exists():
+        pytest.skip(f"no baseline for Triton {triton.__version__}")
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "bench").mkdir()
+    for name in ("__init__.py", "aot.py"):
+        shutil.copy(ROOT / "bench" / name, tmp_path / "bench" / name)
+    source = tmp_path / "kernels" / "adam_update.py"
+    text = source.read_text()
+    source.write_text(text.replace(*MUTATIONS[counter]))
+    assert source.read_text() != text
+    kernels, errors = static.facts(["adam_update"], [120], root=tmp_path, folder=tmp_path / "cache")
+    assert not errors
+    baseline = json.loads(static.baseline_file(BASELINES).read_text())["kernels"]
+    mine = {key: row for key, row in baseline.items() if key.startswith("sm_120 / adam_update / ")}
+    changes = static.compare(mine, static.table(kernels), {})
+    assert len(changes) == len(mine) and all(c.kind == "worse" and f"{counter} " in c.text for c in changes), changes
