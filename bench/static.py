@@ -28,14 +28,14 @@ import torch
 import triton
 
 from bench import aot
+from bench.projection import FLOPS, HBM
 from core.config import DataConfig
 from kernels import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = (aot.MAIN, 100, 120, 80)
-# of an H100 SXM: dense in tensor cores, fp32 in CUDA cores
-PEAK_FLOPS = {torch.bfloat16: 989.4e12, torch.float32: 67e12}
-PEAK_BYTES = 3.35e12
+PEAK_FLOPS = {torch.bfloat16: FLOPS["bf16"], torch.float32: 67e12}  # of an H100: tensor cores, fp32 in CUDA cores
+PEAK_BYTES = HBM["H100"]
 
 # counter that may not get worse, the worst first: whether more of it is worse. The others (registers, length of the loop,
 # warps, blocks per SM, barriers) may move
