@@ -267,6 +267,8 @@ polar_express = Op(
         "width 768, query pairs": (16, 256, 768),
         "depth 24, attention": (12, 1536, 1536),
         "depth 24, MLP": (4, 6144, 1536),
+        "depth 26, attention": (12, 1664, 1664),
+        "depth 26, MLP": (4, 6656, 1664),
     },
     forms={"plain": _inputs},
     cost=polar_express_cost,

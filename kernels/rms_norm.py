@@ -31,6 +31,7 @@ from kernels.tile import describe
 EPS = torch.finfo(torch.float32).eps
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
+FP8_CAPABILITY = (8, 9)
 MAX_N = 16384
 
 
@@ -297,6 +298,11 @@ def _rms_norm_triton(
     for name, t in (("a", a), ("b", b), ("scale", scale)):
         if t is not None and (t.numel() != 1 or t.dtype != torch.float32 or t.device != x.device):
             raise ValueError(f"rms_norm: {name} is {describe(t)}; expected one float32 number on {x.device}")
+    if scale is not None and capability(x.device) < FP8_CAPABILITY:
+        least, here = (".".join(map(str, version)) for version in (FP8_CAPABILITY, capability(x.device)))
+        raise ValueError(
+            f"rms_norm: a copy in fp8 needs a GPU of compute capability {least} or newer, not {here}; leave scale out"
+        )
     y, h, _, y_fp8, amax = _rms_norm_fwd(x, x0, a, b, scale, eps)
     fp8 = (None, None) if scale is None else (y_fp8, amax)
     return RMSNorm(y, None if x0 is None else h, *fp8)

@@ -172,6 +172,21 @@ def test_bad_calls_are_refused(change, says):
         triton_norm(**change)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends to compile for another GPU")
+def test_an_older_gpu_is_told_that_it_has_no_fp8(monkeypatch):
+    from kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "COMPILED_FOR", (8, 0))
+    dispatch.capability.cache_clear()
+    x = torch.ones(2, 16)
+    try:
+        with pytest.raises(ValueError, match="needs a GPU of compute capability 8.9 or newer, not 8.0"):
+            rms_norm.backends["triton"](x, scale=torch.ones(()))
+        rms_norm.backends["triton"](x)
+    finally:
+        dispatch.capability.cache_clear()
+
+
 def test_the_gradient_has_no_gradient():
     x = torch.randn(2, 8, device=DEVICE, requires_grad=True)
     (dx,) = torch.autograd.grad(triton_norm(x).y.square().sum(), x, create_graph=True)
