@@ -175,12 +175,13 @@ class OpPrograms:
 
 
 def copied(inputs: dict[str, Any], *, wide: bool = False) -> dict[str, Any]:
-    """The same inputs in memory of their own; wide: in float64, a weight of two halves as one number."""
+    """Inputs of the check in memory of their own: those that get gradients with a mean of a half, so that a sum over all of them
+    is not what rounding left of a cancellation. wide: in float64, a weight of two halves as one number."""
 
     def copy(t: Any) -> Any:
         if not isinstance(t, Tensor):
             return t
-        copy = t.detach().clone()
+        copy = t.detach() + 0.5 if t.requires_grad else t.detach().clone()
         if wide and t.is_floating_point():
             copy = copy.double()
         return copy.requires_grad_(t.requires_grad)
