@@ -11,7 +11,7 @@ from core.config import preset
 from core.generate import generate
 from core.model import GPT
 
-PROMPT_TOKENS, NEW_TOKENS = 16, 120
+PROMPT_TOKENS, NEW_TOKENS = 16, 240
 MIN_SPEEDUP = 1.5
 
 

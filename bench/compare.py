@@ -4,9 +4,11 @@ Both commits are checked out beside each other (git worktrees) and measured by t
 that take turns: a sample of one, a sample of the other, the order changing. The ratio of an item is the median of the ratios
 within a turn, with its 95 % bounds.
 
-slower    the ratio is above 1 + threshold and its lower bound above 1, and so again in two new processes
-faster    the same downwards, in the first two and again
-unclear   not that, but the bounds reach beyond the threshold after MAX_TURNS turns: nothing can be said
+slower    the ratio is above 1 + threshold and its lower bound above 1. Where memory falls differs from process to process, and
+          with it the time of identical code (by up to 1.6x on 2 cores): so this is said of PAIRS pairs of processes, the first
+          and new ones, when all ratios are above 1 and their median is above 1 + threshold
+faster    the same downwards
+unclear   the bounds reach beyond the threshold after MAX_TURNS turns, or the pairs of processes disagree
 same      the rest
 
 Exit status 1 when something is slower, wrong in NEW, or runs in BASE and not in NEW; 0 otherwise; 2 for bad input.
@@ -17,12 +19,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKING_TREE = "."
 THRESHOLD = 0.05
 MIN_TURNS, MAX_TURNS = 12, 60
+PAIRS = 6  # identical code is on the same side of 1 in all of them once in 32
 MEASURING = ("bench", "tests")  # taken from this checkout, for both
 
 
@@ -59,11 +63,14 @@ class Outcome:
 def verdict(ratio: Spread, threshold: float) -> str:
     """Of a ratio of times, new over base."""
     low, high = ratio.bounds
-    if ratio.median > 1 + threshold and low > 1:
-        return "slower"
-    if ratio.median < 1 / (1 + threshold) and high < 1:
-        return "faster"
+    found = verdict_of(ratio.median, threshold)
+    if (found == "slower" and low > 1) or (found == "faster" and high < 1):
+        return found
     return "unclear" if high > 1 + threshold else "same"
+
+
+def verdict_of(median: float, threshold: float) -> str:
+    return "slower" if median > 1 + threshold else "faster" if median < 1 / (1 + threshold) else "same"
 
 
 def settled(ratio: Spread, threshold: float) -> bool:
@@ -94,8 +101,10 @@ class Side:
     def ask(self, command: str, argument: Any = None) -> tuple[Any, str | None]:
         """(reply, None) or (None, what was raised)."""
         try:
+            self._process.send_signal(signal.SIGCONT)
             print(json.dumps({command: argument}), file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()
+            self._process.send_signal(signal.SIGSTOP)  # its idle threads would spin in the other's turn
         except BrokenPipeError:
             line = ""
         if not line:
@@ -182,15 +191,31 @@ def compare(item: str, sides: tuple[Side, Side], threshold: float) -> Outcome:
     return Outcome(item, verdict(new.over(base), threshold), note, base, new)
 
 
-def run(paths: tuple[Path, Path], only: str, threshold: float, progress: Any) -> list[Outcome]:
+def agreed(outcomes: Sequence[Outcome], threshold: float, pairs: int) -> Outcome:
+    """One outcome of several pairs of processes, the first of which said slower or faster; unclear until there are `pairs`."""
+    first = outcomes[0]
+    ratios = Spread(tuple(o.ratio.median for o in outcomes))
+    slower = first.verdict == "slower"
+    agree = (
+        all((ratio > 1) == slower for ratio in ratios.samples) and verdict_of(ratios.median, threshold) == first.verdict
+    )
+    if agree and len(outcomes) == pairs:
+        base, new = (Spread(tuple(getattr(o, side).median for o in outcomes)) for side in ("base", "new"))
+        return replace(first, base=base, new=new)
+    shown = ", ".join(f"{ratio:.3f}" for ratio in ratios.samples)
+    return replace(outcomes[-1], verdict="unclear", note=f"pairs of processes disagree: {shown}")
+
+
+def run(
+    paths: tuple[Path, Path], only: str, threshold: float, pairs: int, progress: Callable[[str], None]
+) -> list[Outcome]:
     with ExitStack() as open_sides:
 
         def fresh() -> tuple[tuple[Side, Side], list[list[str]]]:
             sides = tuple(Side(path) for path in paths)
-            for side in sides:
-                open_sides.callback(side.close)
             names = []
             for side in sides:
+                open_sides.callback(side.close)
                 known, raised = side.ask("items")
                 if raised:
                     raise ValueError(f"a checkout cannot be measured by this bench: {raised}")
@@ -198,20 +223,28 @@ def run(paths: tuple[Path, Path], only: str, threshold: float, progress: Any) ->
             return sides, names
 
         sides, (in_base, in_new) = fresh()
-        outcomes = [Outcome(name, "gone", "not in new") for name in in_base if name not in in_new]
-        outcomes += [Outcome(name, "new", "not in base") for name in in_new if name not in in_base]
+        outcomes = {name: Outcome(name, "gone", "not in new") for name in in_base if name not in in_new}
         for name in in_new:
-            if name in in_base:
-                outcome = compare(name, sides, threshold)
-                if outcome.verdict in ("slower", "faster"):  # memory falls differently in every process
-                    progress(f"{line(outcome)}; once more")
-                    again, _ = fresh()
-                    outcome = compare(name, again, threshold)
-                    for side in again:
-                        side.close()
-                progress(line(outcome))
-                outcomes.append(outcome)
-    return outcomes
+            outcomes[name] = compare(name, sides, threshold) if name in in_base else Outcome(name, "new", "not in base")
+            progress(line(outcomes[name]))
+        found = {name: [o] for name, o in outcomes.items() if o.verdict in ("slower", "faster")}
+        for turn in range(1, pairs):
+            suspects = [name for name, several in found.items() if len(several) == turn]
+            if suspects:
+                open_sides.close()
+                progress(f"{len(suspects)} once more, in new processes ({turn + 1} of {pairs})")
+                sides, _ = fresh()
+            for name in suspects:
+                again = compare(name, sides, threshold)
+                if again.ratio is None:
+                    outcomes[name] = again
+                    continue
+                found[name].append(again)
+                outcomes[name] = agreed(found[name], threshold, pairs)
+                if (again.ratio.median > 1) != (found[name][0].verdict == "slower"):
+                    found[name] = []  # settled: they disagree
+                progress(line(again))
+    return list(outcomes.values())
 
 
 # report -------------------------------------------------------------------
@@ -236,8 +269,13 @@ def main(argv: list[str]) -> int:
         "--only", default="", metavar="REGEX", help="items whose name matches, such as rms_norm or decode"
     )
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="slowdown that counts (%(default)s: 5 %%)")
+    parser.add_argument(
+        "--pairs", type=int, default=PAIRS, help="of processes that must agree on a change (%(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all outcomes, for programs")
     args = parser.parse_args(argv)
+    if args.pairs < 1:
+        raise ValueError(f"--pairs is {args.pairs}: expected 1 or more")
     if not 0 < args.threshold < 10:
         raise ValueError(f"--threshold is {args.threshold}: expected a share between 0 and 10, such as 0.05")
     commits = [
@@ -247,7 +285,7 @@ def main(argv: list[str]) -> int:
     if args.new == "HEAD" and git("status", "--porcelain", "-uno"):
         print(f"changes that are not committed are left out (NEW {WORKING_TREE} takes them)", flush=True)
     with checkouts(*commits) as paths:
-        outcomes = run(paths, args.only, args.threshold, lambda text: print(text, flush=True))
+        outcomes = run(paths, args.only, args.threshold, args.pairs, lambda text: print(text, flush=True))
     if not outcomes:
         raise ValueError(f"--only {args.only} matches no item")
     if args.json:

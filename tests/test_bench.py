@@ -305,6 +305,28 @@ def test_noise_that_could_hide_a_slowdown_is_called_unclear():
     assert compare.verdict(ratio(1.0, 0.3), compare.THRESHOLD) == "unclear"
 
 
+def outcome(*factors):
+    base = Spread((1.0,) * 12)
+    new = [Spread((factor,) * 12) for factor in factors]
+    return [compare.Outcome("x", compare.verdict(n.over(base), 0.05), base=base, new=n) for n in new]
+
+
+@pytest.mark.parametrize(
+    "factors, verdict",
+    [
+        ((1.1, 1.08, 1.2), "slower"),
+        ((1.1, 1.02, 1.06), "slower"),  # on one side in all, and beyond the threshold in the middle
+        ((1.1, 1.01, 1.02), "unclear"),
+        ((1.1, 1.3, 0.99), "unclear"),
+        ((1.1, 1.1), "unclear"),  # not all pairs yet
+        ((0.9, 0.8, 0.85), "faster"),
+        ((0.9, 1.1, 0.85), "unclear"),
+    ],
+)
+def test_pairs_of_processes_must_agree(factors, verdict):
+    assert compare.agreed(outcome(*factors), 0.05, 3).verdict == verdict
+
+
 SLEEPY = """
 import time
 from contextlib import contextmanager
@@ -356,7 +378,7 @@ def sleepy(tmp_path_factory):
 
 
 def test_a_commit_that_is_ten_percent_slower_is_red(sleepy, tmp_path):
-    done = sleepy("base", "ten", "--json", str(tmp_path / "out.json"))
+    done = sleepy("base", "ten", "--pairs", "2", "--json", str(tmp_path / "out.json"))
     assert done.returncode == 1 and "slower" in done.stdout, done.stdout + done.stderr
     (outcome,) = json.loads((tmp_path / "out.json").read_text())["outcomes"]
     assert outcome["verdict"] == "slower" and 1.05 < outcome["ratio"] < 1.15
