@@ -161,10 +161,11 @@ class OpPrograms:
         return HostSampler(calls[0]) if DEVICE == "cpu" else GraphSampler(calls, torch.cuda.current_stream())
 
     def _call(self, function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], object]:
+        if self._backward and self._op.gradients_in_forward:
+            return lambda: torch.autograd.grad(list(_heads(function(**inputs))), _leaves(inputs))
         if self._backward:
-            heads = [t for t in _outputs(function(**inputs)).values() if t.requires_grad]
+            heads, leaves = _heads(function(**inputs)), _leaves(inputs)
             grads = [torch.randn_like(t) for t in heads]
-            leaves = _leaves(inputs)
             return lambda: torch.autograd.grad(heads, leaves, grads, retain_graph=True)
 
         def forward() -> None:
@@ -210,6 +211,10 @@ def results(function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, T
     if inputs.get("low") is not None:
         found["p"] = join_master(inputs["p"], inputs["low"])
     return found
+
+
+def _heads(returned: Any) -> list[Tensor]:
+    return [t for t in _outputs(returned).values() if t.requires_grad]
 
 
 def _outputs(returned: Any) -> dict[str, Tensor]:

@@ -26,11 +26,11 @@ import torch
 
 from core.config import ModelConfig, preset
 from core.errors import user_errors
-from core.loss import CHUNK_LOGITS
 from core.model import GPT, dims
 from core.optim import group_of, muon_views
 from core.plan import make_plan, meta_model
 from kernels.adam_update import adam_update_cost
+from kernels.lm_head_loss import chunk_rows
 from kernels.muon_update import muon_apply_cost, muon_momentum_cost
 from kernels.polar_express import COEFFICIENTS, polar_express_cost
 from kernels.relu2_mlp import relu2_mlp_cost
@@ -437,11 +437,13 @@ def redline(depth: int = 24, target: bool = False) -> Workload:
             collectives("reduce-scatter, all-gather in bf16, 30 % exposed", 2 * 2 * params, 2 * 4 * 7, exposed=0.3),
         ]
     else:
-        chunks = on_gpu * V / CHUNK_LOGITS["cuda"]
+        chunks = micro * math.ceil(on_gpu / micro / chunk_rows(V, C, 2))
         rows += [
             one_pass("sum after the MLP, slices of gates", "passes", (3 * L + 2 * ve) * stream, n + 2 * ve * micro),
-            # core/loss.py: fp32 and tanh 6, softmax 4 + 4, its logarithm 8, exp 8, gradient of the softcap 10; dW a chunk
-            one_pass("softcap and cross-entropy in chunks", "head", 40 * V * on_gpu + 10 * V * C * chunks, 8 * chunks),
+            # logits read and overwritten; dw in fp32 read and written by each chunk
+            one_pass(
+                "softcap, cross-entropy, sums of dw", "head", 4 * V * on_gpu + 8 * V * C * chunks, chunks, "kernel pass"
+            ),
             # Gradients: banks joined, then cast or added to the fp32 sum; for communication rounded, joined, divided, copied
             one_pass("gradients summed", "weights", micro * (4 * weights + 10 * params) - 4 * params, 3 * n),
             one_pass("gradients to bf16, buckets, back", "weights", (6 + 4 + 4 + 4 + 6) * params, 6 * L),

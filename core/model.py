@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from core.config import ModelConfig
-from core.loss import linear_cross_entropy
 from kernels.dispatch import Backends
+from kernels.lm_head_loss import lm_head_loss, softcapped_logits, tanh_cap
 from kernels.relu2_mlp import relu2_mlp
 from kernels.rms_norm import rms_norm
 from kernels.rope_qk_norm import rope_qk_norm
@@ -117,6 +117,7 @@ def choose_ops(cfg: ModelConfig, backends: Backends, batch_size: int) -> dict[st
     chosen = {
         "norm": backends.choose(rms_norm, tokens, d.d_model),
         "rope_qk_norm": backends.choose(rope_qk_norm, batch_size, d.seq_len, d.n_head, d.n_kv_head, d.d_head),
+        "lm_head_loss": backends.choose(lm_head_loss, tokens, d.d_model, d.padded_vocab),
     }
     if cfg.relu2:
         chosen["mlp"] = backends.choose(relu2_mlp, tokens, d.d_model, d.d_ff)
@@ -176,12 +177,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) 
     return y.transpose(1, 2)
 
 
-def softcap(z: Tensor, cap: float) -> Tensor:
-    """c * tanh(z / c) in fp32; 0 leaves z."""
-    z = z.float()
-    return cap * torch.tanh(z / cap) if cap else z
-
-
 def _bank(n_layer: int, rows: int, cols: int) -> nn.ParameterList:
     sizes = [min(BANK_LAYERS, n_layer - i) for i in range(0, n_layer, BANK_LAYERS)]
     return nn.ParameterList(torch.empty(n, rows, cols) for n in sizes)
@@ -199,6 +194,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg = cfg
         d = self.dims = dims(cfg)
+        self.softcap = tanh_cap(cfg.logit_softcap)
         self.wte = nn.Parameter(torch.empty(d.padded_vocab, d.d_model))
         self.lm_head = nn.Parameter(torch.empty(d.padded_vocab, d.d_model)) if cfg.untied_head else self.wte
         self.attn_qkv = _bank(d.n_layer, d.d_model + 2 * d.d_kv, d.d_model)
@@ -369,18 +365,18 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) fp32 softcapped logits of the true vocabulary."""
-        z = hidden @ self.lm_head.T
-        return softcap(z[..., : self.dims.vocab_size], self.cfg.logit_softcap)
+        return softcapped_logits(hidden, self.lm_head, self.softcap, self.dims.vocab_size)
+
+    def loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy in nats, fp32, of hidden states (N, C) and targets (N,), of which -1 is ignored.
+
+        reduction: "mean" over the targets that count, "sum", or "none" (N,), which has no gradient. The padded rows of the head are
+        no part of the softmax, and their gradient is 0.
+        """
+        options = {"softcap": self.softcap, "reduction": reduction, "vocab_size": self.dims.vocab_size}
+        return self.lm_head_loss(hidden, self.lm_head, targets, **options)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Logits (B, T, V), or with targets (B, T; -1 is ignored) the cross-entropy in nats, fp32.
-
-        reduction: "mean" over the targets that count, or "sum".
-        """
+        """Logits (B, T, V), or with targets (B, T) the loss of all of them."""
         hidden = self.hidden(idx)
-        if targets is None:
-            return self.logits(hidden)
-        # the padded rows of the head are no part of the softmax, and get no gradient
-        head = self.lm_head[: self.dims.vocab_size] if self.dims.vocab_size < self.dims.padded_vocab else self.lm_head
-        cap = self.cfg.logit_softcap
-        return linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten(), softcap=cap, reduction=reduction)
+        return self.logits(hidden) if targets is None else self.loss(hidden.flatten(0, 1), targets.flatten(), reduction)

@@ -8,9 +8,9 @@ import torch
 
 from core import schedule
 from core.config import Config, ModelConfig
-from core.loss import CHUNK_LOGITS
 from core.model import GPT, dims
 from core.optim import learning_rates
+from kernels.lm_head_loss import reference_bytes
 
 MAX_DEVICE_BATCH = {"cpu": 16, "cuda": 64}  # rows per forward pass when unset; lowered until it divides, and fits a GPU
 DEFAULT_GPU_BYTES = 80e9  # when planning for a GPU that is not there
@@ -171,8 +171,7 @@ def predict_memory(
         "gradients": sum(counts.values()) * 4,
         "optimizer": matrices * (4 + low) + head * (8 + low) + tables * 2 * width + counts["scalars"] * 8,
         "activations": tokens * _activation_bytes_per_token(cfg, width),
-        # a chunk as projected, in fp32, capped, and normalised; the head's gradient in fp32
-        "loss": min(tokens * d.vocab_size, CHUNK_LOGITS[device_type]) * (3 * 4 + width) + d.vocab_size * d.d_model * 4,
+        "loss": reference_bytes(tokens, d.d_model, d.padded_vocab, device_type),
     }
     return memory | {"total": sum(memory.values())}
 

@@ -101,6 +101,7 @@ class Op:
     cases     label -> shape: what the tracks use
     forms     label -> function of (make, *shape) that returns keyword arguments; make(*size, dtype=None) returns a tensor
     limits    function of (backend, shape, dtype) that says why a kernel cannot run that, or returns None
+    gradients_in_forward   whether forward makes the gradients and backward but scales them
     """
 
     def __init__(
@@ -116,7 +117,9 @@ class Op:
         triton: Callable[..., Any] | None = None,
         cuda: Callable[..., Any] | None = None,
         measured: Sequence[Measurement] = (),
+        gradients_in_forward: bool = False,
     ) -> None:
+        self.gradients_in_forward = gradients_in_forward
         self.name, self.dims, self.cases, self.forms, self.cost = name, tuple(dims), cases, forms, cost
         self.limits, self.measured = limits, tuple(measured)
         self.backends = {k: f for k, f in zip(BACKENDS, (ref, triton, cuda)) if f is not None}

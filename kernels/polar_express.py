@@ -16,7 +16,6 @@ Limits    any rows and cols of at least 1; where cols, or the shorter side, is n
 Bound     arithmetic: `polar_express_cost`, with half of each symmetric product
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import Op, capability
-from kernels.tile import SAFETY, allow_descriptors, describe, for_descriptor, has_large_shared_memory
+from kernels.tile import SAFETY, allow_descriptors, describe, for_descriptor, has_large_shared_memory, num_programs
 
 COEFFICIENTS = (
     # five steps, safety 2e-2, cushion 2 [arXiv 2505.16932, computed for these settings; as in nanochat and modded-nanogpt]
@@ -36,7 +35,6 @@ COEFFICIENTS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 TINY_NORM = 1e-6
-PROGRAMS_WITHOUT_GPU = 132  # multiprocessors of an H100
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -144,13 +142,6 @@ def _gemm_kernel(
                 out_desc.store([k, n, m], out.T.reshape(1, BLOCK_M, BLOCK_N))
 
 
-@functools.cache
-def _num_programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return PROGRAMS_WITHOUT_GPU
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _gemm(
     left: Tensor,
     right: Tensor,
@@ -171,7 +162,7 @@ def _gemm(
     tiles_m, tiles_n = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
     tiles = K * (tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n)
     programs = min(
-        tiles, _num_programs(left.device) * (3 if config["num_warps"] == 4 else 1)
+        tiles, num_programs(left.device) * (3 if config["num_warps"] == 4 else 1)
     )  # as many as fit at a time
     out = left.new_empty(K, M, N)
     allow_descriptors(left.device)

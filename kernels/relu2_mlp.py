@@ -16,7 +16,6 @@ Limits    C and F multiples of 16 bytes (8 in bf16, 4 in fp32; 16 for an fp8 cop
 Bound     arithmetic: `relu2_mlp_cost`
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -26,11 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import Op, capability
-from kernels.tile import allow_descriptors, describe, for_descriptor, has_large_shared_memory
+from kernels.tile import allow_descriptors, describe, for_descriptor, has_large_shared_memory, num_programs
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
-PROGRAMS_WITHOUT_GPU = 132  # multiprocessors of an H100
 
 
 # reference
@@ -121,20 +119,13 @@ def _relu2_gemm_kernel(
         tl.store(amax_ptr + tl.program_id(0), tl.max(amax, axis=0))
 
 
-@functools.cache
-def _num_programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return PROGRAMS_WITHOUT_GPU
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _relu2_gemm(a: Tensor, b: Tensor, factor: Tensor | None, scale: Tensor | None) -> tuple[Tensor, ...]:
     """relu(a b^T)^2, or with a factor 2 sqrt(factor) (a b^T): (M, N); with a scale also fp8, its transpose, amax (programs,)."""
     (M, K), N = a.shape, b.size(0)
     copies = scale is not None
     config = _config(a.dtype, capability(a.device), copies)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-    programs = min(_num_programs(a.device), tiles)
+    programs = min(num_programs(a.device), tiles)
     out = a.new_empty(M, N)
     fp8, fp8_t = ((a.new_empty(shape, dtype=FP8) if copies else None) for shape in ((M, N), (N, M)))
     amax = a.new_empty(programs, dtype=torch.float32) if copies else None

@@ -8,6 +8,7 @@ from torch import Tensor
 # Polar Express starts from matrices of Frobenius norm 1 / SAFETY: that norm bounds the largest singular value, and this keeps
 # rounding inside [nanochat 92d63d4, optim.py]
 SAFETY = 1.01
+PROGRAMS_WITHOUT_GPU = 132  # multiprocessors of an H100
 
 
 @triton.jit
@@ -35,6 +36,13 @@ def describe(t: Tensor) -> str:
 def has_large_shared_memory(arch: tuple[int, int]) -> bool:
     """Whether a block may have 160 KiB or more: the data-centre parts. Others end at 99 KiB."""
     return arch in ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+def num_programs(device: torch.device) -> int:
+    """Of a persistent kernel: one for each multiprocessor."""
+    if device.type != "cuda":
+        return PROGRAMS_WITHOUT_GPU
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def for_descriptor(t: Tensor) -> Tensor:

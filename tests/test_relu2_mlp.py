@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kernels.relu2_mlp as module
+from kernels import tile
 from kernels.relu2_mlp import FP8, FP8_MAX, _relu2_up, relu2_mlp, relu2_mlp_cost
 from tests.harness import DEVICE, LAYOUTS, TINY, Failed, check_op, error, mutant, poisoned_allocations, randn
 
@@ -51,11 +52,9 @@ def test_leading_sizes_and_no_rows():
 
 def test_more_tiles_than_programs(monkeypatch):
     """Programs go on to further tiles, each from a clean sum."""
-    monkeypatch.setattr(module, "PROGRAMS_WITHOUT_GPU", 3)
-    module._num_programs.cache_clear()
+    monkeypatch.setattr(tile, "PROGRAMS_WITHOUT_GPU", 3)
     check_op(relu2_mlp, inputs((300, 16, 264)), factor=1.25)
     check_op(relu2_mlp, inputs((300, 16, 520), torch.bfloat16), factor=1.25)
-    module._num_programs.cache_clear()
 
 
 def test_saves_the_input_and_the_squared_activation_only():
@@ -128,8 +127,7 @@ def test_dead_units_have_no_gradient():
 @pytest.mark.parametrize("scale", [0.37, 0.01])
 def test_fp8_copies_of_the_epilogue(shape, dtype, scale, monkeypatch):
     """Bit by bit what a pass over post would make; with the smaller scale the largest saturate. Few programs, many tiles."""
-    monkeypatch.setattr(module, "PROGRAMS_WITHOUT_GPU", 2)
-    module._num_programs.cache_clear()
+    monkeypatch.setattr(tile, "PROGRAMS_WITHOUT_GPU", 2)
     M, C, F = shape
     x, up = randn(0, dtype)(M, C), randn(1, dtype)(F, C) * 0.2
     saturates, scale = scale == 0.01, torch.tensor(scale, device=DEVICE)
@@ -149,7 +147,6 @@ def test_fp8_copies_of_the_epilogue(shape, dtype, scale, monkeypatch):
         _relu2_up(x[:15], up, scale)
     with pytest.raises(ValueError, match="scale is"):
         _relu2_up(x, up, scale.double())
-    module._num_programs.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -198,9 +195,9 @@ MUTATIONS = {
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_kernel_is_noticed(name, tmp_path):
-    edits = MUTATIONS[name] | {"PROGRAMS_WITHOUT_GPU = 132": "PROGRAMS_WITHOUT_GPU = 2"}
-    broken = mutant(module, edits, tmp_path).relu2_mlp
+def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(tile, "PROGRAMS_WITHOUT_GPU", 2)  # of more tiles
+    broken = mutant(module, MUTATIONS[name], tmp_path).relu2_mlp
     with pytest.raises(Failed):
         check_op(broken, inputs((140, 24, 40), torch.bfloat16), factor=1.25)
         check_op(broken, inputs((200, 24, 264), torch.bfloat16), factor=1.25)
@@ -208,7 +205,8 @@ def test_a_broken_kernel_is_noticed(name, tmp_path):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")
-def test_a_copy_that_is_not_broken_passes(tmp_path):
-    same = mutant(module, {"PROGRAMS_WITHOUT_GPU = 132": "PROGRAMS_WITHOUT_GPU = 2"}, tmp_path).relu2_mlp
+def test_a_copy_that_is_not_broken_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tile, "PROGRAMS_WITHOUT_GPU", 2)
+    same = mutant(module, {}, tmp_path).relu2_mlp
     check_op(same, inputs((140, 24, 40), torch.bfloat16), factor=1.25)
     check_op(same, inputs((200, 24, 264), torch.bfloat16), factor=1.25)

@@ -15,14 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from core.data.corpus import Corpus
 from core.data.tokenizer import Tokenizer
 from core.distributed import World, all_sum
 from core.model import GPT
-
-LOGIT_ROWS = 4096  # rows of logits that exist at a time: 512 MiB in fp32 for a 32k vocabulary
 
 
 @dataclass(frozen=True)
@@ -77,11 +74,9 @@ def bits_per_byte(
         idx_t, targets_t = (torch.from_numpy(a).to(world.device) for a in (idx, targets))
         counted = targets_t >= 0
         hidden, wanted = model.hidden(idx_t)[counted], targets_t[counted]
-        for h, t in zip(hidden.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS)):
-            loss = F.cross_entropy(model.logits(h), t, reduction="none")
-            size = nbytes[t]
-            nats += torch.where(size > 0, loss, 0.0).sum(dtype=torch.float64)
-            counts += torch.stack((size.sum(), (size > 0).sum()))
+        size = nbytes[wanted]
+        nats += torch.where(size > 0, model.loss(hidden, wanted, "none"), 0.0).sum(dtype=torch.float64)
+        counts += torch.stack((size.sum(), (size > 0).sum()))
     total_nats = all_sum(nats).item()
     num_bytes, num_tokens = all_sum(counts).tolist()
     bpb = total_nats / (math.log(2) * num_bytes) if num_bytes else math.inf

@@ -1,0 +1,661 @@
+"""Output projection, softcap and cross-entropy without the logits, gradients included.
+
+    z = x w^T,  y = A sigma((z + B) / C)  (or z),  L_i = sum_k weights_ik (logsumexp_j y_ij - y_i[targets_ik])
+    dz_ij = (S_i p_ij - sum_k weights_ik [targets_ik = j]) y'(z_ij),  p = softmax(y),  S_i = sum_k weights_ik,
+    y' = A / C s (1 - s) with s = y / A;  dx = dz w,  dw = dz^T x
+
+The softcap c tanh(z / c) is this one with A = 2 c, B = 0, C = c / 2, but for a constant that a softmax does not see (`tanh_cap`).
+Several weighted targets per row: multi-token prediction. Because the loss is one number, its gradients are known up to the
+upstream factor when forward ends, and backward multiplies by it [modded-nanogpt f411b3d fuses both too, but ignores the factor].
+
+Shapes    x (M, C); w (V', C), of which the first V = vocab_size rows are the vocabulary; targets (M,) or (M, K) integers, weights like
+          targets. Loss a number, or (M,) with reduction "none"
+Reduction "sum", "mean" (over the weights that count), or "none", which has no gradient. A target equal to ignore_index counts nothing
+Dtypes    x, w, dx, dw bf16 or fp32, the same; targets int64; weights and loss fp32
+Rounding  z and dz are rounded to the dtype of x, between them fp32; dw is summed over chunks in fp32 and rounded once
+fp8       with `fp8` (w as `quantise_weight` made it), x and w in e4m3, dz in e5m2, each with one scale, in all three products; sums
+          in fp32, z in bf16. x has the scale max |x| / 448, or x_scale; dz that of the largest it can be, S max y'. dw counts as
+          the gradient of the unrounded w
+Memory    rows in chunks: one chunk of logits exists, whose gradient takes its place (in fp8: stands beside it). Beyond dx, dw and the
+          inputs at most EXTRA_BYTES
+Backward  two scalings; no second-order gradient
+Limits    Triton: C a multiple of 16 bytes (fp8: C and V' multiples of 16), 1 <= K <= 16
+Bound     arithmetic: `lm_head_loss_cost`
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dispatch import Op, capability
+from kernels.tile import allow_descriptors, describe, for_descriptor, has_large_shared_memory, num_programs
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3_MAX, E5M2_MAX = torch.finfo(E4M3).max, torch.finfo(E5M2).max
+EXTRA_BYTES = 2**29
+SMALL_BYTES = 2**25  # of them for all that grows with rows alone, or columns alone
+REFERENCE_COPIES = 5  # of a chunk in fp32 that the reference has at a time
+CACHED_LOGITS = 2**20  # of a chunk on a CPU: 4 MiB stay in its caches
+ROW_IN_REGISTERS = 32768  # columns
+TILE = 64  # rows and columns that are transposed at a time
+MAX_TARGETS = 16
+REDUCTIONS = ("mean", "sum", "none")
+TINY_SCALE = 1e-12  # of something that is zero everywhere
+
+
+class Softcap(NamedTuple):
+    """y = height * sigma((z + shift) / width)."""
+
+    height: float
+    shift: float
+    width: float
+
+    @property
+    def steepest(self) -> float:
+        return self.height / (4 * self.width)
+
+
+def tanh_cap(cap: float) -> Softcap | None:
+    """c * tanh(z / c) less a constant; None, which is no cap, for 0."""
+    return Softcap(2 * cap, 0.0, cap / 2) if cap else None
+
+
+class Fp8Weight(NamedTuple):
+    """w of (V', C) in e4m3, the same transposed, and their scale: w ~ scale * q."""
+
+    q: Tensor
+    q_t: Tensor
+    scale: Tensor
+
+
+def amax_scale(t: Tensor, limit: float) -> Tensor:
+    """The fp32 number by which t must be divided to fit."""
+    if t.numel() == 0:
+        return torch.ones((), device=t.device)
+    return (torch.linalg.vector_norm(t, ord=math.inf).float() / limit).clamp_min(TINY_SCALE)
+
+
+def chunk_rows(V: int, C: int, bytes_per_logit: int) -> int:
+    """Rows whose logits exist at a time on a GPU, beside dw in fp32."""
+    rows = (EXTRA_BYTES - SMALL_BYTES - 4 * V * C) // (bytes_per_logit * V)
+    return max(128, rows // 128 * 128)
+
+
+def reference_rows(V: int, C: int, device_type: str) -> int:
+    """The same of the reference, which on a CPU fits its caches."""
+    return max(1, CACHED_LOGITS // V) if device_type == "cpu" else chunk_rows(V, C, REFERENCE_COPIES * 4)
+
+
+def reference_bytes(M: int, C: int, V: int, device_type: str) -> int:
+    """Memory that the reference needs in fp32 beyond dx and dw."""
+    return 4 * V * (REFERENCE_COPIES * min(M, reference_rows(V, C, device_type)) + C)
+
+
+def chunks(M: int, rows: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + rows, M)) for begin in range(0, M, rows or 1))
+
+
+# reference
+
+
+class _Reference(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        scale: Tensor,
+        softcap: Softcap | None,
+        reduction: str,
+        vocab_size: int,
+        q: Tensor | None,
+        w_scale: Tensor | None,
+        x_scale: Tensor | None,
+    ) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        need_grad = reduction != "none" and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
+        losses = torch.empty(x.size(0), dtype=wide, device=x.device)
+        dx = torch.empty_like(x) if need_grad else None
+        dw = torch.zeros_like(w, dtype=wide) if need_grad else None
+        weights = weights.to(wide)
+        S = weights.sum(1, keepdim=True)
+        head, given = w[:vocab_size], x
+        factor, steepest = scale.to(wide), 1.0
+        if softcap is not None:
+            factor, steepest = factor * (softcap.height / softcap.width), softcap.steepest
+        if q is not None:  # numbers of fp8 are multiplied in fp32, as they are, and the products scaled
+            head = q[:vocab_size].to(wide)
+            x_scale = amax_scale(x, E4M3_MAX) if x_scale is None else x_scale
+            x = _rounded(x, x_scale, E4M3).to(wide)
+            g_scale = (amax_scale(S, E5M2_MAX) * steepest * scale).clamp_min(TINY_SCALE)
+        for chunk in chunks(x.size(0), reference_rows(*w.shape, x.device.type)):
+            z = x[chunk] @ head.T
+            z = z.to(wide) if q is None else (z * (x_scale * w_scale)).to(given.dtype).to(wide)
+            s = None
+            if softcap is not None:
+                z = z.add_(softcap.shift) if softcap.shift else z
+                s = z.mul_(1 / softcap.width).sigmoid_()
+                z = softcap.height * s
+            logp = torch.log_softmax(z, dim=-1)
+            target, weight = targets[chunk], weights[chunk]
+            losses[chunk] = -(weight * torch.where(weight == 0, 0.0, logp.gather(1, target))).sum(1)
+            if dx is None or dw is None:
+                continue
+            dz = logp.exp_().mul_(S[chunk] * factor)
+            dz.scatter_add_(1, target, -weight * factor)
+            if s is not None:
+                dz.mul_(s)
+                dz.addcmul_(dz, s, value=-1)
+            if q is not None:
+                dz = _rounded(dz, g_scale, E5M2).to(wide)
+                dx[chunk] = (dz @ head) * (g_scale * w_scale)
+                dw[:vocab_size].addmm_(dz.T, x[chunk] * (g_scale * x_scale))
+                continue
+            dz = dz.to(x.dtype)
+            torch.mm(dz, head, out=dx[chunk])
+            if dw.dtype == x.dtype:
+                dw[:vocab_size].addmm_(dz.T, x[chunk])
+            else:
+                dw[:vocab_size] += dz.T @ x[chunk]
+        ctx.save_for_backward(dx, dw)
+        ctx.dtype = w.dtype
+        return losses if reduction == "none" else losses.sum() * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_scaled(*ctx.saved_tensors, grads[0], ctx.dtype), *(None,) * 9
+
+
+def _rounded(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """t / scale in an fp8 type, saturated."""
+    limit = torch.finfo(dtype).max
+    return (t.float() / scale).clamp(-limit, limit).to(dtype)
+
+
+def _scaled(dx: Tensor, dw: Tensor, dloss: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both gradients times the upstream one, dw rounded to its dtype on the way."""
+    return dx * dloss.to(dx.dtype), torch.mul(dw, dloss, out=torch.empty_like(dw, dtype=dtype))
+
+
+Prepared = tuple[Tensor, Tensor, Tensor, Softcap | None, str, int, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _prepared(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    softcap: Softcap | None,
+    reduction: str,
+    vocab_size: int | None,
+    ignore_index: int,
+    fp8: Fp8Weight | None,
+    x_scale: Tensor | None,
+) -> Prepared:
+    """targets and weights (M, K) where what is ignored has target 0 and weight 0, the factor of the reduction, and the rest."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"lm_head_loss: reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
+    if x.dim() != 2 or w.dim() != 2 or x.size(1) != w.size(1) or x.dtype != w.dtype or x.device != w.device:
+        raise ValueError(
+            f"lm_head_loss: x {describe(x)}, w {describe(w)}; expected (M, C) and (V, C) of one dtype and device"
+        )
+    V = w.size(0) if vocab_size is None else vocab_size
+    if not 1 <= V <= w.size(0):
+        raise ValueError(f"lm_head_loss: vocab_size is {V}; expected 1 to {w.size(0)}, the rows of w")
+    if targets.dim() not in (1, 2) or targets.size(0) != x.size(0) or targets.dtype != torch.int64:
+        raise ValueError(
+            f"lm_head_loss: targets are {describe(targets)}; expected ({x.size(0)},) or ({x.size(0)}, K) int64"
+        )
+    if targets.dim() == 2 and not 1 <= targets.size(1) <= MAX_TARGETS:
+        raise ValueError(f"lm_head_loss: {targets.size(1)} targets a row; expected 1 to {MAX_TARGETS}")
+    if weights is not None and (weights.shape != targets.shape or weights.dtype not in (torch.float32, torch.float64)):
+        raise ValueError(f"lm_head_loss: weights are {describe(weights)}; expected {tuple(targets.shape)} float32")
+    if fp8 is not None and (fp8.q.shape != w.shape or fp8.q_t.shape != w.shape[::-1] or fp8.q.dtype != E4M3):
+        raise ValueError(
+            f"lm_head_loss: fp8 holds {describe(fp8.q)}; expected w as quantise_weight makes it, {tuple(w.shape)}"
+        )
+    if reduction == "none" and torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+        raise ValueError('lm_head_loss: reduction "none" is forward only; use "sum" with weights, or torch.no_grad()')
+    weights = weights if weights is None or weights.dim() == 2 else weights[:, None]
+    targets = targets if targets.dim() == 2 else targets[:, None]
+    counts = targets != ignore_index
+    weights = counts.to(torch.float32) if weights is None else torch.where(counts, weights, 0.0)
+    scale = torch.ones((), dtype=weights.dtype, device=x.device)
+    if reduction == "mean":
+        total = weights.sum()
+        scale = torch.where(total == 0, 0.0, 1 / total)
+    q, w_scale = (None, None) if fp8 is None else (fp8.q, fp8.scale)
+    return torch.where(counts, targets, 0), weights, scale, softcap, reduction, V, q, w_scale, x_scale
+
+
+def lm_head_loss_ref(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    softcap: Softcap | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    ignore_index: int = -1,
+    fp8: Fp8Weight | None = None,
+    x_scale: Tensor | None = None,
+) -> Tensor:
+    """Not one expression for autograd, since that would keep the logits: the same chunks, in PyTorch."""
+    given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
+    return _Reference.apply(x, w, *given)
+
+
+def softcapped_logits(x: Tensor, w: Tensor, softcap: Softcap | None, vocab_size: int) -> Tensor:
+    """(..., vocab_size) fp32 capped logits of x (..., C), for inference: around 0 for a cap without shift."""
+    z = (x @ w.T)[..., :vocab_size].float()
+    if softcap is None:
+        return z
+    return softcap.height * (torch.sigmoid((z + softcap.shift) / softcap.width) - 0.5)
+
+
+# Triton
+
+
+def _row_config(V: int) -> dict[str, int]:
+    """Columns of a tile and warps. Up to 32768 columns a row stays in registers (64 of them, none spilled); a longer one is read
+    twice, the second time out of the L2 cache. Not measured on a GPU yet."""
+    if V <= ROW_IN_REGISTERS:
+        block = max(16, triton.next_power_of_2(V))
+        return {"BLOCK": block, "num_warps": min(32, max(1, block // 1024))}
+    return {"BLOCK": 8192, "num_warps": 8}
+
+
+def _gemm_config(dtype: torch.dtype, accumulate: bool, arch: tuple[int, int]) -> dict[str, int]:
+    """Tiles, warps and stages. Of what fits an SM of sm_90 without a spill; not measured on a GPU yet."""
+    if dtype.itemsize == 4:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "SPLIT": 1, "num_warps": 8, "num_stages": 2}
+    k = 128 // dtype.itemsize
+    if not has_large_shared_memory(arch):
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": k, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+    if accumulate or arch == (8, 0):
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": k, "SPLIT": 2, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": k, "SPLIT": 2, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def _clamped(x, limit):
+    """A NaN stays one."""
+    x = tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x, -limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _capped(z, height, shift, inv_width, CAP: tl.constexpr):
+    if CAP:
+        z = height / (1.0 + tl.exp(-(z + shift) * inv_width))
+    return z
+
+
+@triton.jit
+def _slope(y, height, inv_width, CAP: tl.constexpr):
+    """dy/dz."""
+    slope = 1.0
+    if CAP:
+        slope = y * inv_width * (1.0 - y / height)
+    return slope
+
+
+@triton.jit
+def _row_kernel(
+    z_ptr, out_ptr, losses_ptr, targets_ptr, weights_ptr, factor_ptr,
+    vocab, columns, height, shift, inv_width, limit, stride_z, stride_out,
+    K: tl.constexpr, TARGETS: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss of a row, and its gradient times a factor: in the place of the logits, or elsewhere in another type. Columns from
+    vocab on are no part of the softmax and get the gradient 0."""
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * stride_z
+    out_ptr += row * stride_out
+    offs = tl.arange(0, BLOCK)
+    if WHOLE:
+        inside = offs < vocab
+        z = tl.load(z_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+        y = tl.where(inside, _capped(z, height, shift, inv_width, CAP), float("-inf"))
+        top = tl.max(y, axis=0)
+        total = tl.sum(tl.exp(y - top), axis=0)
+    else:
+        tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+        totals = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, vocab, BLOCK):
+            z = tl.load(z_ptr + start + offs, mask=start + offs < vocab, other=0.0).to(tl.float32)
+            y = tl.where(start + offs < vocab, _capped(z, height, shift, inv_width, CAP), -1e30)
+            larger = tl.maximum(tops, y, propagate_nan=tl.PropagateNan.ALL)
+            totals = totals * tl.exp(tops - larger) + tl.exp(y - larger)
+            tops = larger
+        top = tl.max(tops, axis=0)
+        total = tl.sum(totals * tl.exp(tops - top), axis=0)
+    rest = tl.log(total)  # of lse = top + rest: that sum would round away what a confident row is about
+    ks = tl.arange(0, TARGETS)
+    t = tl.load(targets_ptr + row * K + ks, mask=ks < K, other=0)
+    w = tl.load(weights_ptr + row * K + ks, mask=ks < K, other=0.0)
+    y_t = _capped(tl.load(z_ptr + t).to(tl.float32), height, shift, inv_width, CAP)
+    tl.store(losses_ptr + row, tl.sum(tl.where(w == 0.0, 0.0, w * (rest - (y_t - top))), axis=0))
+    if GRAD:
+        factor = tl.load(factor_ptr)
+        S = tl.sum(w, axis=0)
+        if WHOLE:
+            g = tl.exp((y - top) - rest) * (S * factor) * _slope(y, height, inv_width, CAP)
+            g = tl.where(inside, _clamped(g, limit), 0.0)
+            tl.debug_barrier()  # every thread has read the logits of the targets
+            tl.store(out_ptr + offs, g.to(out_ptr.dtype.element_ty), mask=offs < columns)
+        else:
+            tl.debug_barrier()
+            for start in range(0, columns, BLOCK):
+                z = tl.load(z_ptr + start + offs, mask=start + offs < vocab, other=0.0).to(tl.float32)
+                y = _capped(z, height, shift, inv_width, CAP)
+                g = tl.exp((y - top) - rest) * (S * factor) * _slope(y, height, inv_width, CAP)
+                g = tl.where(start + offs < vocab, _clamped(g, limit), 0.0)
+                tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), mask=start + offs < columns)
+        tl.debug_barrier()  # the columns of targets are written after all others
+        same = tl.where(t[:, None] == t[None, :], w[None, :], 0.0)
+        g = (tl.exp((y_t - top) - rest) * S - tl.sum(same, axis=1)) * factor * _slope(y_t, height, inv_width, CAP)
+        g = _clamped(g, limit)
+        tl.store(out_ptr + t, g.to(out_ptr.dtype.element_ty), mask=ks < K)
+
+
+@triton.jit
+def _finish(acc, m, n, out_desc, alpha, ACCUMULATE: tl.constexpr):
+    acc *= alpha
+    if ACCUMULATE:
+        acc += out_desc.load([m, n])
+    out_desc.store([m, n], acc.to(out_desc.dtype))
+
+
+@triton.jit(do_not_specialize=["M", "K"])
+def _gemm_kernel(
+    a_ptr, b_ptr, out_ptr, alpha_ptr, other_alpha_ptr, M, N, K, stride_a, stride_b, stride_out,
+    TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """out (M, N) = or += alpha a b^T with a (M, K), b (N, K), or both TRANSPOSED in memory. Programs take tiles in turn."""
+    PART: tl.constexpr = BLOCK_N // SPLIT
+    if TRANSPOSED:
+        a_desc = tl.make_tensor_descriptor(a_ptr, [K, M], [stride_a, 1], [BLOCK_K, BLOCK_M])
+        b_desc = tl.make_tensor_descriptor(b_ptr, [K, N], [stride_b, 1], [BLOCK_K, BLOCK_N])
+    else:
+        a_desc = tl.make_tensor_descriptor(a_ptr, [M, K], [stride_a, 1], [BLOCK_M, BLOCK_K])
+        b_desc = tl.make_tensor_descriptor(b_ptr, [N, K], [stride_b, 1], [BLOCK_N, BLOCK_K])
+    out_desc = tl.make_tensor_descriptor(out_ptr, [M, N], [stride_out, 1], [BLOCK_M, PART])
+    alpha = 1.0
+    if SCALED:
+        alpha = tl.load(alpha_ptr) * tl.load(other_alpha_ptr)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=False):
+        m, n = (tile // tiles_n) * BLOCK_M, (tile % tiles_n) * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            if TRANSPOSED:
+                acc = tl.dot(a_desc.load([k, m]).T, b_desc.load([k, n]), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(a_desc.load([m, k]), b_desc.load([n, k]).T, acc, input_precision="ieee")
+        if SPLIT == 2:
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART)), (0, 2, 1)))
+            _finish(left, m, n, out_desc, alpha, ACCUMULATE)
+            _finish(right, m, n + PART, out_desc, alpha, ACCUMULATE)
+        else:
+            _finish(acc, m, n, out_desc, alpha, ACCUMULATE)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _transpose_kernel(
+    x_ptr, q_ptr, q_t_ptr, scale_ptr, R, columns_t, C, limit, stride_x, stride_q, stride_t,
+    QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """q_t (C, columns_t) = x (R, C) transposed, and zeros; QUANTISE: both q and q_t hold x / scale in fp8. columns_t is R rounded up
+    to a number that is known to be a multiple of 16, so that stores are wide."""
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offs_c = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = (offs_r < R)[:, None] & (offs_c < C)[None, :]
+    q = tl.load(x_ptr + offs_r[:, None] * stride_x + offs_c[None, :], mask=inside, other=0.0)
+    if QUANTISE:
+        q = _clamped(q.to(tl.float32) / tl.load(scale_ptr), limit).to(q_ptr.dtype.element_ty)
+        tl.store(q_ptr + offs_r[:, None] * stride_q + offs_c[None, :], q, mask=inside)
+    inside_t = (offs_c < C)[:, None] & (offs_r < columns_t)[None, :]
+    tl.store(q_t_ptr + offs_c[:, None] * stride_t + offs_r[None, :], tl.trans(q), mask=inside_t)
+
+
+def _gemm(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    alphas: tuple[Tensor, Tensor] | None = None,
+    *,
+    transposed: bool = False,
+    accumulate: bool = False,
+) -> None:
+    """out (M, N) = or += alpha a b^T; a (M, K), b (N, K), or transposed (K, M), (K, N). Rows may have gaps."""
+    M, N = out.shape
+    K = a.size(0) if transposed else a.size(1)
+    config = _gemm_config(a.dtype, accumulate, capability(a.device))
+    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    allow_descriptors(a.device)
+    _gemm_kernel[(min(num_programs(a.device), tiles),)](
+        a, b, out, *(alphas or (None, None)), M, N, K, a.stride(0), b.stride(0), out.stride(0),
+        TRANSPOSED=transposed, ACCUMULATE=accumulate, SCALED=alphas is not None, **config,
+    )  # fmt: skip
+
+
+def _transpose(x: Tensor, q: Tensor | None, q_t: Tensor, scale: Tensor | None) -> None:
+    R, C = x.shape
+    grid = (triton.cdiv(R, TILE), triton.cdiv(C, TILE))
+    _transpose_kernel[grid](
+        x, q, q_t, scale, R, _up(R), C, E4M3_MAX, x.stride(0), 0 if q is None else q.stride(0), q_t.stride(0),
+        QUANTISE=q is not None, BLOCK=TILE, num_warps=4,
+    )  # fmt: skip
+
+
+# torch ops
+
+
+def _up(n: int) -> int:
+    """A row of so many elements, of which each next one begins at a multiple of 16 bytes in every dtype."""
+    return -(-n // 16) * 16
+
+
+def _rows_apart(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(rows, _up(columns), dtype=dtype)[:, :columns]
+
+
+@torch.library.custom_op("redline::lm_head_loss", mutates_args=())
+def _lm_head_loss(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    softcap: list[float],
+    vocab_size: int,
+    need_grad: bool,
+    q: Tensor | None,
+    q_t: Tensor | None,
+    w_scale: Tensor | None,
+    x_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, losses (M,), dx like x and dw like w but fp32 (of no element without need_grad). softcap: three numbers, or none."""
+    (M, C), V = x.shape, w.size(0)
+    height, shift, width = softcap or (1.0, 0.0, 1.0)
+    x = for_descriptor(x)
+    losses = x.new_empty(M, dtype=torch.float32)
+    dx = x.new_empty((M, C) if need_grad else (0,))
+    dw = x.new_zeros((V, C) if need_grad else (0,), dtype=torch.float32)
+    factor, limit = scale, torch.finfo(x.dtype).max
+    if q is not None:
+        x_scale = amax_scale(x, E4M3_MAX) if x_scale is None else x_scale
+        # the largest gradient there can be, which no value exceeds
+        g_scale = (amax_scale(weights.sum(1), E5M2_MAX) * (height / (4 * width) if softcap else 1.0)).clamp_min(
+            TINY_SCALE
+        )
+        factor, limit = 1 / g_scale, E5M2_MAX
+        g_scale = g_scale * scale
+    rows = min(M, chunk_rows(V, C, x.dtype.itemsize + (0 if q is None else 2)))
+    z_all = _rows_apart(x, rows, V, x.dtype)
+    if q is not None:
+        part_q_all, part_q_t_all = x.new_empty(rows, C, dtype=E4M3), _rows_apart(x, C, rows, E4M3)
+        if need_grad:
+            dz_all, dz_t_all = _rows_apart(x, rows, V, E5M2), _rows_apart(x, V, rows, E5M2)
+    for chunk in chunks(M, rows):
+        part = x[chunk]
+        n = part.size(0)
+        z = dz = z_all[:n]
+        if q is None:
+            torch.mm(part, w.T, out=z)
+        else:
+            part_q, part_q_t = part_q_all[:n], part_q_t_all[:, :n]
+            _transpose(part, part_q, part_q_t, x_scale)
+            _gemm(part_q, q, z, (x_scale, w_scale))
+            dz = dz_all[:n] if need_grad else z
+        config = _row_config(V)
+        _row_kernel[(n,)](
+            z, dz, losses[chunk], targets[chunk], weights[chunk], factor, vocab_size, V, height, shift, 1 / width, limit,
+            z.stride(0), dz.stride(0), K=targets.size(1), TARGETS=triton.next_power_of_2(targets.size(1)),
+            CAP=bool(softcap), GRAD=need_grad, WHOLE=config["BLOCK"] >= V, **config,
+        )  # fmt: skip
+        if not need_grad:
+            continue
+        if q is not None:
+            dz_t = dz_t_all[:, :n]
+            _transpose(dz, None, dz_t, None)
+            _gemm(dz, q_t, dx[chunk], (g_scale, w_scale))
+            _gemm(dz_t, part_q_t, dw, (g_scale, x_scale), accumulate=True)
+        else:
+            torch.mm(dz, w, out=dx[chunk])
+            if x.dtype == torch.float32:
+                dw.addmm_(dz.T, part)
+            else:
+                _gemm(dz, part, dw, transposed=True, accumulate=True)
+    return losses.sum() * scale, losses, dx, dw
+
+
+@_lm_head_loss.register_fake
+def _(x, w, targets, weights, scale, softcap, vocab_size, need_grad, q, q_t, w_scale, x_scale):
+    losses = x.new_empty(x.size(0), dtype=torch.float32)
+    dx, dw = (t.new_empty(t.shape if need_grad else (0,), dtype=d) for t, d in ((x, x.dtype), (w, torch.float32)))
+    return losses.new_empty(()), losses, dx, dw
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, losses, dx, dw = output
+    ctx.mark_non_differentiable(losses, dx, dw)
+    ctx.set_materialize_grads(False)
+    ctx.dtype = inputs[1].dtype
+    ctx.save_for_backward(dx, dw)
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients = (None, None) if dloss is None else _scaled(*ctx.saved_tensors, dloss, ctx.dtype)
+    return *gradients, *(None,) * 10
+
+
+_lm_head_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _lm_head_loss_triton(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    softcap: Softcap | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    ignore_index: int = -1,
+    fp8: Fp8Weight | None = None,
+    x_scale: Tensor | None = None,
+) -> Tensor:
+    given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
+    targets, weights, scale, softcap, reduction, vocab_size, q, w_scale, x_scale = given
+    if why := _limits("triton", (x.size(0), x.size(1), w.size(0)), x.dtype):
+        raise ValueError(f"lm_head_loss: {why}")
+    need_grad = reduction != "none" and torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    cap = [] if softcap is None else list(softcap)
+    q_t = None if fp8 is None else fp8.q_t
+    loss, losses, *_ = _lm_head_loss(
+        x, w, targets, weights.float(), scale.float(), cap, vocab_size, need_grad, q, q_t, w_scale, x_scale
+    )
+    return losses if reduction == "none" else loss
+
+
+def empty_fp8(w: Tensor) -> Fp8Weight:
+    """Room for a copy of w (V, C) in fp8."""
+    q_t = _rows_apart(w, w.size(1), w.size(0), E4M3)
+    return Fp8Weight(w.new_empty(w.shape, dtype=E4M3), q_t, w.new_empty((), dtype=torch.float32))
+
+
+def quantise_weight_ref(w: Tensor, copy: Fp8Weight) -> None:
+    copy.scale.copy_(amax_scale(w, E4M3_MAX))
+    copy.q.copy_(_rounded(w, copy.scale, E4M3))
+    copy.q_t.copy_(copy.q.T)
+
+
+@torch.library.custom_op("redline::quantise_weight", mutates_args=("q", "q_t", "scale"))
+def _quantise_weight(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
+    scale.copy_(amax_scale(w, E4M3_MAX))
+    _transpose(w, q, q_t, scale)
+
+
+# cost
+
+
+def lm_head_loss_cost(
+    shape: tuple[int, int, int], dtype: torch.dtype, form: str = "mean", backward: bool = False
+) -> tuple[int, int]:
+    """(FLOPs, bytes) of the least: one product forward, three with gradients; x, w, targets, weights read, dx, dw written once; the
+    logits need not exist."""
+    M, C, V = shape
+    tensors = (M + V) * C * dtype.itemsize * (2 if backward else 1)
+    return (6 if backward else 2) * M * C * V, tensors + 12 * M
+
+
+# interface
+
+
+def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"takes bfloat16 and float32, not {dtype}"
+    return None if shape[1] % 16 == 0 else f"takes C that is a multiple of 16, not {shape[1]}"
+
+
+def _inputs(make: Any, M: int, C: int, V: int) -> dict[str, Any]:
+    x, w = make(M, C), make(V, C)
+    targets = torch.arange(M, device=x.device) * 7919 % V  # spread over the vocabulary
+    return {"x": x, "w": w, "targets": targets, "softcap": tanh_cap(15.0)}
+
+
+def _fp8_inputs(make: Any, M: int, C: int, V: int) -> dict[str, Any]:
+    args = _inputs(make, M, C, V)
+    copy = empty_fp8(args["w"].detach())
+    if not copy.q.is_meta:
+        quantise_weight_ref(args["w"].detach(), copy)
+    return args | {"fp8": copy}
+
+
+lm_head_loss = Op(
+    "lm_head_loss",
+    dims=("M", "C", "V"),
+    cases={
+        "quickstart": (2048, 128, 4096),
+        "depth 12": (65536, 768, 32768),
+        "width 768": (49152, 768, 50304),
+        "depth 24": (32768, 1536, 32768),
+        "depth 26": (32768, 1664, 32768),
+    },
+    forms={"mean": _inputs, "fp8": _fp8_inputs},
+    cost=lm_head_loss_cost,
+    limits=_limits,
+    ref=lm_head_loss_ref,
+    triton=_lm_head_loss_triton,
+    gradients_in_forward=True,
+)
