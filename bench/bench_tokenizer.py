@@ -60,5 +60,5 @@ ITEMS = [host_item("tokenizer", f"{TEXT_CHARS} characters", "plain Python", ("ti
 
 def test_tokenizer(record):
     row = record()
-    if row["backend"] == "redline":
+    if "speedup" in row and row["backend"] == "redline":
         assert row["speedup"] > 1, row

@@ -4,9 +4,9 @@ Both commits are checked out beside each other (git worktrees) and measured by t
 that take turns: a sample of one, a sample of the other, the order changing. The ratio of an item is the median of the ratios
 within a turn, with its 95 % bounds.
 
-slower    the ratio is above 1 + threshold and its lower bound above 1. Where memory falls differs from process to process, and
-          with it the time of identical code (by up to 1.6x on 2 cores): so this is said of PAIRS pairs of processes, the first
-          and new ones, when all ratios are above 1 and their median is above 1 + threshold
+slower    the ratio is above 1 + threshold. Where memory falls differs from process to process, and with it the time of identical
+          code (by up to 1.6x on 2 cores): so this is said of PAIRS pairs of processes, the first and new ones, when all ratios
+          are above 1 and their median is above 1 + threshold
 faster    the same downwards
 unclear   the bounds reach beyond the threshold after MAX_TURNS turns, or the pairs of processes disagree
 same      the rest
@@ -86,7 +86,7 @@ class Side:
     """A process that measures one checkout."""
 
     def __init__(self, checkout: Path) -> None:
-        env = os.environ | {"PYTHONPATH": str(checkout)}
+        env = os.environ | {"PYTHONPATH": str(checkout), "TMPDIR": str(checkout.parent)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker"],
             cwd=checkout,
@@ -130,15 +130,13 @@ def checkouts(base: str, new: str) -> Iterator[tuple[Path, Path]]:
     with tempfile.TemporaryDirectory(prefix="redline-compare-") as folder:
         paths = []
         try:
-            for name, commit in (("base", base), ("new", new)):
+            for name, commit in (("base", base), ("next", new)):  # of equal length: so are the environments
                 path = Path(folder) / name
                 paths.append(path)
                 git("worktree", "add", "--quiet", "--detach", str(path), "HEAD" if commit == WORKING_TREE else commit)
                 if commit == WORKING_TREE:
-                    for part in (
-                        *git("ls-files").splitlines(),
-                        *git("ls-files", "-o", "--exclude-standard").splitlines(),
-                    ):
+                    listed = git("ls-files", "-z") + "\0" + git("ls-files", "-oz", "--exclude-standard")
+                    for part in filter(None, listed.split("\0")):
                         copy(ROOT / part, path / part)
                 for part in MEASURING:
                     shutil.rmtree(path / part, ignore_errors=True)
@@ -165,12 +163,18 @@ def copy(source: Path, target: Path) -> None:
 
 def compare(item: str, sides: tuple[Side, Side], threshold: float) -> Outcome:
     """One item, which both sides have."""
+    try:
+        return _compare(item, sides, threshold)
+    finally:
+        for side in sides:
+            side.ask("close")
+
+
+def _compare(item: str, sides: tuple[Side, Side], threshold: float) -> Outcome:
     variants = []
     for side, name in zip(sides, ("base", "new")):
         opened, raised = side.ask("open", item)
         if wrong := raised or opened.get("error"):
-            for other in sides:
-                other.ask("close")
             if name == "base":
                 return Outcome(item, "unmeasured", f"in base: {wrong}")
             return Outcome(item, "broken" if raised else "wrong", wrong)
@@ -185,23 +189,20 @@ def compare(item: str, sides: tuple[Side, Side], threshold: float) -> Outcome:
         base, new = (Spread(tuple(taken)) for taken in samples)
         if turn + 1 >= MIN_TURNS and settled(new.over(base), threshold):
             break
-    for side in sides:
-        side.ask("close")
     note = "" if variants[0] == variants[1] else f"{variants[0]} -> {variants[1]}"
     return Outcome(item, verdict(new.over(base), threshold), note, base, new)
 
 
 def agreed(outcomes: Sequence[Outcome], threshold: float, pairs: int) -> Outcome:
-    """One outcome of several pairs of processes, the first of which said slower or faster; unclear until there are `pairs`."""
+    """One outcome of several pairs of processes, the first beyond the threshold; unclear until there are `pairs`."""
     first = outcomes[0]
     ratios = Spread(tuple(o.ratio.median for o in outcomes))
-    slower = first.verdict == "slower"
-    agree = (
-        all((ratio > 1) == slower for ratio in ratios.samples) and verdict_of(ratios.median, threshold) == first.verdict
-    )
+    said = verdict_of(first.ratio.median, threshold)
+    one_side = all((ratio > 1) == (said == "slower") for ratio in ratios.samples)
+    agree = one_side and verdict_of(ratios.median, threshold) == said
     if agree and len(outcomes) == pairs:
         base, new = (Spread(tuple(getattr(o, side).median for o in outcomes)) for side in ("base", "new"))
-        return replace(first, base=base, new=new)
+        return replace(first, verdict=said, base=base, new=new)
     shown = ", ".join(f"{ratio:.3f}" for ratio in ratios.samples)
     return replace(outcomes[-1], verdict="unclear", note=f"pairs of processes disagree: {shown}")
 
@@ -227,7 +228,8 @@ def run(
         for name in in_new:
             outcomes[name] = compare(name, sides, threshold) if name in in_base else Outcome(name, "new", "not in base")
             progress(line(outcomes[name]))
-        found = {name: [o] for name, o in outcomes.items() if o.verdict in ("slower", "faster")}
+        beyond = [o for o in outcomes.values() if o.ratio and verdict_of(o.ratio.median, threshold) != "same"]
+        found = {o.item: [o] for o in beyond}
         for turn in range(1, pairs):
             suspects = [name for name, several in found.items() if len(several) == turn]
             if suspects:
@@ -241,7 +243,7 @@ def run(
                     continue
                 found[name].append(again)
                 outcomes[name] = agreed(found[name], threshold, pairs)
-                if (again.ratio.median > 1) != (found[name][0].verdict == "slower"):
+                if (again.ratio.median > 1) != (found[name][0].ratio.median > 1):
                     found[name] = []  # settled: they disagree
                 progress(line(again))
     return list(outcomes.values())
@@ -274,6 +276,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all outcomes, for programs")
     args = parser.parse_args(argv)
+    try:
+        re.compile(args.only)
+    except re.error as error:
+        raise ValueError(f"--only {args.only}: no regular expression ({error})") from None
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}")
     if args.pairs < 1:
         raise ValueError(f"--pairs is {args.pairs}: expected 1 or more")
     if not 0 < args.threshold < 10:

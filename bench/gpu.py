@@ -4,7 +4,7 @@ In this order, as far as the time goes:
   tests      of each op on the GPU; an op whose tests fail or do not finish gets no numbers
   ops        ours and the reference, at one real shape of each op, forward and backward
   training   steps at depth 12 and 24, our kernels and the reference, both under torch.compile: tokens/s, MFU, memory, share by op
-  ops        every shape, with torch.compile of the reference and the peers that are installed
+  ops        every shape, with torch.compile of the reference and the peers that are installed; ops that have peers first
 Training text is the source of the installed Python packages: nothing is downloaded.
 
 DIR: tests.json, ops.jsonl, train.jsonl (rows for `python -m bench.results --add DIR`, written as they are measured), table.txt,
@@ -14,6 +14,7 @@ something was wrong. `--device cpu` rehearses all of it in small.
 
 # ruff: noqa: E402
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -25,6 +26,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +46,8 @@ if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None
 import torch
 
 from bench import results
-from bench.suite import Item, items, measure, row
+from bench.peers import PEERS
+from bench.suite import Item, Result, items, measure, row
 from core.errors import Stopped, user_errors
 from core.runlog import device_name
 from kernels import dispatch
@@ -89,7 +92,10 @@ class Bench:
 
     def child(self, *args: str, stdout: int | None = None) -> subprocess.Popen:
         """Starts python with these arguments."""
-        process = subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=stdout or self.log, stderr=self.log)
+        env = os.environ | {"TMPDIR": str(self.scratch)}
+        process = subprocess.Popen(
+            [sys.executable, *args], cwd=ROOT, env=env, stdout=stdout or self.log, stderr=self.log
+        )
         self.children.append(process)
         return process
 
@@ -132,21 +138,35 @@ class Bench:
         (self.out / "tests.json").write_text(json.dumps(self.tests, indent=1) + "\n")
 
     def ops(self, chosen: list[Item], variants: list[str] | None) -> None:
+        longest = 0.0
         for item in chosen:
             if self.tests.get(stem_of(dispatch.ops()[item.op])) != PASSED:
                 continue
-            if self.left() < ITEM_S:
+            if self.left() < max(ITEM_S, longest):
                 self.missing.append(f"{item} ({', '.join(variants or item.variants)})")
                 continue
+            start = time.monotonic()
+            try:
+                measured = measure(item, variants, seconds=SECONDS)
+            except Stopped:
+                raise
+            except Exception as error:  # out of memory, say: it is told, and the others are measured
+                self.log.write(traceback.format_exc().encode())
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                measured = {name: Result(error=reason) for name, absent in item.variants.items() if not absent}
             entries = [
                 row(item, name, result, results.roofline_of(item), results.facts())
-                for name, result in measure(item, variants, seconds=SECONDS).items()
+                for name, result in measured.items()
                 if not result.absent
             ]
+            longest = max(longest, time.monotonic() - start)
             self.rows += entries
             self.add("ops.jsonl", entries)
 
     def train(self) -> None:
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()  # the processes that train have the GPU to themselves
         text = self.scratch / "packages.jsonl"
         written = write_text(text)
         self.say(f"training text: {written >> 20} MiB of installed packages")
@@ -166,8 +186,11 @@ class Bench:
                     output, _ = process.communicate(timeout=seconds)
                     why = process.returncode and f"ended with status {process.returncode}, see log.txt"
                 except subprocess.TimeoutExpired:
-                    why = f"did not finish within {seconds:.0f} s"
                     self.kill()
+                    self.missing.append(
+                        f"training at depth {depth}, --kernels {kernels}: not done within {seconds:.0f} s"
+                    )
+                    continue
                 failed = {"depth": depth, "kernels": kernels, "error": why, **results.facts()}
                 self.trained.append(failed if why else json.loads(output))
                 self.add("train.jsonl", self.trained[-1:])
@@ -181,7 +204,8 @@ class Bench:
     def table(self) -> str:
         lines = [f"{results.facts()['device']}, commit {results.facts()['commit']}", ""]
         lines += [f"tests of {stem}: {outcome}" for stem, outcome in self.tests.items()]
-        lines += ["", *results.console(results.newest(self.rows)), ""]
+        rows = sorted(results.newest(self.rows), key=lambda row: [row[key] for key in results.KEY[:5]])
+        lines += ["", *results.console(rows), ""]
         for entry in self.trained:
             lines += training_lines(entry)
         lines += [f"not measured: {name}" for name in self.missing]
@@ -270,7 +294,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no GPU here that torch can use: --device cpu rehearses")
-    if args.minutes * 60 <= 2 * RESERVE_S:
+    if not args.minutes * 60 > 2 * RESERVE_S:
         raise ValueError(f"--minutes is {args.minutes}: expected more than {2 * RESERVE_S / 60:.2g}")
     if args.commit:
         results.set_commit(args.commit)
@@ -284,14 +308,21 @@ def main(argv: list[str]) -> int:
     bench = Bench(args.minutes, args.out, args.device)
     try:
         on_signals(stop)
-        bench.say(f"{device_name(torch.device(args.device))}, {args.minutes:g} minutes")
+        commit = results.facts()["commit"]
+        clean = commit is not None and "+" not in commit
+        note = (
+            ""
+            if clean
+            else f"; code at {commit}, whose results cannot be stored (commit first; outside of git, --commit)"
+        )
+        bench.say(f"{device_name(torch.device(args.device))}, {args.minutes:g} minutes{note}")
         everything = [item for item in items() if item.op in dispatch.ops()]
         first = [item for item in everything if item.case in FIRST_CASES or args.device == "cpu"]
         bench.test()
         bench.ops(first, list(OURS_AND_REFERENCE))
         bench.say(f"{len(bench.rows)} rows of ops")
         bench.train()
-        bench.ops(everything, None)
+        bench.ops(sorted(everything, key=lambda item: (item.op not in PEERS, item not in first)), None)
     finally:
         on_signals(signal.SIG_IGN)  # a second one must not cost the table
         bench.close()

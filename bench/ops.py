@@ -8,7 +8,7 @@ precision has a bound of its own, which its row states.
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,13 +20,16 @@ from bench.suite import Item
 from bench.timing import GraphSampler, HostSampler, Sampler
 from core.optim import join_master
 from kernels.dispatch import BACKENDS, Device, Op
-from tests.harness import FACTOR, TINY, error, named
+from tests.harness import FACTOR, TINY, error, named, poisoned_allocations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICKSTART = "quickstart"
 COMPILED = "torch.compile"
 COLD_BYTES = 2**28  # of the input sets together: several times an L2 cache
 MAX_SETS = 256
+KERNELS = ("triton", "cuda")
+OTHER_SEED = 2**20  # of the numbers of the second check
+ROW_FACTOR = 4.0  # by which the worst row may be worse than the reference's worst
 FEW = 64  # numbers of an output: their mean error says little, so they may be off by one rounding
 
 
@@ -91,15 +94,16 @@ def _open(
 ) -> Iterator["OpPrograms"]:
     # what torch.compile saves for backward must outlive the first of several
     with functorch_config.patch(donated_buffer=False):
-        if DEVICE == "cpu":
-            yield OpPrograms(op, shape, form, dtype, backward, peers)
-        else:
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):  # a graph's backward is captured on the stream that forward ran on
+        try:
+            if DEVICE == "cpu":
                 yield OpPrograms(op, shape, form, dtype, backward, peers)
-                stream.synchronize()
-            torch.cuda.empty_cache()
-    torch.compiler.reset()
+            else:
+                stream = torch.cuda.Stream()
+                with torch.cuda.stream(stream):  # a graph's backward is captured on the stream that forward ran on
+                    yield OpPrograms(op, shape, form, dtype, backward, peers)
+                    stream.synchronize()
+        finally:
+            torch.compiler.reset()
 
 
 class OpPrograms:
@@ -116,6 +120,8 @@ class OpPrograms:
             size = sum(t.nbytes for t in self._sets[0].values() if isinstance(t, Tensor))
             sets = min(MAX_SETS, max(2, -(-COLD_BYTES // size)))
             self._sets += [inputs(seed) for seed in range(1, sets)]
+        self._checked = (self._sets[0], inputs(OTHER_SEED))
+        self._known: dict[int, tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]] = {}
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def _function(self, variant: str) -> Callable[..., Any]:
@@ -132,30 +138,54 @@ class OpPrograms:
     # check
 
     def check(self, variant: str) -> str | None:
+        """Twice, on different numbers in different memory: with gradients, then forward alone as it is timed."""
+        for i, with_gradients in enumerate((True, False)):
+            if error := self._check(variant, i, with_gradients):
+                return error
+        return None
+
+    def _check(self, variant: str, i: int, with_gradients: bool) -> str | None:
         bound = self._peers[variant].bound if variant in self._peers else None
-        got = results(self._function(variant), copied(self._sets[0]))
-        want, like = self._oracle
+        want, like, row_errors = self._oracles(i, with_gradients)
+        inputs = copied(self._checked[i])
+        before = copied(inputs, shift=0.0)
+        # what a kernel leaves unwritten is NaN; compiled code has no such allocations
+        with poisoned_allocations() if variant in KERNELS else nullcontext():
+            got = results(self._function(variant), inputs, with_gradients)
         if missing := want.keys() ^ got.keys():
             return f"{sorted(missing)} of {sorted(want)} differ from what the reference returns"
         for name, t in want.items():
+            like_t, off = like[name], None
+            if got[name].shape != like_t.shape or got[name].dtype != like_t.dtype:
+                return f"{name} is {tuple(got[name].shape)} {got[name].dtype}, not {tuple(like_t.shape)} {like_t.dtype}"
             n = max(1, t.numel())
-            floor = torch.finfo(got[name].dtype).eps if n < FEW else TINY
-            limit = bound or (FACTOR * like[name] + floor) * (1 + 3 / n**0.5)
+            floor = torch.finfo(like_t.dtype).eps if n < FEW else TINY
+            theirs = error(like_t, t)
+            limit = bound or (FACTOR * theirs + floor) * (1 + 3 / n**0.5)
             if not (off := error(got[name], t)) <= limit:
-                return f"{name} is off by {off:.2e}; allowed {limit:.2e}, PyTorch in the same dtype {like[name]:.2e}"
+                return f"{name} is off by {off:.2e}; allowed {limit:.2e}, PyTorch in the same dtype {theirs:.2e}"
+            limit = ROW_FACTOR * (bound or row_errors[name] + floor)
+            if not (off := worst_row(got[name], t)) <= limit:
+                return f"a row of {name} is off by {off:.2e} of the mean; allowed {limit:.2e}"
+        if has_gradients(self._op, self._form):
+            changed = [k for k, t in inputs.items() if isinstance(t, Tensor) and not torch.equal(t.detach(), before[k])]
+            if changed:
+                return f"changes its inputs: {', '.join(changed)}"
         return None
 
-    @functools.cached_property
-    def _oracle(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Results in float64, and the errors of the reference in its own dtype."""
-        reference = self._op.backends["ref"]
-        want = results(reference, copied(self._sets[0], wide=True))
-        like = results(reference, copied(self._sets[0]))
-        return want, {name: error(t, want[name]) for name, t in like.items()}
+    def _oracles(self, i: int, with_gradients: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+        """Results in float64, those of the reference in its own dtype, and the errors of its worst rows."""
+        if i not in self._known:
+            reference = self._op.backends["ref"]
+            want = results(reference, copied(self._checked[i], wide=True), with_gradients)
+            like = results(reference, copied(self._checked[i]), with_gradients)
+            self._known[i] = want, like, {name: worst_row(t, want[name]) for name, t in like.items()}
+        return self._known[i]
 
     # time
 
     def sampler(self, variant: str) -> Sampler:
+        self._known.clear()  # all are checked by now, and float64 is large
         function = self._function(variant)
         calls = [self._call(function, inputs) for inputs in self._sets]
         return HostSampler(calls[0]) if DEVICE == "cpu" else GraphSampler(calls, torch.cuda.current_stream())
@@ -175,14 +205,14 @@ class OpPrograms:
         return forward
 
 
-def copied(inputs: dict[str, Any], *, wide: bool = False) -> dict[str, Any]:
+def copied(inputs: dict[str, Any], *, wide: bool = False, shift: float = 0.5) -> dict[str, Any]:
     """Inputs of the check in memory of their own: those that get gradients with a mean of a half, so that a sum over all of them
     is not what rounding left of a cancellation. wide: in float64, a weight of two halves as one number."""
 
     def copy(t: Any) -> Any:
         if not isinstance(t, Tensor):
             return t
-        copy = t.detach() + 0.5 if t.requires_grad else t.detach().clone()
+        copy = t.detach() + shift if t.requires_grad and shift else t.detach().clone()
         if wide and t.is_floating_point():
             copy = copy.double()
         return copy.requires_grad_(t.requires_grad)
@@ -193,20 +223,35 @@ def copied(inputs: dict[str, Any], *, wide: bool = False) -> dict[str, Any]:
     return own
 
 
-def results(function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
+def worst_row(got: Tensor, want: Tensor) -> float:
+    """Largest root mean square of a row's difference, over that of all that is wanted."""
+    if not want.numel() or want.dim() == 0:
+        return 0.0
+    difference = (got.to(want.dtype) - want).square().mean(-1).sqrt()
+    worst = difference.nan_to_num(nan=torch.inf).max().item()
+    return worst / (want.square().mean().sqrt().item() or 1.0)
+
+
+def results(function: Callable[..., Any], inputs: dict[str, Any], with_gradients: bool = True) -> dict[str, Tensor]:
     """Outputs by name, then gradients for upstream gradients that are not one, or what an op without gradients made of its
     inputs."""
-    outputs = _outputs(function(**inputs))
+    with torch.set_grad_enabled(with_gradients):
+        outputs = _outputs(function(**inputs))
     found = {name: t.detach() for name, t in outputs.items()}
-    heads = {name: t for name, t in outputs.items() if t.requires_grad}
+    heads = {name: t for name, t in outputs.items() if t.requires_grad and with_gradients}
     if heads:
         generator = torch.Generator(DEVICE).manual_seed(1)
         # the same numbers whatever the dtype of the output
         upstream = [0.5 + torch.randn(t.shape, generator=generator, device=DEVICE).bfloat16() for t in heads.values()]
         upstream = [g.to(t.dtype) for g, t in zip(upstream, heads.values())]
         leaves = {name: t for name, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
+        given = [g.clone() for g in upstream]
         gradients = torch.autograd.grad(list(heads.values()), list(leaves.values()), upstream)
+        if not all(map(torch.equal, given, upstream)):
+            raise ValueError("changes the gradients that backward is given")
         return found | {f"d{name}": g for name, g in zip(leaves, gradients)}
+    if _leaves(inputs):
+        return found
     found |= {name: t for name, t in inputs.items() if isinstance(t, Tensor) and t.is_floating_point()}
     if inputs.get("low") is not None:
         found["p"] = join_master(inputs["p"], inputs["low"])

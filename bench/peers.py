@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FP8_ERROR = 0.08  # relative RMS: two operands rounded to three bits of mantissa, and what follows from them
+FP8_ERROR = 0.03  # relative RMS: on a CPU, emulated, it is 0.012 for dx and less for the others
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ def facts() -> dict[str, Any]:
 
 
 def set_commit(commit: str) -> None:
-    """Names the code of this process, which lies outside of its git checkout."""
+    """Names the code of this process, which lies outside of its git checkout. ValueError inside of one."""
+    if git_state():
+        raise ValueError(f"--commit {commit}: git says which commit this is; leave it away")
     os.environ[COMMIT_VARIABLE] = commit  # for processes that this one starts, too
     facts.cache_clear()
 
@@ -57,9 +59,10 @@ def refuse_changed_checkout(commit: str | None) -> None:
 
 
 def roofline_of(item: Item) -> roofline.Roofline | None:
-    if item.work is None:
+    """Of a GPU: what a CPU works on lies in its caches, whose speed a large copy does not measure."""
+    if item.work is None or not torch.cuda.is_available():
         return None
-    return roofline.measured("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, item.dtype))
+    return roofline.measured("cuda", getattr(torch, item.dtype))
 
 
 def folder(device: str) -> Path:
@@ -67,13 +70,15 @@ def folder(device: str) -> Path:
 
 
 def store(rows: Sequence[Row], name: str = "ops") -> Path:
-    """Appends rows of one device, and draws its table and plots again."""
+    """Appends those rows of one device that are not there, and draws its table and plots again."""
     for row in rows:
         refuse_changed_checkout(row["commit"])
     where = folder(rows[0]["device"])
     where.mkdir(parents=True, exist_ok=True)
     path = where / f"{name}.jsonl"
     old = path.read_text() if path.exists() else ""
+    there = load(path)
+    rows = [row for row in rows if row not in there]
     tmp = path.with_name(f".{path.name}.tmp")
     tmp.write_text(old + "".join(json.dumps(row) + "\n" for row in rows))
     os.replace(tmp, path)
@@ -86,8 +91,8 @@ def load(path: Path) -> list[Row]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each item and backend."""
-    return list({tuple(row[key] for key in KEY): row for row in rows}.values())
+    """The last row of each item and backend, or of each kind of training run."""
+    return list({tuple(row.get(key) for key in (*KEY, *TRAIN_COLUMNS[1:5])): row for row in rows}.values())
 
 
 COLUMNS = (
@@ -157,7 +162,7 @@ def draw(where: Path) -> None:
         "",
     ]
     if trained:
-        text += ["## Training steps", "", *markdown(TRAIN_COLUMNS, map(train_cells, trained)), ""]
+        text += ["## Training steps", "", *markdown(TRAIN_COLUMNS, map(train_cells, newest(trained))), ""]
     if rows:
         text += [
             "## Ops",

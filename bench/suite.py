@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import bench
 from bench.roofline import Roofline
 from bench.timing import HostSampler, Sampler, Spread, interleave
+from core.errors import Stopped
 
 
 class Programs(Protocol):
@@ -91,7 +92,7 @@ def measure(item: Item, variants: list[str] | None = None, *, seconds: float) ->
                     results[name] = Result(error=outcome)
                 else:
                     samplers[name] = outcome
-        spreads = interleave(samplers, seconds=seconds)
+        spreads = interleave(samplers, seconds=seconds) if samplers else {}
     base = spreads.get(item.baseline)
     for name, spread in spreads.items():
         results[name] = Result(seconds=spread, over_baseline=base and base.over(spread))
@@ -102,6 +103,8 @@ def _or_raised(step: Callable[[str], Any], variant: str) -> Any:
     """What the step returns, or what it raised in a sentence: a library that breaks takes no number from the others."""
     try:
         return step(variant)
+    except (Stopped, MemoryError):
+        raise
     except Exception as error:
         traceback.print_exc()
         return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -24,6 +24,7 @@ MIN_SAMPLE_S = 0.02  # of a CPU's sample
 MIN_REPLAY_S = 0.002  # of a GPU's: a replay is launched within microseconds
 MIN_ROUNDS, MAX_ROUNDS = 9, 200
 CONFIDENCE = 0.95
+MAX_NODES = 1000  # calls in a graph: a larger one takes longer to launch than the flush before it
 FLUSH_BYTES = 2**28  # more than any L2 cache, and about 100 us of writing
 
 Sampler = Callable[[], float]  # takes one sample: seconds per call
@@ -77,29 +78,31 @@ class GraphSampler:
     """Samples of calls on a GPU, one call for each set of inputs, captured in a CUDA graph on `stream`."""
 
     def __init__(self, calls: Sequence[Callable[[], object]], stream: torch.cuda.Stream) -> None:
+        self._keep = list(calls)  # a replay reads what they own by its address
         self._stream = stream
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(stream):
             self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-            self._run(calls)  # compiles
-            start, passes = time.perf_counter(), 0
-            while passes == 0 or time.perf_counter() - start < WARMUP_S:
-                self._run(calls)
-                passes += 1
-            seconds = (time.perf_counter() - start) / passes
-        repeats = math.ceil(MIN_REPLAY_S / seconds)
-        self._calls = repeats * len(calls)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            for _ in range(repeats):
+            end = None
+            while end is None or time.perf_counter() < end:
                 for call in calls:
                     call()
+                stream.synchronize()
+                end = end or time.perf_counter() + WARMUP_S  # the first pass compiles
+        self._capture(1)
         self()
+        repeats = math.ceil(MIN_REPLAY_S / max(self() * len(calls), 1e-7))
+        if repeats > 1:
+            self._capture(min(repeats, -(-MAX_NODES // len(calls))))
+            self()
 
-    def _run(self, calls: Sequence[Callable[[], object]]) -> None:
-        for call in calls:
-            call()
-        self._stream.synchronize()
+    def _capture(self, repeats: int) -> None:
+        self._calls = repeats * len(self._keep)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=self._stream):
+            for _ in range(repeats):
+                for call in self._keep:
+                    call()
 
     def __call__(self) -> float:
         with torch.cuda.stream(self._stream):

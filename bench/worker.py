@@ -5,8 +5,10 @@ A line of JSON in, a line of JSON out: {"items": null} -> names, {"open": name} 
 """
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any
@@ -41,6 +43,8 @@ class Worker:
 
 
 def main() -> None:
+    PR_SET_PDEATHSIG = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # stopped, it could not end with the side that asks
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     distributed.keep_freed_memory()

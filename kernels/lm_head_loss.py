@@ -41,7 +41,7 @@ EXTRA_BYTES = 2**29
 SMALL_BYTES = 2**25  # of them for all that grows with rows alone, or columns alone
 REFERENCE_COPIES = 5  # of a chunk in fp32 that the reference has at a time
 CACHED_LOGITS = 2**20  # of a chunk on a CPU: 4 MiB stay in its caches
-ROW_IN_REGISTERS = 32768  # columns
+ROW_IN_REGISTERS = 16384  # columns
 TILE = 64  # rows and columns that are transposed at a time
 MAX_TARGETS = 16
 REDUCTIONS = ("mean", "sum", "none")
@@ -265,12 +265,13 @@ def softcapped_logits(x: Tensor, w: Tensor, softcap: Softcap | None, vocab_size:
 
 
 def _row_config(V: int) -> dict[str, int]:
-    """Columns of a tile and warps. Up to 32768 columns a row stays in registers (64 of them, none spilled); a longer one is read
-    twice, the second time out of the L2 cache. Not measured on a GPU yet."""
+    """Columns of a tile and warps. Up to ROW_IN_REGISTERS columns a row stays in registers; a longer one is read from memory once,
+    tile by tile, and once more out of the caches (twice as many columns in registers spill with Triton 3.6). Not measured on a GPU
+    yet."""
     if V <= ROW_IN_REGISTERS:
         block = max(16, triton.next_power_of_2(V))
         return {"BLOCK": block, "num_warps": min(32, max(1, block // 1024))}
-    return {"BLOCK": 8192, "num_warps": 8}
+    return {"BLOCK": 4096, "num_warps": 8}
 
 
 def _gemm_config(dtype: torch.dtype, accumulate: bool, arch: tuple[int, int]) -> dict[str, int]:
@@ -315,7 +316,7 @@ def _row_kernel(
     K: tl.constexpr, TARGETS: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss of a row, and its gradient times a factor: in the place of the logits, or elsewhere in another type. Columns from
-    vocab on are no part of the softmax and get the gradient 0."""
+    vocab on are no part of the softmax and get the gradient 0. Gradients beside those of targets cannot exceed the limit."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_z
     out_ptr += row * stride_out
@@ -325,7 +326,8 @@ def _row_kernel(
         z = tl.load(z_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         y = tl.where(inside, _capped(z, height, shift, inv_width, CAP), float("-inf"))
         top = tl.max(y, axis=0)
-        total = tl.sum(tl.exp(y - top), axis=0)
+        y -= top  # of all that a row is, this alone stays in registers
+        total = tl.sum(tl.exp(y), axis=0)
     else:
         tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
         totals = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -347,9 +349,9 @@ def _row_kernel(
         factor = tl.load(factor_ptr)
         S = tl.sum(w, axis=0)
         if WHOLE:
-            g = tl.exp((y - top) - rest) * (S * factor) * _slope(y, height, inv_width, CAP)
-            g = tl.where(inside, _clamped(g, limit), 0.0)
             tl.debug_barrier()  # every thread has read the logits of the targets
+            g = tl.exp(y - rest) * (S * factor) * _slope(y + top, height, inv_width, CAP)
+            g = tl.where(offs < vocab, g, 0.0)
             tl.store(out_ptr + offs, g.to(out_ptr.dtype.element_ty), mask=offs < columns)
         else:
             tl.debug_barrier()
@@ -357,7 +359,7 @@ def _row_kernel(
                 z = tl.load(z_ptr + start + offs, mask=start + offs < vocab, other=0.0).to(tl.float32)
                 y = _capped(z, height, shift, inv_width, CAP)
                 g = tl.exp((y - top) - rest) * (S * factor) * _slope(y, height, inv_width, CAP)
-                g = tl.where(start + offs < vocab, _clamped(g, limit), 0.0)
+                g = tl.where(start + offs < vocab, g, 0.0)
                 tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), mask=start + offs < columns)
         tl.debug_barrier()  # the columns of targets are written after all others
         same = tl.where(t[:, None] == t[None, :], w[None, :], 0.0)

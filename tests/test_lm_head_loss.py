@@ -131,7 +131,7 @@ def test_vocabularies(V, padded):
 def test_a_row_that_no_program_can_hold(cap, monkeypatch):
     """Read twice, tile by tile."""
     monkeypatch.setattr(module, "ROW_IN_REGISTERS", 256)
-    args = case(M=9, V=17_000, padded=17_008, C=16, ignored=1)
+    args = case(M=9, V=9_000, padded=9_008, C=16, ignored=1)
     check(args, softcap=CAPS[cap])
     check({**args, "x": args["x"].bfloat16(), "w": args["w"].bfloat16()}, softcap=CAPS[cap])
 
@@ -467,16 +467,14 @@ def test_the_fp8_loss_curve_follows_fp32():
 
 MUTATIONS = {
     "padded columns count": {"        inside = offs < vocab\n": "        inside = offs < columns\n"},
-    "the gradient of padded columns stays": {"g = tl.where(inside, _clamped(g, limit), 0.0)": "g = _clamped(g, limit)"},
+    "the gradient of padded columns stays": {"g = tl.where(offs < vocab, g, 0.0)": "g = g"},
     "no target": {" * S - tl.sum(same, axis=1)": " * S"},
     "the last of equal targets only": {"t[:, None] == t[None, :]": "(t[:, None] == t[None, :]) & (ks[:, None] == ks[None, :])"},
     "weights are ones in the gradient": {"S = tl.sum(w, axis=0)": "S = tl.sum(tl.where(w == 0.0, 0.0, 1.0), axis=0)"},
     "weights are ones in the loss": {"w * (rest - (y_t - top))": "(rest - (y_t - top))"},
     "the softcap has no slope": {"slope = y * inv_width * (1.0 - y / height)": "slope = 1.0"},
     "the shift is left out": {"-(z + shift) * inv_width": "-z * inv_width"},
-    "the largest number is not taken off": {
-        "total = tl.sum(tl.exp(y - top), axis=0)": "total = tl.sum(tl.exp(y), axis=0)", "rest = tl.log(total)": "rest = tl.log(total) - top"
-    },
+    "the largest number is not taken off": {"top = tl.max(y, axis=0)\n        y -= top": "top = 0.0\n        y -= top"},
     "chunks overwrite dw": {"        acc += out_desc.load([m, n])": "        acc += 0.0"},
     "the sum goes on in the next tile": {
         "        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n        for k": "        for k",
