@@ -175,7 +175,7 @@ def build(cfg: Config, world: World, dtype: torch.dtype, out: Path, started: flo
     # model and optimizer
     torch.manual_seed(cfg.seed)
     with world.device:
-        model = GPT(model_cfg, backends, plan.device_batch_size)
+        model = GPT(model_cfg, backends, plan.device_batch_size, fp8_head=cfg.fp8_head)
     model.init_weights(cfg.seed)
     optimizer = Optimizer(
         model,
@@ -308,6 +308,7 @@ def warm_up(run: Run) -> None:
     tokens = torch.zeros((run.plan.device_batch_size, run.plan.seq_len), dtype=torch.int64, device=run.world.device)
     try:
         run.model.prepare_attention()
+        run.model.refresh()
         run.forward(tokens, tokens).backward()
         run.gradients.zero()
     except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -377,6 +378,7 @@ def due(every: int | None, step: int) -> bool:
 
 def train_step(run: Run, step: int) -> None:
     inputs, targets = run.loader.next_step()  # each (micro-steps, B, T)
+    run.model.refresh()
     loss_sum = torch.zeros((), device=run.world.device)
     for micro_inputs, micro_targets in zip(inputs, targets):
         loss = run.forward(micro_inputs, micro_targets) / run.plan.grad_accum_steps

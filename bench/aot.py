@@ -33,11 +33,13 @@ MAIN = 90  # the capability that everything is compiled for
 LEAST = {
     ("rms_norm", "mix_fp8"): 89,
     ("lm_head_loss", "fp8"): 89,
+    ("quantise_weight", "plain"): 89,
 }  # form of an op: least capability, Triton has no e4m3 below
 TENSOR = re.compile(r"(UTC)?[BDHIOQ]G?MMA")  # Ampere and sm_120 HMMA, QMMA; sm_90 HGMMA, QGMMA; sm_100 UTCHMMA, UTCQMMA
 BULK = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED")
 ACCESSES = ("LDG", "LDGSTS", "STG")  # .E.128 is counted beside them, for 16 bytes or more
-OTHERS = ("USETMAXREG", "LDL", "STL", "BAR")
+ATOMICS = ("ATOM", "ATOMG", "RED", "REDG")
+OTHERS = ("USETMAXREG", "LDL", "STL", "BAR", *ATOMICS)
 
 
 def environment() -> dict[str, str]:

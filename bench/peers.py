@@ -1,7 +1,7 @@
 """Other libraries' kernels for the same work, measured beside ours where they are installed; what is not is listed as absent.
 
 Each is wrapped to take an op's inputs and return its outputs. A library's gain of RMSNorm is left out, or ones without a gradient
-where it cannot be.
+where it cannot be. QuACK's linear cross-entropy has no softcap: it is no peer of lm_head_loss.
 """
 
 import importlib.util
@@ -75,10 +75,23 @@ def _torchao_mlp(form: str, inputs: dict[str, Any]) -> Callable[..., Any]:
     return call
 
 
+def _liger_lm_head_loss(form: str, inputs: dict[str, Any]) -> Callable[..., Any]:
+    """Chunks of rows in Triton between cuBLAS's products; sums over chunks in fp32, as ours."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    cap = inputs["softcap"].height / 2
+
+    def call(x: Tensor, w: Tensor, targets: Tensor, softcap: Any) -> Tensor:
+        return liger_fused_linear_cross_entropy(x, w, targets, ignore_index=-1, softcap=cap, accum_dtype=torch.float32)
+
+    return call
+
+
 PEERS: dict[str, dict[str, Peer]] = {
     "rms_norm": {
         "liger": Peer("liger_kernel", "liger-kernel", ("plain", "add"), _liger_rms_norm),
         "quack": Peer("quack", "quack-kernels", ("plain", "add"), _quack_rms_norm),
     },
+    "lm_head_loss": {"liger": Peer("liger_kernel", "liger-kernel", ("mean",), _liger_lm_head_loss)},
     "relu2_mlp": {"torchao fp8": Peer("torchao", "torchao", ("plain",), _torchao_mlp, bound=FP8_ERROR)},
 }

@@ -1,7 +1,7 @@
 """What the compiled kernels cost, without a GPU: `python -m bench.static [--check | --update --reason TEXT] [--ops OP ...]`.
 
-Prints registers, spills, shared memory, occupancy, tensor-core and bulk-copy instructions, wide (16 bytes or more) and narrow
-global accesses, barriers, local accesses and the length of the innermost loop of every Triton kernel at its real configs, for
+Prints launches, registers, spills, shared memory, occupancy, tensor-core and bulk-copy instructions, wide (16 bytes or more) and
+narrow global accesses, atomics, barriers, local accesses and the length of the innermost loop of every Triton kernel at its real configs, for
 sm_90 in all cases and for other GPUs in one case an op, and of csrc/*.cu where nvcc is; and the time an H100 needs at least.
 
 --check   compares with bench/static/triton-VERSION.json: exit status 1 when a counter of HARD is worse, a kernel is new or gone,
@@ -42,7 +42,7 @@ PEAK_BYTES = HBM["H100"]
 HARD = {
     "spill_bytes": True, "local_loads": True, "local_stores": True, "serialized": True, "tensor": False, "bulk": False,
     "occupancy": False, "wide_loads": False, "narrow_loads": True, "wide_stores": False, "narrow_stores": True,
-    "shared_bytes": True,
+    "shared_bytes": True, "atomics": True, "launches": True,
 }  # fmt: skip
 KINDS = ("broken", "gone", "worse", "new", "better", "moved", "time")  # of changes, the worst first
 FAILING = KINDS[:4]
@@ -181,6 +181,7 @@ def row(kernel: Row) -> Row:
     made |= {"warps": warps, "serialized": int(kernel["serialized"]), **tensor, **bulk}
     made |= {"wide_loads": wide_loads, "narrow_loads": loads - wide_loads}
     made |= {"wide_stores": wide_stores, "narrow_stores": stores - wide_stores, "barriers": counts.get("BAR", 0)}
+    made |= {"atomics": sum(counts.get(name, 0) for name in aot.ATOMICS)}
     made |= {"local_loads": counts.get("LDL", 0), "local_stores": counts.get("STL", 0)}
     if warps:
         capability, shared = kernel["capability"], kernel["shared_bytes"]
@@ -199,7 +200,10 @@ def table(kernels: Sequence[Row]) -> dict[str, Row]:
         known = variants.setdefault(key, [])
         if k["variant"] not in known:
             known.append(k["variant"])
-            rows[f"{key} #{len(known)}" if len(known) > 1 else key] = row(k)
+        number = known.index(k["variant"])
+        name = f"{key} #{number + 1}" if number else key
+        launches = rows[name]["launches"] + 1 if name in rows else 1
+        rows[name] = row(k) | {"launches": launches}
     return dict(sorted(rows.items()))
 
 
@@ -211,9 +215,10 @@ def roofline(kernels: Sequence[Row]) -> dict[str, Row]:
         if k["capability"] != aot.MAIN or k["op"] not in dispatch.ops():
             continue
         op, dtype = dispatch.ops()[k["op"]], getattr(torch, k["dtype"])
-        flops, nbytes = op.cost(op.cases[k["case"]], dtype, k["form"], k["backward"])
+        backward = k["backward"] or op.gradients_in_forward
+        flops, nbytes = op.cost(op.cases[k["case"]], dtype, k["form"], backward)
         products, memory = flops / PEAK_FLOPS[dtype], nbytes / PEAK_BYTES
-        direction = "backward" if k["backward"] else "forward"
+        direction = "backward" if backward else "forward"
         us, bound = float(f"{1e6 * max(products, memory):.4g}"), "flops" if products > memory else "memory"
         rows[f"{op.name} / {k['case']} / {k['form']} / {k['dtype']} / {direction}"] = {"us": us, "bound": bound}
     return dict(sorted(rows.items()))

@@ -131,6 +131,8 @@ class Config:
     """Where to run; unset: cuda if there is one."""
     precision: Literal["fp32", "bf16"] | None = None
     """Compute type; unset: bf16 on GPUs that have it, else fp32."""
+    fp8_head: bool = False
+    """Train the output projection in fp8 (GPUs of capability 8.9 and newer; on a CPU its roundings are computed, slowly)."""
     kernels: str = "auto"
     """Backend of the ops: auto, ref, triton, cuda, or op=backend pairs separated by commas."""
     compile: Annotated[bool | None, tyro.conf.arg(constructor=bool)] = None

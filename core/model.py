@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from core.config import ModelConfig
 from kernels.dispatch import Backends
-from kernels.lm_head_loss import lm_head_loss, softcapped_logits, tanh_cap
+from kernels.lm_head_loss import Fp8Weight, empty_fp8, lm_head_loss, quantise_weight, softcapped_logits, tanh_cap
 from kernels.relu2_mlp import relu2_mlp
 from kernels.rms_norm import rms_norm
 from kernels.rope_qk_norm import rope_qk_norm
@@ -189,8 +189,11 @@ def _unbind(banks: nn.ParameterList) -> list[Tensor]:
 class GPT(nn.Module):
     """The language model. Build it on the meta device to count, or on a device and call `init_weights`."""
 
-    def __init__(self, cfg: ModelConfig, backends: Backends | None = None, batch_size: int = 1):
-        """backends: of the ops, chosen here for batches of batch_size rows (None: the references)."""
+    def __init__(
+        self, cfg: ModelConfig, backends: Backends | None = None, batch_size: int = 1, *, fp8_head: bool = False
+    ):
+        """backends: of the ops, chosen here for batches of batch_size rows (None: the references). fp8_head: the head's products in
+        fp8 where its loss is trained; call `refresh` after each change of the head."""
         super().__init__()
         self.cfg = cfg
         d = self.dims = dims(cfg)
@@ -217,6 +220,11 @@ class GPT(nn.Module):
         backends = backends or Backends("ref", device=self.wte.device, dtype=self.wte.dtype)
         for name, function in choose_ops(cfg, backends, batch_size).items():
             setattr(self, name, function)
+        if fp8_head:
+            self._quantise = backends.choose(quantise_weight, d.padded_vocab, d.d_model)
+            for name, t in empty_fp8(self.lm_head)._asdict().items():
+                self.register_buffer(f"head_{name}", t, persistent=False)
+        self.fp8_head = fp8_head
         if cfg.rope:
             cos, sin = rope_tables(d.seq_len, d.d_head, self.wte.device)
             self.register_buffer("rope_cos", cos, persistent=False)
@@ -374,7 +382,16 @@ class GPT(nn.Module):
         no part of the softmax, and their gradient is 0.
         """
         options = {"softcap": self.softcap, "reduction": reduction, "vocab_size": self.dims.vocab_size}
+        if self.fp8_head and reduction != "none":
+            options["fp8"] = Fp8Weight(self.head_q, self.head_q_t, self.head_scale)
         return self.lm_head_loss(hidden, self.lm_head, targets, **options)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Makes the head's copy in fp8 anew; once a step, before its forwards. (The optimizer writes past autograd's version counts,
+        so nothing else would tell that the head has changed.)"""
+        if self.fp8_head:
+            self._quantise(self.lm_head.detach(), self.head_q, self.head_q_t, self.head_scale)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """Logits (B, T, V), or with targets (B, T) the loss of all of them."""

@@ -35,9 +35,11 @@ from torch import Tensor
 from kernels.dispatch import Op, capability
 from kernels.tile import allow_descriptors, describe, for_descriptor, has_large_shared_memory, num_programs
 
+FP8_CAPABILITY = (8, 9)
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E4M3_MAX, E5M2_MAX = torch.finfo(E4M3).max, torch.finfo(E5M2).max
 EXTRA_BYTES = 2**29
+CHUNK_MULTIPLE = 128  # rows: a chunk is made of whole tiles
 SMALL_BYTES = 2**25  # of them for all that grows with rows alone, or columns alone
 REFERENCE_COPIES = 5  # of a chunk in fp32 that the reference has at a time
 CACHED_LOGITS = 2**20  # of a chunk on a CPU: 4 MiB stay in its caches
@@ -83,7 +85,7 @@ def amax_scale(t: Tensor, limit: float) -> Tensor:
 def chunk_rows(V: int, C: int, bytes_per_logit: int) -> int:
     """Rows whose logits exist at a time on a GPU, beside dw in fp32."""
     rows = (EXTRA_BYTES - SMALL_BYTES - 4 * V * C) // (bytes_per_logit * V)
-    return max(128, rows // 128 * 128)
+    return max(CHUNK_MULTIPLE, rows // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
 
 
 def reference_rows(V: int, C: int, device_type: str) -> int:
@@ -581,6 +583,8 @@ def _lm_head_loss_triton(
     targets, weights, scale, softcap, reduction, vocab_size, q, w_scale, x_scale = given
     if why := _limits("triton", (x.size(0), x.size(1), w.size(0)), x.dtype):
         raise ValueError(f"lm_head_loss: {why}")
+    if fp8 is not None:
+        _needs_fp8(x.device)
     need_grad = reduction != "none" and torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
     cap = [] if softcap is None else list(softcap)
     q_t = None if fp8 is None else fp8.q_t
@@ -596,16 +600,34 @@ def empty_fp8(w: Tensor) -> Fp8Weight:
     return Fp8Weight(w.new_empty(w.shape, dtype=E4M3), q_t, w.new_empty((), dtype=torch.float32))
 
 
-def quantise_weight_ref(w: Tensor, copy: Fp8Weight) -> None:
-    copy.scale.copy_(amax_scale(w, E4M3_MAX))
-    copy.q.copy_(_rounded(w, copy.scale, E4M3))
-    copy.q_t.copy_(copy.q.T)
+def quantise_weight_ref(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
+    """Fills a copy, as `empty_fp8` makes it, from w."""
+    scale.copy_(amax_scale(w, E4M3_MAX))
+    q.copy_(_rounded(w, scale, E4M3))
+    q_t.copy_(q.T)
 
 
 @torch.library.custom_op("redline::quantise_weight", mutates_args=("q", "q_t", "scale"))
 def _quantise_weight(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
     scale.copy_(amax_scale(w, E4M3_MAX))
     _transpose(w, q, q_t, scale)
+
+
+def _quantise_weight_triton(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
+    if w.dim() != 2 or w.stride(1) != 1 or q.shape != w.shape or q_t.shape != w.shape[::-1]:
+        raise ValueError(
+            f"quantise_weight: w is {describe(w)}, q {describe(q)}, q_t {describe(q_t)}; expected (V, C), (V, C), (C, V)"
+        )
+    _needs_fp8(w.device)
+    _quantise_weight(w, q, q_t, scale)
+
+
+def _needs_fp8(device: torch.device) -> None:
+    if (here := capability(device)) < FP8_CAPABILITY:
+        least, here = (".".join(map(str, version)) for version in (FP8_CAPABILITY, here))
+        raise ValueError(
+            f"lm_head_loss: fp8 needs a GPU of compute capability {least} or newer, not {here}; leave it out"
+        )
 
 
 # cost
@@ -619,6 +641,14 @@ def lm_head_loss_cost(
     M, C, V = shape
     tensors = (M + V) * C * dtype.itemsize * (2 if backward else 1)
     return (6 if backward else 2) * M * C * V, tensors + 12 * M
+
+
+def quantise_weight_cost(
+    shape: tuple[int, int], dtype: torch.dtype, form: str = "plain", backward: bool = False
+) -> tuple[int, int]:
+    """(FLOPs, bytes) of the least: w read once for its largest number and once to be rounded, both copies written."""
+    V, C = shape
+    return 3 * V * C, (2 * dtype.itemsize + 2) * V * C
 
 
 # interface
@@ -640,7 +670,7 @@ def _fp8_inputs(make: Any, M: int, C: int, V: int) -> dict[str, Any]:
     args = _inputs(make, M, C, V)
     copy = empty_fp8(args["w"].detach())
     if not copy.q.is_meta:
-        quantise_weight_ref(args["w"].detach(), copy)
+        quantise_weight_ref(args["w"].detach(), *copy)
     return args | {"fp8": copy}
 
 
@@ -660,4 +690,27 @@ lm_head_loss = Op(
     ref=lm_head_loss_ref,
     triton=_lm_head_loss_triton,
     gradients_in_forward=True,
+)
+
+
+def _quantise_inputs(make: Any, V: int, C: int) -> dict[str, Any]:
+    w = make(V, C).detach()
+    return {"w": w, **empty_fp8(w)._asdict()}
+
+
+quantise_weight = Op(
+    "quantise_weight",
+    dims=("V", "C"),
+    cases={
+        "quickstart": (4096, 128),
+        "width 768": (50304, 768),
+        "depth 12": (32768, 768),
+        "depth 24": (32768, 1536),
+        "depth 26": (32768, 1664),
+    },
+    forms={"plain": _quantise_inputs},
+    cost=quantise_weight_cost,
+    limits=lambda backend, shape, dtype: None if dtype in (torch.bfloat16, torch.float32) else f"takes no {dtype}",
+    ref=quantise_weight_ref,
+    triton=_quantise_weight_triton,
 )

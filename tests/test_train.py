@@ -22,8 +22,10 @@ import train
 from core import checkpoint, schedule
 from core.config import from_dict
 from core.errors import TrainingError, user_errors
+from core.model import GPT
 from core.optim import Optimizer
 from kernels import dispatch
+from kernels.lm_head_loss import empty_fp8, quantise_weight
 
 ROOT = Path(train.__file__).resolve().parent
 
@@ -265,9 +267,49 @@ def test_triton_trains_like_the_reference(tiny, tmp_path, monkeypatch, capsys):
     weights = final_tensors(ref), final_tensors(fast)
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])  # it was another code
     kernels = json.loads((fast / "summary.json").read_text())["kernels"]
-    assert {row["op"] for row in kernels["choices"]} == set(dispatch.ops())
+    assert {row["op"] for row in kernels["choices"]} == set(dispatch.ops()) - {"quantise_weight"}  # of --fp8-head
     assert {row["backend"] for row in kernels["choices"]} == {"triton"}
     assert events(fast, "start")[0]["kernels"] == kernels
+
+
+@pytest.fixture
+def watched_head(monkeypatch):
+    """Every loss that is trained on, in fp8: the copy is that of the head as it is. Counts them."""
+    honest, calls = GPT.loss, []
+
+    def loss(self, hidden, targets, reduction):
+        if reduction != "none" and self.fp8_head:
+            want = empty_fp8(self.lm_head.detach())
+            quantise_weight.backends["ref"](self.lm_head.detach(), *want)
+            for name, t in want._asdict().items():
+                mine = getattr(self, f"head_{name}")
+                assert torch.equal(mine.float(), t.float()), f"stale {name}"
+            calls.append(self.head_scale.item())
+        return honest(self, hidden, targets, reduction)
+
+    monkeypatch.setattr(GPT, "loss", loss)
+    return calls
+
+
+@pytest.mark.parametrize("options", [(), ("--precision", "bf16"), ("--no-untied-head",)], ids=" ".join)
+def test_the_fp8_copy_of_the_head_is_never_stale(tiny, tmp_path, watched_head, options):
+    """After each step, after loading, and in a run that goes on, which ends with the same bits."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run(tiny, straight, "--fp8-head", *options)
+    assert len(set(watched_head)) == 12  # made anew in every step
+    run(tiny, resumed, "--fp8-head", *options)
+    shutil.rmtree(checkpoint.find(resumed))
+    watched_head.clear()
+    train.main(["--resume", str(resumed)])
+    assert len(watched_head) == 4
+    a, b = final_tensors(straight), final_tensors(resumed)
+    assert all(torch.equal(a[name], b[name]) for name in a) and not any("head_q" in name for name in a)
+
+
+def test_an_fp8_head_changes_the_losses_a_little(tiny, tmp_path):
+    exact, rounded = (losses(run(tiny, tmp_path / str(i), *options)) for i, options in enumerate(((), ("--fp8-head",))))
+    apart = [abs(rounded[step] - exact[step]) for step in exact]
+    assert 1e-6 < max(apart) < 0.05, apart
 
 
 def test_kernels_that_cannot_run_are_told_before_any_work(tiny, tmp_path, monkeypatch):
