@@ -83,6 +83,25 @@ def test_polar_express_multiplies_in_tensor_cores_and_mirrors(kernels):
         assert got["UTMASTG"] == (1 if i % 3 == 2 else 2), describe(k)
 
 
+def test_lm_head_loss_multiplies_in_tensor_cores(kernels):
+    """dw in bf16; in fp8 logits, dx and dw. Rows are read and written 16 bytes at a time."""
+    of_head = [
+        k for k in kernels if k["op"] == "lm_head_loss" and k["dtype"] == "bfloat16" and k["case"] != "quickstart"
+    ]
+    products = {
+        form: [k for k in of_head if k["kernel"] == "_gemm_kernel" and k["form"] == form] for form in ("mean", "fp8")
+    }
+    for form, name in (("mean", "HGMMA"), ("fp8", "QGMMA")):
+        assert len(products[form]) >= 4
+        for k in products[form]:
+            got = k["instructions"]
+            assert got[name] == 4 and got["UTMALDG"] >= 4 and got["UTMASTG"] == 2 and "STG" not in got, describe(k)
+    for k in of_head:
+        if k["kernel"] == "_row_kernel":
+            got = k["instructions"]
+            assert got["LDG.E.128"] > 0 and got["STG.E.128"] > 0 and got["LDG"] - got["LDG.E.128"] <= 4, describe(k)
+
+
 def test_rope_qk_norm_moves_16_bytes_at_a_time(kernels):
     """But for the statistics of a head and the gate, which are single numbers."""
     for k in kernels:
