@@ -72,7 +72,7 @@ def make_plan(
     rows = _rows_per_step(cfg, batch, world_size)
 
     def memory(device_batch: int) -> dict[str, int]:
-        return predict_memory(cfg.model, counts, device_batch, compute_dtype, device_type)
+        return predict_memory(cfg.model, counts, device_batch, compute_dtype, device_type, fp8_head=cfg.fp8_head)
 
     device_batch = _device_batch(cfg, rows // world_size, device_type, lambda n: memory(n)["total"])
     steps = schedule.horizon(
@@ -155,7 +155,13 @@ def _device_batch(cfg: Config, rows_per_rank: int, device_type: str, memory: Cal
 
 
 def predict_memory(
-    cfg: ModelConfig, counts: dict[str, int], device_batch: int, dtype: torch.dtype, device_type: str
+    cfg: ModelConfig,
+    counts: dict[str, int],
+    device_batch: int,
+    dtype: torch.dtype,
+    device_type: str,
+    *,
+    fp8_head: bool = False,
 ) -> dict[str, int]:
     """Bytes per process at the peak: weights, gradients (fp32), optimizer state, activations kept for backward, loss.
 
@@ -171,7 +177,10 @@ def predict_memory(
         "gradients": sum(counts.values()) * 4,
         "optimizer": matrices * (4 + low) + head * (8 + low) + tables * 2 * width + counts["scalars"] * 8,
         "activations": tokens * _activation_bytes_per_token(cfg, width),
-        "loss": reference_bytes(tokens, d.d_model, d.padded_vocab, device_type),
+        # with the gradient of the last hidden state; copies of the head in fp8
+        "loss": reference_bytes(tokens, d.d_model, d.padded_vocab, device_type)
+        + tokens * d.d_model * width
+        + 2 * fp8_head * d.padded_vocab * d.d_model,
     }
     return memory | {"total": sum(memory.values())}
 

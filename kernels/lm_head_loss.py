@@ -12,14 +12,17 @@ Shapes    x (M, C); w (V', C), of which the first V = vocab_size rows are the vo
           targets. Loss a number, or (M,) with reduction "none"
 Reduction "sum", "mean" (over the weights that count), or "none", which has no gradient. A target equal to ignore_index counts nothing
 Dtypes    x, w, dx, dw bf16 or fp32, the same; targets int64; weights and loss fp32
-Rounding  z and dz are rounded to the dtype of x, between them fp32; dw is summed over chunks in fp32 and rounded once
-fp8       with `fp8` (w as `quantise_weight` made it), x and w in e4m3, dz in e5m2, each with one scale, in all three products; sums
-          in fp32, z in bf16. x has the scale max |x| / 448, or x_scale; dz that of the largest it can be, S max y'. dw counts as
-          the gradient of the unrounded w
+Rounding  z and dz are rounded to the dtype of x, between them fp32; dw is summed over chunks in fp32 and rounded once (the reference
+          in bf16 rounds each chunk's share first)
+fp8       with `fp8` (w as `quantise_weight` made it), x and w in e4m3, dz in e5m2, each with one scale, in all three products. dx and
+          dw are summed in fp32; for z the sums stay in the tensor core, whose accumulator for fp8 is narrower on Hopper. x has the
+          scale max |x| / 448, or x_scale; dz that of the largest it can be, sum |weights| max y'. dw counts as the gradient of the
+          unrounded w
 Memory    rows in chunks: one chunk of logits exists, whose gradient takes its place (in fp8: stands beside it). Beyond dx, dw and the
-          inputs at most EXTRA_BYTES
+          inputs forward takes at most EXTRA_BYTES, as long as dw in fp32 leaves room for 128 rows; backward dx once more and dw in fp32
 Backward  two scalings; no second-order gradient
-Limits    Triton: C a multiple of 16 bytes (fp8: C and V' multiples of 16), 1 <= K <= 16
+Targets   that are neither ignore_index nor of the vocabulary are an error: the reference raises, in the kernel the loss is NaN
+Limits    1 <= K <= 16; Triton: C a multiple of 16
 Bound     arithmetic: `lm_head_loss_cost`
 """
 
@@ -120,9 +123,9 @@ class _Reference(torch.autograd.Function):
         q: Tensor | None,
         w_scale: Tensor | None,
         x_scale: Tensor | None,
+        need_grad: bool,
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        need_grad = reduction != "none" and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         losses = torch.empty(x.size(0), dtype=wide, device=x.device)
         dx = torch.empty_like(x) if need_grad else None
         dw = torch.zeros_like(w, dtype=wide) if need_grad else None
@@ -136,7 +139,7 @@ class _Reference(torch.autograd.Function):
             head = q[:vocab_size].to(wide)
             x_scale = amax_scale(x, E4M3_MAX) if x_scale is None else x_scale
             x = _rounded(x, x_scale, E4M3).to(wide)
-            g_scale = (amax_scale(S, E5M2_MAX) * steepest * scale).clamp_min(TINY_SCALE)
+            g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * steepest).clamp_min(TINY_SCALE) * scale
         for chunk in chunks(x.size(0), reference_rows(*w.shape, x.device.type)):
             z = x[chunk] @ head.T
             z = z.to(wide) if q is None else (z * (x_scale * w_scale)).to(given.dtype).to(wide)
@@ -172,7 +175,7 @@ class _Reference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scaled(*ctx.saved_tensors, grads[0], ctx.dtype), *(None,) * 9
+        return *_scaled(*ctx.saved_tensors, grads[0], ctx.dtype), *(None,) * 10
 
 
 def _rounded(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -223,6 +226,21 @@ def _prepared(
         raise ValueError(
             f"lm_head_loss: fp8 holds {describe(fp8.q)}; expected w as quantise_weight makes it, {tuple(w.shape)}"
         )
+    if fp8 is not None and (
+        fp8.q_t.stride(1) != 1 or fp8.q_t.stride(0) % 16 or fp8.q_t.dtype != E4M3 or not fp8.q.is_contiguous()
+    ):
+        raise ValueError(
+            "lm_head_loss: fp8 is not laid out as empty_fp8 makes it: q without gaps, rows of q_t 16 bytes apart or a multiple"
+        )
+    for name, t in (("the scale of fp8", fp8 and fp8.scale), ("x_scale", x_scale)):
+        if t is not None and (
+            not isinstance(t, Tensor) or t.numel() != 1 or t.dtype != torch.float32 or t.device != x.device
+        ):
+            raise ValueError(
+                f"lm_head_loss: {name} is {describe(t) if isinstance(t, Tensor) else t}; expected one float32 number on {x.device}"
+            )
+    if weights is not None and weights.requires_grad:
+        raise ValueError("lm_head_loss: weights have no gradient here; give them detached")
     if reduction == "none" and torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
         raise ValueError('lm_head_loss: reduction "none" is forward only; use "sum" with weights, or torch.no_grad()')
     weights = weights if weights is None or weights.dim() == 2 else weights[:, None]
@@ -235,6 +253,10 @@ def _prepared(
         scale = torch.where(total == 0, 0.0, 1 / total)
     q, w_scale = (None, None) if fp8 is None else (fp8.q, fp8.scale)
     return torch.where(counts, targets, 0), weights, scale, softcap, reduction, V, q, w_scale, x_scale
+
+
+def _needs_gradients(x: Tensor, w: Tensor, reduction: str) -> bool:
+    return reduction != "none" and torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
 
 
 def lm_head_loss_ref(
@@ -252,7 +274,7 @@ def lm_head_loss_ref(
 ) -> Tensor:
     """Not one expression for autograd, since that would keep the logits: the same chunks, in PyTorch."""
     given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
-    return _Reference.apply(x, w, *given)
+    return _Reference.apply(x, w, *given, _needs_gradients(x, w, reduction))
 
 
 def softcapped_logits(x: Tensor, w: Tensor, softcap: Softcap | None, vocab_size: int) -> Tensor:
@@ -276,14 +298,14 @@ def _row_config(V: int) -> dict[str, int]:
     return {"BLOCK": 4096, "num_warps": 8}
 
 
-def _gemm_config(dtype: torch.dtype, accumulate: bool, arch: tuple[int, int]) -> dict[str, int]:
-    """Tiles, warps and stages. Of what fits an SM of sm_90 without a spill; not measured on a GPU yet."""
+def _gemm_config(dtype: torch.dtype, gradient: bool, arch: tuple[int, int]) -> dict[str, int]:
+    """Tiles, warps and stages; smaller tiles where sums leave the tensor core in between, or dw is added to. Of what fits an SM of sm_90 without a spill; not measured on a GPU yet."""
     if dtype.itemsize == 4:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "SPLIT": 1, "num_warps": 8, "num_stages": 2}
     k = 128 // dtype.itemsize
     if not has_large_shared_memory(arch):
         return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": k, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
-    if accumulate or arch == (8, 0):
+    if gradient or arch == (8, 0):
         return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": k, "SPLIT": 2, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": k, "SPLIT": 2, "num_warps": 8, "num_stages": 3}
 
@@ -345,7 +367,9 @@ def _row_kernel(
     ks = tl.arange(0, TARGETS)
     t = tl.load(targets_ptr + row * K + ks, mask=ks < K, other=0)
     w = tl.load(weights_ptr + row * K + ks, mask=ks < K, other=0.0)
-    y_t = _capped(tl.load(z_ptr + t).to(tl.float32), height, shift, inv_width, CAP)
+    known = (t >= 0) & (t < vocab) & (ks < K)  # a target that does not exist makes the loss NaN, and is no address
+    y_t = _capped(tl.load(z_ptr + t, mask=known, other=0.0).to(tl.float32), height, shift, inv_width, CAP)
+    y_t = tl.where(known | (ks >= K), y_t, float("nan"))
     tl.store(losses_ptr + row, tl.sum(tl.where(w == 0.0, 0.0, w * (rest - (y_t - top))), axis=0))
     if GRAD:
         factor = tl.load(factor_ptr)
@@ -367,7 +391,7 @@ def _row_kernel(
         same = tl.where(t[:, None] == t[None, :], w[None, :], 0.0)
         g = (tl.exp((y_t - top) - rest) * S - tl.sum(same, axis=1)) * factor * _slope(y_t, height, inv_width, CAP)
         g = _clamped(g, limit)
-        tl.store(out_ptr + t, g.to(out_ptr.dtype.element_ty), mask=ks < K)
+        tl.store(out_ptr + t, g.to(out_ptr.dtype.element_ty), mask=known)
 
 
 @triton.jit
@@ -381,10 +405,11 @@ def _finish(acc, m, n, out_desc, alpha, ACCUMULATE: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "K"])
 def _gemm_kernel(
     a_ptr, b_ptr, out_ptr, alpha_ptr, other_alpha_ptr, M, N, K, stride_a, stride_b, stride_out,
-    TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, SCALED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, SCALED: tl.constexpr, IMPRECISE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = or += alpha a b^T with a (M, K), b (N, K), or both TRANSPOSED in memory. Programs take tiles in turn."""
+    """out (M, N) = or += alpha a b^T with a (M, K), b (N, K), or both TRANSPOSED in memory. Programs take tiles in turn. Hopper's
+    tensor cores add fp8 products with fewer bits than fp32 has: after IMPRECISE of them the sum goes on in fp32."""
     PART: tl.constexpr = BLOCK_N // SPLIT
     if TRANSPOSED:
         a_desc = tl.make_tensor_descriptor(a_ptr, [K, M], [stride_a, 1], [BLOCK_K, BLOCK_M])
@@ -404,7 +429,8 @@ def _gemm_kernel(
             if TRANSPOSED:
                 acc = tl.dot(a_desc.load([k, m]).T, b_desc.load([k, n]), acc, input_precision="ieee")
             else:
-                acc = tl.dot(a_desc.load([m, k]), b_desc.load([n, k]).T, acc, input_precision="ieee")
+                a, b = a_desc.load([m, k]), b_desc.load([n, k]).T
+                acc = tl.dot(a, b, acc, input_precision="ieee", max_num_imprecise_acc=IMPRECISE)
         if SPLIT == 2:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART)), (0, 2, 1)))
             _finish(left, m, n, out_desc, alpha, ACCUMULATE)
@@ -443,12 +469,14 @@ def _gemm(
     """out (M, N) = or += alpha a b^T; a (M, K), b (N, K), or transposed (K, M), (K, N). Rows may have gaps."""
     M, N = out.shape
     K = a.size(0) if transposed else a.size(1)
-    config = _gemm_config(a.dtype, accumulate, capability(a.device))
+    gradient = a.dtype == E5M2
+    config = _gemm_config(a.dtype, accumulate or gradient, capability(a.device))
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
     allow_descriptors(a.device)
     _gemm_kernel[(min(num_programs(a.device), tiles),)](
         a, b, out, *(alphas or (None, None)), M, N, K, a.stride(0), b.stride(0), out.stride(0),
-        TRANSPOSED=transposed, ACCUMULATE=accumulate, SCALED=alphas is not None, **config,
+        TRANSPOSED=transposed, ACCUMULATE=accumulate, SCALED=alphas is not None,
+        IMPRECISE=config["BLOCK_K"] if gradient else None, **config,
     )  # fmt: skip
 
 
@@ -491,15 +519,16 @@ def _lm_head_loss(
     """Loss, losses (M,), dx like x and dw like w but fp32 (of no element without need_grad). softcap: three numbers, or none."""
     (M, C), V = x.shape, w.size(0)
     height, shift, width = softcap or (1.0, 0.0, 1.0)
-    x = for_descriptor(x)
+    x, targets, weights = for_descriptor(x), targets.contiguous(), weights.contiguous()
     losses = x.new_empty(M, dtype=torch.float32)
     dx = x.new_empty((M, C) if need_grad else (0,))
     dw = x.new_zeros((V, C) if need_grad else (0,), dtype=torch.float32)
     factor, limit = scale, torch.finfo(x.dtype).max
     if q is not None:
+        _needs_fp8(x.device)
         x_scale = amax_scale(x, E4M3_MAX) if x_scale is None else x_scale
         # the largest gradient there can be, which no value exceeds
-        g_scale = (amax_scale(weights.sum(1), E5M2_MAX) * (height / (4 * width) if softcap else 1.0)).clamp_min(
+        g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * (height / (4 * width) if softcap else 1.0)).clamp_min(
             TINY_SCALE
         )
         factor, limit = 1 / g_scale, E5M2_MAX
@@ -583,9 +612,7 @@ def _lm_head_loss_triton(
     targets, weights, scale, softcap, reduction, vocab_size, q, w_scale, x_scale = given
     if why := _limits("triton", (x.size(0), x.size(1), w.size(0)), x.dtype):
         raise ValueError(f"lm_head_loss: {why}")
-    if fp8 is not None:
-        _needs_fp8(x.device)
-    need_grad = reduction != "none" and torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    need_grad = _needs_gradients(x, w, reduction)
     cap = [] if softcap is None else list(softcap)
     q_t = None if fp8 is None else fp8.q_t
     loss, losses, *_ = _lm_head_loss(

@@ -119,7 +119,9 @@ def test_chunks_of_rows(backend, M, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_MULTIPLE", 16)
     assert chunk_rows(112, 32, 2) == 16
     for dtype in DTYPES:
-        check(case(M=M, ignored=0, dtype=dtype), backend=backend, softcap=CAPS["tanh"])
+        for K in (1, 3):
+            args = case(M=M, ignored=M // 3, dtype=dtype, K=K)
+            check(args, backend=backend, softcap=CAPS["tanh"])
 
 
 @pytest.mark.parametrize("V, padded", [(1, 1), (7, 7), (16, 16), (1000, 1024), (1025, 1040)])
@@ -132,9 +134,56 @@ def test_vocabularies(V, padded):
 def test_a_row_that_no_program_can_hold(cap, monkeypatch):
     """Read twice, tile by tile."""
     monkeypatch.setattr(module, "ROW_IN_REGISTERS", 256)
-    args = case(M=9, V=9_000, padded=9_008, C=16, ignored=1)
+    args = case(M=9, V=9_000, padded=9_008, C=16, ignored=1, K=3)
     check(args, softcap=CAPS[cap])
     check({**args, "x": args["x"].bfloat16(), "w": args["w"].bfloat16()}, softcap=CAPS[cap])
+
+
+def test_a_row_that_no_program_can_hold_in_fp8(monkeypatch):
+    args = case(M=9, V=600, padded=608, dtype=torch.bfloat16)
+    copy = copies(args["w"])[1]
+    want = evaluate(lm_head_loss.backends["triton"], args, 1.0, softcap=CAPS["tanh"], fp8=copy)
+    monkeypatch.setattr(module, "ROW_IN_REGISTERS", 256)
+    with poisoned_allocations():
+        got = evaluate(lm_head_loss.backends["triton"], args, 1.0, softcap=CAPS["tanh"], fp8=copy)
+    assert all(error(got[name], want[name].double()) < 0.01 for name in RESULTS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_targets_that_lie_column_by_column(backend):
+    """As torch.stack(shifted targets).T leaves them."""
+    args = case(K=3)
+    for name in ("targets", "weights"):
+        args[name] = args[name].T.contiguous().T
+        assert not args[name].is_contiguous()
+    check(args, backend=backend, softcap=CAPS["tanh"])
+
+
+@pytest.mark.parametrize("target", [101, 105, 500, -100])
+def test_a_target_that_does_not_exist_is_seen(target):
+    """Nothing is written beside its row: the others have the gradients that they would have."""
+    args = case(ignored=0)
+    args["targets"][11] = target
+    got = evaluate(lm_head_loss.backends["triton"], args, 1.0, softcap=CAPS["tanh"], reduction="sum")
+    assert got["loss"].isnan()
+    right = {**args, "targets": args["targets"].clone()}
+    right["targets"][11] = 0
+    want = evaluate(lm_head_loss.backends["triton"], right, 1.0, softcap=CAPS["tanh"], reduction="sum")
+    others = torch.arange(37, device=DEVICE) != 11
+    assert torch.equal(got["dx"][others], want["dx"][others])
+    if DEVICE == "cpu":
+        with pytest.raises(RuntimeError):
+            evaluate(lm_head_loss.backends["ref"], args, 1.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_none_are_made(backend, monkeypatch):
+    args = case()
+    want = evaluate(whole, args, 1.0)["loss"]
+    monkeypatch.setattr(torch, "mm", lambda *a, out=None: out.copy_(a[0] @ a[1]) if out.shape[1] > 32 else 1 / 0)
+    args["x"].requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(lm_head_loss.backends[backend](**args), want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -231,6 +280,8 @@ BAD = {
     "target type": ({"targets": torch.zeros(37, dtype=torch.int32)}, "int64"),
     "too many": ({"targets": torch.zeros(37, 17, dtype=torch.int64)}, "17 targets a row"),
     "weights": ({"weights": torch.ones(36)}, "weights are"),
+    "scale": ({"x_scale": 0.1}, "x_scale is 0.1; expected one float32"),
+    "gradient of weights": ({"weights": torch.ones(37, requires_grad=True)}, "give them detached"),
     "fp8": ({"fp8": Fp8Weight(torch.ones(2, 2), torch.ones(2, 2), torch.ones(()))}, "quantise_weight"),
 }  # fmt: skip
 
@@ -330,7 +381,31 @@ def test_fp8_with_a_given_scale_of_x():
         assert torch.equal(results[backend, 1.0]["dx"], same["dx"])
         assert error(results[backend, 2.0**-3]["dx"], same["dx"]) > 0.05
     for factor in (1.0, 2.0**-3):
-        assert error(results["triton", factor]["dx"], results["ref", factor]["dx"]) < 0.02
+        for name in RESULTS:
+            assert error(results["triton", factor][name], results["ref", factor][name]) < 0.02, name
+
+
+def test_fp8_with_weights_of_both_signs():
+    """No gradient saturates: the largest is that of the sum of their sizes."""
+    args = case(K=2, dtype=torch.bfloat16, ignored=0)
+    args["weights"][:, 1] = -0.9 * args["weights"][:, 0]
+    exact = evaluate(whole, args, 1.0, wide=True, softcap=CAPS["tanh"], reduction="sum")
+    for backend, copy in zip(BACKENDS, copies(args["w"])):
+        got = evaluate(lm_head_loss.backends[backend], args, 1.0, softcap=CAPS["tanh"], fp8=copy, reduction="sum")
+        assert error(got["dx"], exact["dx"]) < 0.12 and error(got["dw"], exact["dw"]) < 0.12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp8_compiles_as_one_graph(backend):
+    args = case(dtype=torch.bfloat16)
+    copy = copies(args["w"])[1]
+    function = lm_head_loss.backends[backend]
+    fill_dynamo_tables()
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+    want = evaluate(function, args, 0.5, softcap=CAPS["tanh"], fp8=copy)
+    got = evaluate(compiled, args, 0.5, softcap=CAPS["tanh"], fp8=copy)
+    assert all(torch.equal(got[name], want[name]) for name in RESULTS)
 
 
 def test_fp8_losses_by_row_and_large_weights():
@@ -403,13 +478,13 @@ def test_memory_at_64k_rows_and_50304_columns(backend, fp8, C, monkeypatch):
         else:
 
             class Context:
-                needs_input_grad = (True, True)
-
                 def save_for_backward(self, *tensors):
                     self.saved = tensors
 
             context = Context()
-            module._Reference.forward(context, x, w, targets, weights, scale, CAPS["tanh"], "mean", V, None, None, None)
+            module._Reference.forward(
+                context, x, w, targets, weights, scale, CAPS["tanh"], "mean", V, None, None, None, True
+            )
             dx, dw = context.saved
     assert launched or backend == "ref"
     extra = memory.peak - dx.nbytes - w.nbytes  # dw goes out in bf16: its fp32 sum is extra
