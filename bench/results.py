@@ -62,7 +62,7 @@ def roofline_of(item: Item) -> roofline.Roofline | None:
     """Of a GPU: what a CPU works on lies in its caches, whose speed a large copy does not measure."""
     if item.work is None or not torch.cuda.is_available():
         return None
-    return roofline.measured("cuda", getattr(torch, item.dtype))
+    return roofline.measured(getattr(torch, item.dtype))
 
 
 def folder(device: str) -> Path:

@@ -1,4 +1,4 @@
-"""The roofline of this device as measured in this process: how fast a large copy and a large product of matrices are.
+"""The roofline of this GPU as measured in this process: how fast a large copy and a large product of matrices are.
 
 A kernel's fraction of it is the time that its least work would take at these two speeds, over the time it took. It is near 1
 for a perfect kernel, and a little above where the kernel multiplies better than the library, or finds part of its data cached.
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.timing import GraphSampler, HostSampler, interleave
+from bench.timing import GraphSampler, interleave
 
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
-GEMM = {"cuda": 8192, "cpu": 1536}  # rows, columns and inner size
+COPY_BYTES = 2**30
+GEMM = 8192  # rows, columns and inner size
 SECONDS = 0.3
 
 
@@ -28,18 +28,12 @@ class Roofline:
 
 
 @functools.cache
-def measured(device: str, dtype: torch.dtype) -> Roofline:
-    source = torch.empty(COPY_BYTES[device], dtype=torch.uint8, device=device).fill_(1)
+def measured(dtype: torch.dtype) -> Roofline:
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    a, b = (torch.randn(GEMM[device], GEMM[device], device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(GEMM, GEMM, device="cuda", dtype=dtype) for _ in range(2))
     calls = {"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(a, b)}
-    if device == "cuda":
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        samplers = {name: GraphSampler([call], stream) for name, call in calls.items()}
-    else:
-        samplers = {name: HostSampler(call) for name, call in calls.items()}
-    spread = interleave(samplers, seconds=SECONDS)
-    return Roofline(
-        copy=2 * COPY_BYTES[device] / spread["copy"].median, gemm=2 * GEMM[device] ** 3 / spread["gemm"].median
-    )
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    spread = interleave({name: GraphSampler([call], stream) for name, call in calls.items()}, seconds=SECONDS)
+    return Roofline(copy=2 * COPY_BYTES / spread["copy"].median, gemm=2 * GEMM**3 / spread["gemm"].median)
