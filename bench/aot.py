@@ -27,7 +27,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kernels import dispatch
+import kernels.op
+from kernels.ops import BY_NAME
 
 MAIN = 90  # the capability that everything is compiled for
 LEAST = {
@@ -198,7 +199,7 @@ def loop_length(opcodes: Sequence[str], backward: Sequence[tuple[int, int]], end
 
 
 def launches(
-    op: dispatch.Op, shape: tuple[int, ...], dtype: torch.dtype, form: str, capability: int
+    op: kernels.op.Op, shape: tuple[int, ...], dtype: torch.dtype, form: str, capability: int
 ) -> list[dict[str, Any]]:
     """What forward and backward of one form would launch."""
 
@@ -215,7 +216,7 @@ def launches(
     return [facts | {"backward": i >= forward} for i, facts in enumerate(compiled)]
 
 
-def cases(op: dispatch.Op, capability: int) -> list[tuple[str, torch.dtype]]:
+def cases(op: kernels.op.Op, capability: int) -> list[tuple[str, torch.dtype]]:
     """Cases and dtypes to compile: all in bf16, which the tracks train in, and the first in fp32; elsewhere than on sm_90 only
     the last of depth 24."""
     if capability != MAIN:
@@ -224,15 +225,15 @@ def cases(op: dispatch.Op, capability: int) -> list[tuple[str, torch.dtype]]:
     return [(next(iter(op.cases)), torch.float32), *((case, torch.bfloat16) for case in op.cases)]
 
 
-def forms(op: dispatch.Op, capability: int) -> list[str]:
+def forms(op: kernels.op.Op, capability: int) -> list[str]:
     return [form for form in op.forms if capability >= LEAST.get((op.name, form), 0)]
 
 
 def compile_op(name: str, capability: int, file: Path, log: Path) -> None:
     """Runs in a process of its own."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    dispatch.COMPILED_FOR = divmod(capability, 10)
-    op, found = dispatch.ops()[name], []
+    kernels.op.COMPILED_FOR = divmod(capability, 10)
+    op, found = BY_NAME[name], []
     for case, dtype in cases(op, capability):
         for form in forms(op, capability):
             where = {"op": name, "capability": capability, "case": case, "shape": op.cases[case], "form": form}
@@ -270,9 +271,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
     parser.add_argument("tasks", nargs="*", metavar="OP@CAPABILITY", help=f"unset: every op for {MAIN}")
     args = parser.parse_args(argv)
-    assert not dispatch.interpreted(), "unset TRITON_INTERPRET"
+    assert not kernels.op.interpreted(), "unset TRITON_INTERPRET"
     tasks = [task.split("@") for task in args.tasks]
-    tasks = tasks or [[name, MAIN] for name, op in dispatch.ops().items() if "triton" in op.backends]
+    tasks = tasks or [[name, MAIN] for name, op in BY_NAME.items() if "triton" in op.backends]
     # forked, so that torch and Triton are imported once; nothing here has asked Triton for its target
     fork, running = multiprocessing.get_context("fork"), {}
     with tempfile.TemporaryDirectory() as folder:

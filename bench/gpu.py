@@ -50,7 +50,8 @@ from bench.peers import PEERS
 from bench.suite import Item, Result, items, measure, row
 from core.errors import Stopped, user_errors
 from core.runlog import device_name
-from kernels import dispatch
+from kernels.op import Op
+from kernels.ops import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 RESERVE_S = 10  # to end in
@@ -108,7 +109,7 @@ class Bench:
     def test(self) -> None:
         """Tests of all ops, several files at a time."""
         end = min(time.monotonic() + TESTS_SHARE * 60 * self.minutes, self.end)
-        waiting = [stem_of(op) for op in dispatch.ops().values()]
+        waiting = [stem_of(op) for op in BY_NAME.values()]
         waiting = list(dict.fromkeys(waiting))
         running: dict[str, subprocess.Popen] = {}
         while (waiting or running) and time.monotonic() < end:
@@ -140,7 +141,7 @@ class Bench:
     def ops(self, chosen: list[Item], variants: list[str] | None) -> None:
         longest = 0.0
         for item in chosen:
-            if self.tests.get(stem_of(dispatch.ops()[item.op])) != PASSED:
+            if self.tests.get(stem_of(BY_NAME[item.op])) != PASSED:
                 continue
             if self.left() < max(ITEM_S, longest):
                 self.missing.append(f"{item} ({', '.join(variants or item.variants)})")
@@ -233,9 +234,9 @@ class Bench:
         print("\n" + text, flush=True)
 
 
-def stem_of(op: dispatch.Op) -> str:
+def stem_of(op: Op) -> str:
     """The file of an op."""
-    return op.backends["ref"].__module__.split(".")[-1]
+    return op.cost.__module__.split(".")[-1]
 
 
 def training_lines(entry: dict[str, Any]) -> list[str]:
@@ -316,7 +317,7 @@ def main(argv: list[str]) -> int:
             else f"; code at {commit}, whose results cannot be stored (commit first; outside of git, --commit)"
         )
         bench.say(f"{device_name(torch.device(args.device))}, {args.minutes:g} minutes{note}")
-        everything = [item for item in items() if item.op in dispatch.ops()]
+        everything = [item for item in items() if item.op in BY_NAME]
         first = [item for item in everything if item.case in FIRST_CASES or args.device == "cpu"]
         bench.test()
         bench.ops(first, list(OURS_AND_REFERENCE))

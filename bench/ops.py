@@ -19,7 +19,7 @@ from bench.peers import PEERS, Peer
 from bench.suite import Item
 from bench.timing import GraphSampler, HostSampler, Sampler
 from core.optim import join_master
-from kernels.dispatch import BACKENDS, Device, Op
+from kernels.op import Device, Op
 from tests.harness import FACTOR, TINY, error, named, poisoned_allocations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +48,7 @@ def op_items(op: Op) -> list[Item]:
 def op_item(op: Op, case: str, form: str, dtype: torch.dtype, backward: bool) -> Item:
     shape = op.cases[case]
     here = Device.of(torch.device(DEVICE))
-    variants = {name: op.obstacle(name, shape, dtype, here) for name in BACKENDS if name in op.backends}
+    variants = {name: op.obstacle(name, shape, dtype, here) for name in op.backends}
     variants[COMPILED] = None
     peers = {name: peer for name, peer in PEERS.get(op.name, {}).items() if form in peer.forms}
     variants |= {name: peer.absent(DEVICE) for name, peer in peers.items()}
@@ -61,7 +61,7 @@ def op_item(op: Op, case: str, form: str, dtype: torch.dtype, backward: bool) ->
         shape=shape,
         work=op.cost(shape, dtype, form, backward),
         baseline="ref",
-        ours=op.choose(shape, dtype, here)[0].backend,
+        ours=op.pick(shape, dtype, here)[0],
         variants=variants,
         open=functools.partial(_open, op, shape, form, dtype, backward, peers),
     )

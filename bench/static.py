@@ -30,7 +30,7 @@ import triton
 from bench import aot
 from bench.projection import FLOPS, HBM
 from core.config import DataConfig
-from kernels import dispatch
+from kernels.ops import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = (aot.MAIN, 100, 120, 80)
@@ -109,7 +109,7 @@ def store(file: Path, text: str) -> None:
 
 
 def compiled_ops() -> list[str]:
-    return [name for name, op in dispatch.ops().items() if "triton" in op.backends]
+    return [name for name, op in BY_NAME.items() if "triton" in op.backends]
 
 
 def cache_folder(cache_dir: str | Path = DataConfig.cache_dir) -> Path:
@@ -121,9 +121,10 @@ def facts(
 ) -> tuple[list[Row], dict[str, str]]:  # fmt: skip
     """Facts of each launch of these ops (unset: all), and what does not compile with why. root: the checkout they are from."""
     folder, found, errors, files = folder or cache_folder(), {}, {}, {}
+    files_of_ops = {Path(op.cost.__code__.co_filename).name for op in BY_NAME.values()}
     for task in [(name, capability) for capability in capabilities for name in ops or compiled_ops()]:
-        own = Path(dispatch.ops()[task[0]].cost.__code__.co_filename).name
-        sources = [root / "kernels" / name for name in (own, "tile.py", "dispatch.py")]
+        others = files_of_ops - {Path(BY_NAME[task[0]].cost.__code__.co_filename).name}
+        sources = [file for file in sorted((root / "kernels").glob("*.py")) if file.name not in others]
         files[task] = cache_name(
             folder, root, f"{task[0]}-sm_{task[1]}", sources, triton.__version__, torch.__version__
         )
@@ -212,9 +213,9 @@ def roofline(kernels: Sequence[Row]) -> dict[str, Row]:
     gradients launched something."""
     rows = {}
     for k in kernels:
-        if k["capability"] != aot.MAIN or k["op"] not in dispatch.ops():
+        if k["capability"] != aot.MAIN or k["op"] not in BY_NAME:
             continue
-        op, dtype = dispatch.ops()[k["op"]], getattr(torch, k["dtype"])
+        op, dtype = BY_NAME[k["op"]], getattr(torch, k["dtype"])
         backward = k["backward"] or op.gradients_in_forward
         flops, nbytes = op.cost(op.cases[k["case"]], dtype, k["form"], backward)
         products, memory = flops / PEAK_FLOPS[dtype], nbytes / PEAK_BYTES

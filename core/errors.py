@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from kernels.op import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch raises a plain RuntimeError for it
 
@@ -72,7 +74,11 @@ def user_errors() -> Iterator[None]:
         _exit(f"{error.filename}: {error.strerror}; check the path, its permissions and the space left", 2)
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if type(error) is not ValueError or not raised_in.is_relative_to(ROOT) or "site-packages" in raised_in.parts:
+        if (
+            type(error) not in (ValueError, UserError)
+            or not raised_in.is_relative_to(ROOT)
+            or "site-packages" in raised_in.parts
+        ):
             raise
         _exit(str(error), 2)
     finally:

@@ -8,7 +8,9 @@ from dataclasses import asdict
 import torch
 import triton
 
-from kernels.dispatch import Backends, ops
+from kernels.dispatch import Backends
+from kernels.op import UserError
+from kernels.ops import OPS
 
 
 def main(argv: list[str]) -> None:
@@ -20,10 +22,10 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+        raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
     backends = Backends(args.kernels, device=torch.device(device), dtype=dtype)
-    for op in ops().values():
+    for op in OPS:
         for shape in op.cases.values():
             backends.choose(op, *shape)
     versions = {"torch": torch.__version__, "triton": triton.__version__}
@@ -42,6 +44,6 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

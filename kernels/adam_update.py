@@ -24,7 +24,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import Op, capability
+from kernels.op import (
+    DTYPES,
+    Backend,
+    Op,
+    Problem,
+    capability,
+    check_tensor,
+    describe,
+    needs_triton,
+    takes_dtypes,
+    wide,
+)
 from kernels.tile import join_master, split_master
 
 ADAM_EPS = 1e-10  # nanochat 92d63d4, optim.py
@@ -141,29 +152,7 @@ def _adam_update_triton(
     *,
     eps: float = ADAM_EPS,
 ) -> None:
-    floats = (torch.bfloat16, torch.float32)
-    moments = exp_avg.dtype if exp_avg.dtype in (p.dtype, torch.float32) else p.dtype
-    for name, t, dtypes in (
-        ("p", p, floats if low is None else (torch.bfloat16,)),
-        ("g", g, floats),
-        ("exp_avg", exp_avg, (moments,)),
-        ("exp_avg_sq", exp_avg_sq, (moments,)),
-        ("low", low, (torch.int16,)),
-    ):
-        if t is None:
-            continue
-        if t.shape != p.shape or t.device != p.device or t.dtype not in dtypes or not t.is_contiguous():
-            expected = " or ".join(map(str, dtypes))
-            raise ValueError(
-                f"adam_update: {name} is {_what(t)}; expected contiguous {tuple(p.shape)} {expected} on {p.device}"
-            )
-    if hyper.shape != (6,) or hyper.dtype != torch.float32 or hyper.device != p.device or not hyper.is_contiguous():
-        raise ValueError(f"adam_update: hyper is {_what(hyper)}; expected contiguous (6,) torch.float32 on {p.device}")
     _adam_update(p, g, exp_avg, exp_avg_sq, hyper, low, eps)
-
-
-def _what(t: Tensor) -> str:
-    return f"{'' if t.is_contiguous() else 'strided '}{tuple(t.shape)} {t.dtype} on {t.device}"
 
 
 # cost
@@ -181,8 +170,32 @@ def adam_update_cost(
 # interface
 
 
-def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    return None if dtype in (torch.bfloat16, torch.float32) else f"takes bfloat16 and float32, not {dtype}"
+def _check(
+    p: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    hyper: Tensor,
+    low: Tensor | None = None,
+    *,
+    eps: float = ADAM_EPS,
+) -> Problem:
+    if p.dtype not in (*DTYPES, torch.float64) or (low is not None and p.dtype != torch.bfloat16):
+        raise ValueError(
+            f"adam_update: p is {describe(p)}; expected {'bfloat16 or float32' if low is None else 'bfloat16, with low'}"
+        )
+    moments = exp_avg.dtype if exp_avg.dtype in (p.dtype, wide(p.dtype)) else p.dtype
+    for name, t, dtypes in (
+        ("p", p, (p.dtype,)),
+        ("g", g, (*DTYPES, wide(p.dtype))),
+        ("exp_avg", exp_avg, (moments,)),
+        ("exp_avg_sq", exp_avg_sq, (moments,)),
+        ("low", low, (torch.int16,)),
+    ):
+        if t is not None:
+            check_tensor("adam_update", name, t, p.shape, dtypes, p.device, contiguous=True)
+    check_tensor("adam_update", "hyper", hyper, (6,), (torch.float32,), p.device, contiguous=True)
+    return Problem((p.numel(),), p.dtype, p.device)
 
 
 def _inputs(make: Callable[..., Tensor], n: int, master: bool) -> dict[str, Tensor]:
@@ -210,7 +223,6 @@ adam_update = Op(
         "master": lambda make, n: _inputs(make, n, master=True),
     },
     cost=adam_update_cost,
-    limits=_limits,
-    ref=adam_update_ref,
-    triton=_adam_update_triton,
+    check=_check,
+    backends={"ref": Backend(adam_update_ref), "triton": Backend(_adam_update_triton, needs_triton, takes_dtypes)},
 )

@@ -35,8 +35,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import Op, capability
-from kernels.tile import allow_descriptors, describe, for_descriptor, has_large_shared_memory, num_programs
+from kernels.op import (
+    DTYPES,
+    Backend,
+    Op,
+    Problem,
+    Shape,
+    UserError,
+    capability,
+    check_number,
+    check_tensor,
+    describe,
+    needs_triton,
+    takes_dtypes,
+    wide,
+)
+from kernels.tile import allow_descriptors, for_descriptor, has_large_shared_memory, num_programs
 
 FP8_CAPABILITY = (8, 9)
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -205,44 +219,7 @@ def _prepared(
     x_scale: Tensor | None,
 ) -> Prepared:
     """targets and weights (M, K) where what is ignored has target 0 and weight 0, the factor of the reduction, and the rest."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"lm_head_loss: reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
-    if x.dim() != 2 or w.dim() != 2 or x.size(1) != w.size(1) or x.dtype != w.dtype or x.device != w.device:
-        raise ValueError(
-            f"lm_head_loss: x {describe(x)}, w {describe(w)}; expected (M, C) and (V, C) of one dtype and device"
-        )
     V = w.size(0) if vocab_size is None else vocab_size
-    if not 1 <= V <= w.size(0):
-        raise ValueError(f"lm_head_loss: vocab_size is {V}; expected 1 to {w.size(0)}, the rows of w")
-    if targets.dim() not in (1, 2) or targets.size(0) != x.size(0) or targets.dtype != torch.int64:
-        raise ValueError(
-            f"lm_head_loss: targets are {describe(targets)}; expected ({x.size(0)},) or ({x.size(0)}, K) int64"
-        )
-    if targets.dim() == 2 and not 1 <= targets.size(1) <= MAX_TARGETS:
-        raise ValueError(f"lm_head_loss: {targets.size(1)} targets a row; expected 1 to {MAX_TARGETS}")
-    if weights is not None and (weights.shape != targets.shape or weights.dtype not in (torch.float32, torch.float64)):
-        raise ValueError(f"lm_head_loss: weights are {describe(weights)}; expected {tuple(targets.shape)} float32")
-    if fp8 is not None and (fp8.q.shape != w.shape or fp8.q_t.shape != w.shape[::-1] or fp8.q.dtype != E4M3):
-        raise ValueError(
-            f"lm_head_loss: fp8 holds {describe(fp8.q)}; expected w as quantise_weight makes it, {tuple(w.shape)}"
-        )
-    if fp8 is not None and (
-        fp8.q_t.stride(1) != 1 or fp8.q_t.stride(0) % 16 or fp8.q_t.dtype != E4M3 or not fp8.q.is_contiguous()
-    ):
-        raise ValueError(
-            "lm_head_loss: fp8 is not laid out as empty_fp8 makes it: q without gaps, rows of q_t 16 bytes apart or a multiple"
-        )
-    for name, t in (("the scale of fp8", fp8 and fp8.scale), ("x_scale", x_scale)):
-        if t is not None and (
-            not isinstance(t, Tensor) or t.numel() != 1 or t.dtype != torch.float32 or t.device != x.device
-        ):
-            raise ValueError(
-                f"lm_head_loss: {name} is {describe(t) if isinstance(t, Tensor) else t}; expected one float32 number on {x.device}"
-            )
-    if weights is not None and weights.requires_grad:
-        raise ValueError("lm_head_loss: weights have no gradient here; give them detached")
-    if reduction == "none" and torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
-        raise ValueError('lm_head_loss: reduction "none" is forward only; use "sum" with weights, or torch.no_grad()')
     weights = weights if weights is None or weights.dim() == 2 else weights[:, None]
     targets = targets if targets.dim() == 2 else targets[:, None]
     counts = targets != ignore_index
@@ -610,8 +587,6 @@ def _lm_head_loss_triton(
 ) -> Tensor:
     given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
     targets, weights, scale, softcap, reduction, vocab_size, q, w_scale, x_scale = given
-    if why := _limits("triton", (x.size(0), x.size(1), w.size(0)), x.dtype):
-        raise ValueError(f"lm_head_loss: {why}")
     need_grad = _needs_gradients(x, w, reduction)
     cap = [] if softcap is None else list(softcap)
     q_t = None if fp8 is None else fp8.q_t
@@ -641,10 +616,6 @@ def _quantise_weight(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
 
 
 def _quantise_weight_triton(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
-    if w.dim() != 2 or w.stride(1) != 1 or q.shape != w.shape or q_t.shape != w.shape[::-1]:
-        raise ValueError(
-            f"quantise_weight: w is {describe(w)}, q {describe(q)}, q_t {describe(q_t)}; expected (V, C), (V, C), (C, V)"
-        )
     _needs_fp8(w.device)
     _quantise_weight(w, q, q_t, scale)
 
@@ -652,7 +623,7 @@ def _quantise_weight_triton(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) ->
 def _needs_fp8(device: torch.device) -> None:
     if (here := capability(device)) < FP8_CAPABILITY:
         least, here = (".".join(map(str, version)) for version in (FP8_CAPABILITY, here))
-        raise ValueError(
+        raise UserError(
             f"lm_head_loss: fp8 needs a GPU of compute capability {least} or newer, not {here}; leave it out"
         )
 
@@ -681,10 +652,59 @@ def quantise_weight_cost(
 # interface
 
 
-def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    if dtype not in (torch.bfloat16, torch.float32):
-        return f"takes bfloat16 and float32, not {dtype}"
-    return None if shape[1] % 16 == 0 else f"takes C that is a multiple of 16, not {shape[1]}"
+def _check(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    softcap: Softcap | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    ignore_index: int = -1,
+    fp8: Fp8Weight | None = None,
+    x_scale: Tensor | None = None,
+) -> Problem:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"lm_head_loss: reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
+    if x.dim() != 2 or w.dim() != 2 or x.size(1) != w.size(1) or x.dtype != w.dtype or x.device != w.device:
+        raise ValueError(
+            f"lm_head_loss: x {describe(x)}, w {describe(w)}; expected (M, C) and (V, C) of one dtype and device"
+        )
+    if x.dtype not in (*DTYPES, torch.float64):
+        raise ValueError(f"lm_head_loss: x is {describe(x)}; expected bfloat16 or float32")
+    (M, C), V = x.shape, w.size(0)
+    if vocab_size is not None and not 1 <= vocab_size <= V:
+        raise ValueError(f"lm_head_loss: vocab_size is {vocab_size}; expected 1 to {V}, the rows of w")
+    if targets.dim() == 2 and not 1 <= targets.size(1) <= MAX_TARGETS:
+        raise ValueError(f"lm_head_loss: {targets.size(1)} targets a row; expected 1 to {MAX_TARGETS}")
+    K = targets.shape[1:2]
+    check_tensor("lm_head_loss", "targets", targets, (M, *K), (torch.int64,), x.device)
+    if weights is not None:
+        check_tensor("lm_head_loss", "weights", weights, (M, *K), (torch.float32, wide(x.dtype)), x.device)
+        if weights.requires_grad:
+            raise ValueError("lm_head_loss: weights have no gradient here; give them detached")
+    if x_scale is not None:
+        check_number("lm_head_loss", "x_scale", x_scale, (torch.float32,), x.device)
+    if fp8 is not None:
+        _check_fp8("lm_head_loss", w, *fp8)
+    if _needs_gradients(x, w, "sum") and reduction == "none":
+        raise ValueError('lm_head_loss: reduction "none" is forward only; use "sum" with weights, or torch.no_grad()')
+    return Problem((M, C, V), x.dtype, x.device)
+
+
+def _check_fp8(op: str, w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
+    check_tensor(op, "q of the copy that quantise_weight makes", q, w.shape, (E4M3,), w.device, contiguous=True)
+    check_tensor(op, "q_t of the copy that quantise_weight makes", q_t, w.shape[::-1], (E4M3,), w.device)
+    check_number(op, "the scale of the copy that quantise_weight makes", scale, (torch.float32,), w.device)
+    if q_t.stride(1) != 1 or q_t.stride(0) % 16:
+        raise ValueError(f"{op}: q_t is {describe(q_t)}; expected rows that begin at multiples of 16 bytes (empty_fp8)")
+
+
+def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
+    return takes_dtypes(shape, dtype) or (
+        None if shape[1] % 16 == 0 else f"takes C that is a multiple of 16, not {shape[1]}"
+    )
 
 
 def _inputs(make: Any, M: int, C: int, V: int) -> dict[str, Any]:
@@ -713,11 +733,17 @@ lm_head_loss = Op(
     },
     forms={"mean": _inputs, "fp8": _fp8_inputs},
     cost=lm_head_loss_cost,
-    limits=_limits,
-    ref=lm_head_loss_ref,
-    triton=_lm_head_loss_triton,
+    check=_check,
+    backends={"ref": Backend(lm_head_loss_ref), "triton": Backend(_lm_head_loss_triton, needs_triton, _limits)},
     gradients_in_forward=True,
 )
+
+
+def _check_quantise(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> Problem:
+    if w.dim() != 2 or (w.stride(1) != 1 and w.size(1) > 1) or w.dtype not in (*DTYPES, torch.float64):
+        raise ValueError(f"quantise_weight: w is {describe(w)}; expected (V, C) bfloat16 or float32, the last stride 1")
+    _check_fp8("quantise_weight", w, q, q_t, scale)
+    return Problem(tuple(w.shape), w.dtype, w.device)
 
 
 def _quantise_inputs(make: Any, V: int, C: int) -> dict[str, Any]:
@@ -737,7 +763,9 @@ quantise_weight = Op(
     },
     forms={"plain": _quantise_inputs},
     cost=quantise_weight_cost,
-    limits=lambda backend, shape, dtype: None if dtype in (torch.bfloat16, torch.float32) else f"takes no {dtype}",
-    ref=quantise_weight_ref,
-    triton=_quantise_weight_triton,
+    check=_check_quantise,
+    backends={
+        "ref": Backend(quantise_weight_ref),
+        "triton": Backend(_quantise_weight_triton, needs_triton, takes_dtypes),
+    },
 )

@@ -24,7 +24,7 @@ Bound       memory: `muon_momentum_cost`, `muon_apply_cost`. Bytes an element mo
             momentum 14, transposed 18 (u is written, read, and written again as w); apply 12 (x is read twice)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import Op, capability
+from kernels.op import (
+    DTYPES,
+    Backend,
+    Op,
+    Problem,
+    Shape,
+    capability,
+    check_tensor,
+    describe,
+    needs_triton,
+    takes_dtypes,
+    wide,
+)
 from kernels.tile import SAFETY, join_master, split_master
 
 BETA2 = 0.9  # nanochat 92d63d4, optim.py
@@ -362,11 +374,6 @@ def _muon_momentum_triton(
     out_dtype: torch.dtype = torch.bfloat16,
     safety: float = SAFETY,
 ) -> MuonMomentum:
-    _check_bank("muon_momentum", "g", g, g, (torch.bfloat16, torch.float32))
-    _check_bank("muon_momentum", "buf", buf, g, (torch.float32,))
-    _check_dense("muon_momentum", "hyper", hyper, (3,), g)
-    if out_dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"muon_momentum: out_dtype is {out_dtype}; expected torch.bfloat16 or torch.float32")
     return MuonMomentum(*_muon_momentum(g, buf, hyper, transposed, out_dtype, safety))
 
 
@@ -380,37 +387,7 @@ def _muon_apply_triton(
     low: Tensor | None = None,
     beta2: float = BETA2,
 ) -> None:
-    _check_bank("muon_apply", "p", p, p, (torch.float32 if low is None else torch.bfloat16,))
-    _check_bank("muon_apply", "x", x, p, (torch.bfloat16, torch.float32))
-    if low is not None:
-        _check_bank("muon_apply", "low", low, p, (torch.int16,))
-    K, R, C = p.shape
-    rows, cols = (C, R) if transposed else (R, C)
-    _check_dense("muon_apply", "second", second, (K, rows, 1) if rows >= cols else (K, 1, cols), p)
-    _check_dense("muon_apply", "hyper", hyper, (3,), p)
     _muon_apply(p, x, second, hyper, transposed, low, beta2)
-
-
-def _check_bank(op: str, name: str, t: Tensor, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    fits = t.dim() == 3 and t.shape == like.shape and t.device == like.device and t.dtype in dtypes
-    fits = fits and t.size(0) <= MAX_MATRICES and all(1 <= n <= MAX_SIDE for n in t.shape[1:])
-    if not fits or (t.stride(2) != 1 and t.size(2) > 1):
-        shape = tuple(like.shape) if t is not like else "(K, R, C)"
-        expected = (
-            f"{shape} {' or '.join(map(str, dtypes))} on {like.device}, 1 <= R, C <= {MAX_SIDE}, the last stride 1"
-        )
-        raise ValueError(f"{op}: {name} is {_what(t)}; expected {expected}")
-
-
-def _check_dense(op: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    if t.shape != shape or t.dtype != torch.float32 or t.device != like.device or not t.is_contiguous():
-        raise ValueError(
-            f"{op}: {name} is {_what(t)}; expected contiguous {tuple(shape)} torch.float32 on {like.device}"
-        )
-
-
-def _what(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}, strides {t.stride()}"
 
 
 # cost
@@ -443,11 +420,63 @@ CASES = {
 }
 
 
-def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    if dtype not in (torch.bfloat16, torch.float32):
-        return f"takes bfloat16 and float32, not {dtype}"
-    sides = shape[1:]
-    return None if all(1 <= n <= MAX_SIDE for n in sides) else f"takes sides of 1 to {MAX_SIDE}, not {sides}"
+def _check_bank(
+    op: str, name: str, t: Tensor, shape: Shape, dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
+    """Matrices may lie any stride apart, and so may their rows; the elements of a row may not."""
+    check_tensor(op, name, t, shape, dtypes, device)
+    if t.dim() != 3 or 0 in t.shape[1:] or (t.stride(2) != 1 and t.size(2) > 1):
+        raise ValueError(f"{op}: {name} is {describe(t)}; expected (K, R, C) with 1 <= R, C and the last stride 1")
+
+
+def _check_momentum(
+    g: Tensor,
+    buf: Tensor,
+    hyper: Tensor,
+    *,
+    transposed: bool,
+    out_dtype: torch.dtype = torch.bfloat16,
+    safety: float = SAFETY,
+) -> Problem:
+    if out_dtype not in (*DTYPES, torch.float64):
+        raise ValueError(f"muon_momentum: out_dtype is {out_dtype}; expected torch.bfloat16 or torch.float32")
+    state = wide(out_dtype)
+    _check_bank("muon_momentum", "g", g, g.shape, (*DTYPES, state), g.device)
+    _check_bank("muon_momentum", "buf", buf, g.shape, (state,), g.device)
+    check_tensor("muon_momentum", "hyper", hyper, (3,), (torch.float32,), g.device, contiguous=True)
+    return Problem(tuple(g.shape), out_dtype, g.device)
+
+
+def _check_apply(
+    p: Tensor,
+    x: Tensor,
+    second: Tensor,
+    hyper: Tensor,
+    *,
+    transposed: bool,
+    low: Tensor | None = None,
+    beta2: float = BETA2,
+) -> Problem:
+    state = wide(x.dtype)
+    _check_bank("muon_apply", "p", p, p.shape, (state if low is None else torch.bfloat16,), p.device)
+    _check_bank("muon_apply", "x", x, p.shape, (*DTYPES, torch.float64), p.device)
+    if low is not None:
+        _check_bank("muon_apply", "low", low, p.shape, (torch.int16,), p.device)
+    K, R, C = p.shape
+    rows, cols = (C, R) if transposed else (R, C)
+    shape = (K, rows, 1) if rows >= cols else (K, 1, cols)
+    check_tensor("muon_apply", "second", second, shape, (state,), p.device, contiguous=True)
+    check_tensor("muon_apply", "hyper", hyper, (3,), (torch.float32,), p.device, contiguous=True)
+    return Problem(tuple(p.shape), x.dtype, p.device)
+
+
+def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
+    if why := takes_dtypes(shape, dtype):
+        return why
+    K, R, C = shape
+    if not (1 <= R <= MAX_SIDE and 1 <= C <= MAX_SIDE):
+        return f"takes sides of 1 to {MAX_SIDE}, not {R} and {C}"
+    return None if K <= MAX_MATRICES else f"takes up to {MAX_MATRICES} matrices, not {K}"
 
 
 def _momentum_inputs(make: Callable[..., Tensor], K: int, R: int, C: int, transposed: bool) -> dict:
@@ -475,9 +504,8 @@ muon_momentum = Op(
         "transposed": lambda make, K, R, C: _momentum_inputs(make, K, R, C, transposed=True),
     },
     cost=muon_momentum_cost,
-    limits=_limits,
-    ref=muon_momentum_ref,
-    triton=_muon_momentum_triton,
+    check=_check_momentum,
+    backends={"ref": Backend(muon_momentum_ref), "triton": Backend(_muon_momentum_triton, needs_triton, _limits)},
 )
 
 muon_apply = Op(
@@ -489,7 +517,6 @@ muon_apply = Op(
         "transposed": lambda make, K, R, C: _apply_inputs(make, K, R, C, transposed=True),
     },
     cost=muon_apply_cost,
-    limits=_limits,
-    ref=muon_apply_ref,
-    triton=_muon_apply_triton,
+    check=_check_apply,
+    backends={"ref": Backend(muon_apply_ref), "triton": Backend(_muon_apply_triton, needs_triton, _limits)},
 )

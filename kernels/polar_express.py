@@ -23,8 +23,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import Op, capability
-from kernels.tile import SAFETY, allow_descriptors, describe, for_descriptor, has_large_shared_memory, num_programs
+from kernels.op import (
+    DTYPES,
+    Backend,
+    Op,
+    Problem,
+    capability,
+    check_tensor,
+    describe,
+    needs_triton,
+    takes_dtypes,
+    wide,
+)
+from kernels.tile import SAFETY, allow_descriptors, for_descriptor, has_large_shared_memory, num_programs
 
 COEFFICIENTS = (
     # five steps, safety 2e-2, cushion 2 [arXiv 2505.16932, computed for these settings; as in nanochat and modded-nanogpt]
@@ -199,12 +210,6 @@ def _(x, scale, coefficients):
 def _polar_express_triton(
     x: Tensor, scale: Tensor | None = None, *, coefficients: Coefficients = COEFFICIENTS, safety: float = SAFETY
 ) -> Tensor:
-    if x.dim() != 3 or 0 in x.shape[1:] or x.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"polar_express: x is {describe(x)}; expected (K, rows, cols) bfloat16 or float32")
-    if scale is not None and (scale.shape != x.shape[:1] or scale.dtype != torch.float32 or scale.device != x.device):
-        raise ValueError(f"polar_express: scale is {describe(scale)}; expected ({x.size(0)},) float32 on {x.device}")
-    if not coefficients:
-        raise ValueError("polar_express: no coefficients; give (a, b, c) of one step at least")
     if x.size(0) == 0:
         return torch.empty_like(x)
     if scale is None:
@@ -240,8 +245,16 @@ def polar_express_cost(
 # interface
 
 
-def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    return None if dtype in (torch.bfloat16, torch.float32) else f"takes bfloat16 and float32, not {dtype}"
+def _check(
+    x: Tensor, scale: Tensor | None = None, *, coefficients: Coefficients = COEFFICIENTS, safety: float = SAFETY
+) -> Problem:
+    if x.dim() != 3 or 0 in x.shape[1:] or x.dtype not in (*DTYPES, torch.float64):
+        raise ValueError(f"polar_express: x is {describe(x)}; expected (K, rows, cols) bfloat16 or float32")
+    if scale is not None:
+        check_tensor("polar_express", "scale", scale, x.shape[:1], (wide(x.dtype),), x.device)
+    if not coefficients:
+        raise ValueError("polar_express: no coefficients; give (a, b, c) of one step at least")
+    return Problem(tuple(x.shape), x.dtype, x.device)
 
 
 def _inputs(make: Any, K: int, rows: int, cols: int) -> dict[str, Any]:
@@ -263,7 +276,6 @@ polar_express = Op(
     },
     forms={"plain": _inputs},
     cost=polar_express_cost,
-    limits=_limits,
-    ref=polar_express_ref,
-    triton=_polar_express_triton,
+    check=_check,
+    backends={"ref": Backend(polar_express_ref), "triton": Backend(_polar_express_triton, needs_triton, takes_dtypes)},
 )

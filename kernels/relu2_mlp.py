@@ -24,8 +24,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import Op, capability
-from kernels.tile import allow_descriptors, describe, for_descriptor, has_large_shared_memory, num_programs
+from kernels.op import (
+    DTYPES,
+    Backend,
+    Op,
+    Problem,
+    Shape,
+    capability,
+    check_number,
+    describe,
+    dtype_name,
+    needs_triton,
+    takes_dtypes,
+)
+from kernels.tile import allow_descriptors, for_descriptor, has_large_shared_memory, num_programs
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -189,16 +201,6 @@ _relu2_mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _relu2_mlp_triton(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    if x.dim() == 0 or up.dim() != 2 or up.shape != down.shape or x.size(-1) != up.size(1):
-        raise ValueError(
-            f"relu2_mlp: x {describe(x)}, up {describe(up)}, down {describe(down)}; expected (..., C), (F, C), (F, C)"
-        )
-    if not (x.dtype == up.dtype == down.dtype and x.device == up.device == down.device):
-        raise ValueError(
-            f"relu2_mlp: x {describe(x)}, up {describe(up)}, down {describe(down)}; expected one dtype and device"
-        )
-    if why := _limits("triton", (0, up.size(1), up.size(0)), x.dtype):
-        raise ValueError(f"relu2_mlp: {why}")
     return _relu2_mlp_fwd(x, up, down)[0]
 
 
@@ -209,8 +211,7 @@ def _relu2_up(x: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Ten
         raise ValueError(
             f"relu2_mlp: x {describe(x)}, up {describe(up)}; expected (M, C), (F, C), M and F multiples of 16"
         )
-    if scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != x.device or x.dtype != up.dtype:
-        raise ValueError(f"relu2_mlp: scale is {describe(scale)}; expected one float32 number on {x.device}")
+    check_number("relu2_mlp", "scale", scale, (torch.float32,), x.device)
     return _relu2_gemm(_rows(x), _rows(up), None, scale)
 
 
@@ -232,13 +233,26 @@ def relu2_mlp_cost(
 # interface
 
 
-def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    if dtype not in (torch.bfloat16, torch.float32):
-        return f"takes bfloat16 and float32, not {dtype}"
+def _given(x: Tensor, up: Tensor, down: Tensor) -> str:
+    return f"x is {describe(x)}, up {describe(up)}, down {describe(down)}"
+
+
+def _check(x: Tensor, up: Tensor, down: Tensor) -> Problem:
+    if x.dim() == 0 or up.dim() != 2 or up.shape != down.shape or x.size(-1) != up.size(1) or 0 in up.shape:
+        raise ValueError(f"relu2_mlp: {_given(x, up, down)}; expected (..., C), (F, C), (F, C)")
+    alike = x.dtype == up.dtype == down.dtype and x.device == up.device == down.device
+    if not alike or x.dtype not in (*DTYPES, torch.float64):
+        raise ValueError(f"relu2_mlp: {_given(x, up, down)}; expected one dtype, bfloat16 or float32, and one device")
+    return Problem((x.numel() // x.size(-1), up.size(1), up.size(0)), x.dtype, x.device)
+
+
+def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
+    if why := takes_dtypes(shape, dtype):
+        return why
     _, C, F_ = shape
     unit = 16 // dtype.itemsize
     if C % unit or F_ % unit or min(C, F_) < unit:
-        return f"takes C and F that are multiples of {unit} in {dtype}, not {C} and {F_}"
+        return f"takes C and F that are multiples of {unit} in {dtype_name(dtype)}, not {C} and {F_}"
     return None
 
 
@@ -253,7 +267,6 @@ relu2_mlp = Op(
     },
     forms={"plain": lambda make, M, C, F_: {"x": make(M, C), "up": make(F_, C), "down": make(F_, C)}},
     cost=relu2_mlp_cost,
-    limits=_limits,
-    ref=relu2_mlp_ref,
-    triton=_relu2_mlp_triton,
+    check=_check,
+    backends={"ref": Backend(relu2_mlp_ref), "triton": Backend(_relu2_mlp_triton, needs_triton, _limits)},
 )

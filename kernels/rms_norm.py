@@ -25,8 +25,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import Op, capability
-from kernels.tile import describe
+from kernels.op import (
+    DTYPES,
+    Backend,
+    Op,
+    Problem,
+    Shape,
+    UserError,
+    capability,
+    check_number,
+    check_tensor,
+    describe,
+    needs_triton,
+    takes_dtypes,
+    wide,
+)
 
 EPS = torch.finfo(torch.float32).eps
 FP8 = torch.float8_e4m3fn
@@ -289,18 +302,9 @@ def _rms_norm_triton(
     scale: Tensor | None = None,
     eps: float = EPS,
 ) -> RMSNorm:
-    if x.dim() == 0 or x.dtype not in (torch.bfloat16, torch.float32) or not 1 <= x.size(-1) <= MAX_N:
-        raise ValueError(f"rms_norm: x is {describe(x)}; expected (..., N) bfloat16 or float32 with 1 <= N <= {MAX_N}")
-    if x0 is None and (a is not None or b is not None):
-        raise ValueError("rms_norm: a and b scale a sum of two streams; give x0 with them")
-    if x0 is not None and (x0.shape != x.shape or x0.dtype != x.dtype or x0.device != x.device):
-        raise ValueError(f"rms_norm: x0 is {describe(x0)}; expected one like x, {describe(x)}")
-    for name, t in (("a", a), ("b", b), ("scale", scale)):
-        if t is not None and (t.numel() != 1 or t.dtype != torch.float32 or t.device != x.device):
-            raise ValueError(f"rms_norm: {name} is {describe(t)}; expected one float32 number on {x.device}")
     if scale is not None and capability(x.device) < FP8_CAPABILITY:
         least, here = (".".join(map(str, version)) for version in (FP8_CAPABILITY, capability(x.device)))
-        raise ValueError(
+        raise UserError(
             f"rms_norm: a copy in fp8 needs a GPU of compute capability {least} or newer, not {here}; leave scale out"
         )
     y, h, _, y_fp8, amax = _rms_norm_fwd(x, x0, a, b, scale, eps)
@@ -326,10 +330,31 @@ def rms_norm_cost(
 # interface
 
 
-def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    if dtype not in (torch.bfloat16, torch.float32):
-        return f"takes bfloat16 and float32, not {dtype}"
-    return None if 1 <= shape[1] <= MAX_N else f"takes rows of 1 to {MAX_N} elements, not {shape[1]}"
+def _check(
+    x: Tensor,
+    x0: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    eps: float = EPS,
+) -> Problem:
+    if x.dim() == 0 or x.size(-1) == 0 or x.dtype not in (*DTYPES, torch.float64):
+        raise ValueError(f"rms_norm: x is {describe(x)}; expected (..., N) bfloat16 or float32 with 1 <= N")
+    if x0 is None and (a is not None or b is not None):
+        raise ValueError("rms_norm: a and b scale a sum of two streams; give x0 with them")
+    if x0 is not None:
+        check_tensor("rms_norm", "x0", x0, x.shape, (x.dtype,), x.device)
+    for name, t in (("a", a), ("b", b), ("scale", scale)):
+        if t is not None:
+            check_number("rms_norm", name, t, (wide(x.dtype),), x.device)
+    return Problem((x.numel() // x.size(-1), x.size(-1)), x.dtype, x.device)
+
+
+def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
+    return takes_dtypes(shape, dtype) or (
+        None if 1 <= shape[1] <= MAX_N else f"takes rows of 1 to {MAX_N} elements, not {shape[1]}"
+    )
 
 
 def _mix_inputs(make: Callable[..., Tensor], M: int, N: int) -> dict[str, Tensor]:
@@ -354,7 +379,6 @@ rms_norm = Op(
         "mix_fp8": lambda make, M, N: _mix_inputs(make, M, N) | {"scale": make(dtype=torch.float32).detach().abs()},
     },
     cost=rms_norm_cost,
-    limits=_limits,
-    ref=rms_norm_ref,
-    triton=_rms_norm_triton,
+    check=_check,
+    backends={"ref": Backend(rms_norm_ref), "triton": Backend(_rms_norm_triton, needs_triton, _limits)},
 )

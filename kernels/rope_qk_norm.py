@@ -28,8 +28,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import Op, capability
-from kernels.tile import describe
+from kernels.op import (
+    DTYPES,
+    Backend,
+    Op,
+    Problem,
+    Shape,
+    capability,
+    check_tensor,
+    describe,
+    needs_triton,
+    takes_dtypes,
+    wide,
+)
 
 EPS = torch.finfo(torch.float32).eps
 MIN_HEAD, MAX_HEAD = 8, 256
@@ -345,24 +356,6 @@ def _rope_qk_norm_triton(
     norm: bool = True,
     eps: float = EPS,
 ) -> QKV:
-    packed = heads + 2 * kv_heads
-    if qkv.dim() != 3 or heads < 1 or kv_heads < 1 or qkv.size(2) % packed:
-        raise ValueError(f"rope_qk_norm: qkv is {describe(qkv)}; expected (B, T, ({heads} + 2 * {kv_heads}) * D)")
-    B, T, width = qkv.shape
-    D = width // packed
-    if why := _limits("triton", (B, T, heads, kv_heads, D), qkv.dtype):
-        raise ValueError(f"rope_qk_norm: {why}")
-    if norm and scale == 0:
-        raise ValueError("rope_qk_norm: scale is 0, which no gradient passes; leave q and k out instead")
-    if (cos is None) != (sin is None) or (gate is None) != (ve is None):
-        raise ValueError("rope_qk_norm: cos goes with sin, and gate with ve; give both or neither")
-    for name, t in (("cos", cos), ("sin", sin)):
-        shapes = ((T, D // 2), (1, T, D // 2), (B, T, D // 2))
-        if t is not None and (t.shape not in shapes or t.dtype != torch.float32 or t.device != qkv.device):
-            raise ValueError(f"rope_qk_norm: {name} is {describe(t)}; expected ({T}, {D // 2}) float32 on {qkv.device}")
-    for name, t, shape in (("gate", gate, (B, T, kv_heads)), ("ve", ve, (B, T, kv_heads, D))):
-        if t is not None and (t.shape != shape or t.dtype != qkv.dtype or t.device != qkv.device):
-            raise ValueError(f"rope_qk_norm: {name} is {describe(t)}; expected {shape} {qkv.dtype} on {qkv.device}")
     q, k, v, _ = _rope_qk_norm_fwd(qkv, cos, sin, gate, ve, heads, kv_heads, scale, norm, eps)
     return QKV(q, k, v)
 
@@ -389,10 +382,46 @@ def rope_qk_norm_cost(
 # interface
 
 
-def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    if dtype not in (torch.bfloat16, torch.float32):
-        return f"takes bfloat16 and float32, not {dtype}"
+def _check(
+    qkv: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    gate: Tensor | None = None,
+    ve: Tensor | None = None,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float = 1.0,
+    norm: bool = True,
+    eps: float = EPS,
+) -> Problem:
+    packed = heads + 2 * kv_heads
+    if qkv.dim() != 3 or heads < 1 or kv_heads < 1 or qkv.size(2) % packed or qkv.dtype not in (*DTYPES, torch.float64):
+        raise ValueError(
+            f"rope_qk_norm: qkv is {describe(qkv)}; expected (B, T, ({heads} + 2 * {kv_heads}) * D) bfloat16 or float32"
+        )
+    B, T, width = qkv.shape
+    D = width // packed
+    if D < 2 or D % 2:
+        raise ValueError(f"rope_qk_norm: heads have {D} channels; expected an even number, which the rotation pairs")
+    if norm and scale == 0:
+        raise ValueError("rope_qk_norm: scale is 0, which no gradient passes; leave q and k out instead")
+    if (cos is None) != (sin is None) or (gate is None) != (ve is None):
+        raise ValueError("rope_qk_norm: cos goes with sin, and gate with ve; give both or neither")
+    for name, t in (("cos", cos), ("sin", sin)):
+        if t is not None:
+            rows = (B if t.size(0) == B else 1,) if t.dim() == 3 else ()
+            check_tensor("rope_qk_norm", name, t, (*rows, T, D // 2), (wide(qkv.dtype),), qkv.device)
+    for name, t, shape in (("gate", gate, (B, T, kv_heads)), ("ve", ve, (B, T, kv_heads, D))):
+        if t is not None:
+            check_tensor("rope_qk_norm", name, t, shape, (qkv.dtype,), qkv.device)
+    return Problem((B, T, heads, kv_heads, D), qkv.dtype, qkv.device)
+
+
+def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
     *_, H, G, D = shape
+    if why := takes_dtypes(shape, dtype):
+        return why
     if D % 2 or not MIN_HEAD <= D <= MAX_HEAD:
         return f"takes heads of an even size from {MIN_HEAD} to {MAX_HEAD}, not {D}"
     return None if H + G <= MAX_HEADS else f"takes up to {MAX_HEADS} heads of q and k together, not {H + G}"
@@ -419,7 +448,6 @@ rope_qk_norm = Op(
     },
     forms={"plain": _inputs, "value embeddings": _with_value_embeddings},
     cost=rope_qk_norm_cost,
-    limits=_limits,
-    ref=rope_qk_norm_ref,
-    triton=_rope_qk_norm_triton,
+    check=_check,
+    backends={"ref": Backend(rope_qk_norm_ref), "triton": Backend(_rope_qk_norm_triton, needs_triton, _limits)},
 )

@@ -28,11 +28,6 @@ def split_master(x):
 # what launches share
 
 
-def describe(t: Tensor) -> str:
-    """A tensor in the words of an error."""
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
-
-
 def has_large_shared_memory(arch: tuple[int, int]) -> bool:
     """Whether a block may have 160 KiB or more: the data-centre parts. Others end at 99 KiB."""
     return arch in ((8, 0), (9, 0), (10, 0), (10, 3))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.dispatch import Op
+from kernels.op import Op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FACTOR = 2.0

@@ -13,7 +13,8 @@ import torch
 
 from bench import static
 from bench.aot import MAIN, environment
-from kernels import dispatch
+from kernels.op import interpreted
+from kernels.ops import BY_NAME
 
 MAX_SHARED = 232_448  # bytes a block may have on sm_90
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +34,9 @@ def describe(k):
 
 def test_every_op_case_and_form_was_compiled(kernels):
     got = {(k["op"], k["case"], k["form"]) for k in kernels}
-    ops = dispatch.ops()
-    assert got == {(name, case, form) for name in COMPILED for case in ops[name].cases for form in ops[name].forms}
+    assert got == {
+        (name, case, form) for name in COMPILED for case in BY_NAME[name].cases for form in BY_NAME[name].forms
+    }
     assert {k["kernel"] for k in kernels if k["op"] == "rms_norm"} == {"_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel"}
 
 
@@ -66,7 +68,7 @@ def test_rms_norm_moves_16_bytes_at_a_time(kernels):
 def test_relu2_mlp_multiplies_in_tensor_cores_fed_by_bulk_copies(kernels):
     """One loop over K whose body is BLOCK_K / 16 warp-group products, tiles loaded and stored in bulk, none by threads."""
     of_mlp = [k for k in kernels if k["op"] == "relu2_mlp" and k["dtype"] == "bfloat16"]
-    assert len(of_mlp) == 2 * len(dispatch.ops()["relu2_mlp"].cases)
+    assert len(of_mlp) == 2 * len(BY_NAME["relu2_mlp"].cases)
     for k in of_mlp:
         got = k["instructions"]
         assert got["HGMMA"] == 4 and got["UTMALDG"] >= 4 and got["UTMASTG"] == 2, describe(k)
@@ -76,7 +78,7 @@ def test_relu2_mlp_multiplies_in_tensor_cores_fed_by_bulk_copies(kernels):
 def test_polar_express_multiplies_in_tensor_cores_and_mirrors(kernels):
     """Three products a step; the two symmetric ones store a tile twice."""
     of_polar = [k for k in kernels if k["op"] == "polar_express" and k["dtype"] == "bfloat16"]
-    assert len(of_polar) == 15 * len(dispatch.ops()["polar_express"].cases)
+    assert len(of_polar) == 15 * len(BY_NAME["polar_express"].cases)
     for i, k in enumerate(of_polar):
         got = k["instructions"]
         assert got["HGMMA"] == 4 and got["UTMALDG"] >= 4 and "STG" not in got, describe(k)
@@ -172,7 +174,7 @@ print(json.dumps(compiled))
 
 
 def test_this_process_interprets():
-    assert dispatch.interpreted() or torch.cuda.is_available()
+    assert interpreted() or torch.cuda.is_available()
 
 
 def test_fp8_copies_in_the_epilogue_of_relu2_mlp_fit():

@@ -3,6 +3,7 @@
 Timings here are of made-up samplers, or of sleeps: what this machine does meanwhile does not matter.
 """
 
+import dataclasses
 import gc
 import json
 import os
@@ -23,7 +24,8 @@ from bench.peers import PEERS, Peer
 from bench.timing import MIN_ROUNDS, GraphSampler, HostSampler, Spread, interleave
 from core.errors import Stopped
 from kernels.adam_update import adam_update
-from kernels.dispatch import Op
+from kernels.op import Backend
+from kernels.ops import BY_NAME
 from kernels.rms_norm import RMSNorm, rms_norm
 from tests.harness import DEVICE
 
@@ -88,8 +90,12 @@ def test_a_host_sample_is_seconds_per_call():
 
 def broken(op, function):
     """The op with another kernel in the place of its own, which the interpreter lets run here."""
-    shared = {"dims": op.dims, "forms": op.forms, "cost": op.cost, "limits": op.limits, "ref": op.backends["ref"]}
-    return Op(op.name, cases={"quickstart": (64, 32)}, triton=function, **shared)
+    return like(op, (64, 32), triton=function)
+
+
+def like(op, shape, **functions):
+    backends = {name: Backend(functions.get(name, b.function), b.needs, b.limits) for name, b in op.backends.items()}
+    return dataclasses.replace(op, cases={"quickstart": shape}, backends=backends)
 
 
 def measured(op, form="plain", backward=False):
@@ -168,14 +174,7 @@ def test_what_is_changed_in_place_is_compared(name):
         t = inputs[name]
         t.add_(1000 if name == "low" else 0.01 * t)
 
-    cases = {"quickstart": (4096,)}
-    shared = {
-        "dims": adam_update.dims,
-        "forms": adam_update.forms,
-        "cost": adam_update.cost,
-        "limits": adam_update.limits,
-    }
-    op = Op("adam_update", cases=cases, triton=wrong, ref=adam_update.backends["ref"], **shared)
+    op = like(adam_update, (4096,), triton=wrong)
     found = suite.measure(ops.op_item(op, "quickstart", "master", torch.bfloat16, False), ["ref", "triton"], seconds=0)
     assert found["triton"].error and found["ref"].seconds
 
@@ -191,12 +190,9 @@ def test_every_reference_and_kernel_passes_its_own_check():
         "polar_express": (2, 32, 32),
     }
     small |= {"muon_momentum": (2, 32, 48), "muon_apply": (2, 32, 48), "adam_update": (500,)}
-    from kernels import dispatch
-
-    assert small.keys() == dispatch.ops().keys()
-    for name, op in dispatch.ops().items():
-        shared = {"dims": op.dims, "forms": op.forms, "cost": op.cost, "limits": op.limits}
-        op = Op(name, cases={"quickstart": small[name]}, **shared, **op.backends)
+    assert small.keys() == BY_NAME.keys()
+    for name, op in BY_NAME.items():
+        op = like(op, small[name])
         for form in op.forms:
             item = ops.op_item(op, "quickstart", form, torch.float32, False)
             with item.open() as programs:
@@ -294,11 +290,10 @@ def test_absent_peers_are_listed_with_the_reason():
 
 
 def test_peers_are_for_ops_and_forms_that_exist():
-    from kernels import dispatch
 
     for name, peers in PEERS.items():
         for peer in peers.values():
-            assert set(peer.forms) <= dispatch.ops()[name].forms.keys()
+            assert set(peer.forms) <= BY_NAME[name].forms.keys()
 
 
 # rows ---------------------------------------------------------------------

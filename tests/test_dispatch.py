@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from kernels import dispatch
-from kernels.dispatch import Backends, Device, Measurement, Op
+from kernels.dispatch import Backends, decide
+from kernels.op import Backend, Device, Measurement, Op, Problem, UserError, needs_gpu, needs_nothing, needs_triton
+from kernels.ops import BY_NAME, OPS
 from kernels.rms_norm import rms_norm
+from tests.harness import DEVICE, evaluate, randn
 
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 V100 = Device("cuda", "Tesla V100", (7, 0))
@@ -26,39 +29,51 @@ def cuda_build(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def made_up(**options):
-    def limits(backend, shape, dtype):
-        return None if shape[1] % 8 == 0 else f"{backend} takes multiples of 8, not {shape[1]}"
+def made_up(*names, **options):
+    """An op whose backends (default: a reference and two kernels) return their names."""
 
-    kwargs = {"ref": lambda x: "ref", "triton": lambda x: "triton", "cuda": lambda x: "cuda", **options}
-    return Op("made_up", dims=("M", "N"), cases={}, forms={}, cost=lambda *a: (0, 0), limits=limits, **kwargs)
+    def limits(shape, dtype):
+        return None if shape[1] % 8 == 0 else f"takes multiples of 8, not {shape[1]}"
+
+    def check(x):
+        if x.dim() != 2:
+            raise ValueError(f"made_up: x has {x.dim()} dimensions")
+        return Problem(tuple(x.shape), x.dtype, x.device)
+
+    needs = {"triton": needs_triton, "ref": needs_nothing}
+    backends = {
+        name: Backend(lambda x, name=name: name, needs.get(name, needs_gpu), *([] if name == "ref" else [limits]))
+        for name in names or ("ref", "triton", "cuda")
+    }
+    return Op("made_up", ("M", "N"), {}, {}, lambda *a: (0, 0), check, backends, **options)
 
 
 def test_a_cpu_runs_the_reference():
-    choice, run = made_up().choose((8, 8), BF16, CPU)
-    assert (choice.backend, run(0)) == ("ref", "ref") and "CPU" in choice.reason
+    choice = decide(made_up(), (8, 8), BF16, CPU)
+    assert choice.backend == "ref" and "CPU" in choice.reason
     assert set(choice.others) == {"triton", "cuda"}
 
 
 def test_a_gpu_without_measurements_runs_triton_and_says_so():
-    choice, run = made_up().choose((8, 8), BF16, H100)
-    assert (choice.backend, choice.reason, run(0)) == ("triton", "unmeasured here", "triton")
-    assert made_up(triton=None).choose((8, 8), BF16, H100)[0].backend == "cuda"
+    choice = decide(made_up(), (8, 8), BF16, H100)
+    assert (choice.backend, choice.reason) == ("triton", "unmeasured here")
+    assert decide(made_up("fa3", "ref", "varlen", "triton"), (8, 8), BF16, H100).backend == "triton"
+    assert decide(made_up("varlen", "ref", "fa3"), (8, 8), BF16, H100).backend == "varlen"  # the first that is declared
 
 
 @pytest.mark.parametrize(
     "device, shape, why", [(V100, (8, 8), "compute capability 8.0"), (H100, (8, 9), "multiples of 8")]
 )
 def test_what_a_kernel_cannot_run_goes_to_the_reference_with_the_reason(device, shape, why):
-    choice, _ = made_up().choose(shape, BF16, device)
+    choice = decide(made_up(), shape, BF16, device)
     assert choice.backend == "ref" and why in choice.reason
-    with pytest.raises(ValueError, match=f"{why}.*available there: ref"):
-        made_up().choose(shape, BF16, device, "triton")
+    with pytest.raises(UserError, match=f"{why}.*available there: ref"):
+        decide(made_up(), shape, BF16, device, "triton")
 
 
 def test_a_cpu_build_of_pytorch_is_named(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    choice, _ = made_up().choose((8, 8), BF16, H100)
+    choice = decide(made_up(), (8, 8), BF16, H100)
     assert choice.backend == "ref" and "CUDA build" in choice.reason
 
 
@@ -74,28 +89,30 @@ def test_measurements_decide_by_the_nearest_shape():
             m((65536, 2048), dtype=torch.float32, ref=1.0, triton=5.0),
         ]
     )
-    assert op.choose((2048, 128), BF16, H100)[0].backend == "ref"
-    choice, _ = op.choose((65536, 2048), BF16, H100)
+    assert decide(op, (2048, 128), BF16, H100).backend == "ref"
+    choice = decide(op, (65536, 2048), BF16, H100)
     assert choice.backend == "cuda" and "M=65536 N=1024" in choice.reason and "H100 at abc" in choice.reason
-    assert op.choose((65536, 2048), BF16, Device("cuda", "L4", (8, 9)))[0].reason == "unmeasured here"
+    assert decide(op, (65536, 2048), BF16, Device("cuda", "L4", (8, 9))).reason == "unmeasured here"
     # the fastest of those that can run it
-    assert op.choose((65536, 2049), BF16, H100)[0].backend == "ref"
+    assert decide(op, (65536, 2049), BF16, H100).backend == "ref"
 
 
 def test_a_forced_backend_is_taken():
-    for name in dispatch.BACKENDS:
-        choice, run = made_up().choose((8, 8), BF16, H100, name)
-        assert (choice.backend, choice.reason, run(0)) == (name, "forced", name)
+    op = made_up("ref", "triton", "cublas")
+    for name in op.backends:
+        choice = decide(op, (8, 8), BF16, H100, name)
+        assert (choice.backend, choice.reason) == (name, "forced")
+        assert op.checked(name)(torch.ones(8, 8)) == name
 
 
 def test_the_interpreter_counts_as_triton_on_a_cpu(monkeypatch):
-    with pytest.raises(ValueError, match="rms_norm=triton cannot run on cpu.*TRITON_INTERPRET.*available there: ref"):
-        rms_norm.choose((8, 8), BF16, CPU, "triton")
+    with pytest.raises(UserError, match="rms_norm=triton cannot run on cpu.*TRITON_INTERPRET.*available there: ref"):
+        decide(rms_norm, (8, 8), BF16, CPU, "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert rms_norm.choose((8, 8), BF16, CPU, "triton")[0].backend == "triton"
-    assert rms_norm.choose((8, 8), BF16, CPU)[0].backend == "ref"
-    with pytest.raises(ValueError, match="float64"):
-        rms_norm.choose((8, 8), torch.float64, CPU, "triton")
+    assert decide(rms_norm, (8, 8), BF16, CPU, "triton").backend == "triton"
+    assert decide(rms_norm, (8, 8), BF16, CPU).backend == "ref"
+    with pytest.raises(UserError, match="float64"):
+        decide(rms_norm, (8, 8), torch.float64, CPU, "triton")
 
 
 @pytest.mark.parametrize(
@@ -105,12 +122,28 @@ def test_the_interpreter_counts_as_triton_on_a_cpu(monkeypatch):
         ("rms_norm=fast", "unknown backend 'fast'"),
         ("softmax=triton", "unknown op 'softmax'; expected one of .*rms_norm"),
         ("rms_norm=cuda", "rms_norm has no cuda backend; rms_norm has ref, triton"),
+        ("cuda", "no op has a cuda backend; expected auto, ref, triton"),
         ("", "unknown backend ''"),
     ],
 )
 def test_requests_that_mean_nothing(request_, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(UserError, match=says):
         dispatch.parse(request_)
+
+
+def test_a_backend_that_one_op_has_can_be_requested(monkeypatch):
+    """Of all ops, where it binds that one, or of that op; not of another."""
+    op = made_up("ref", "triton", "cublas")
+    monkeypatch.setattr(dispatch, "OPS", (rms_norm, op))
+    monkeypatch.setattr(dispatch, "BY_NAME", {"rms_norm": rms_norm, "made_up": op})
+    monkeypatch.setattr(Device, "of", lambda device: H100)
+    for request in ("cublas", "made_up=cublas"):
+        backends = Backends(request, device=torch.device("cpu"), dtype=BF16)
+        assert backends.choose(op, 8, 8)(torch.ones(8, 8)) == "cublas"
+        backends.choose(rms_norm, 8, 8)
+        assert [c.backend for c in backends.choices] == ["cublas", "triton"]
+    with pytest.raises(UserError, match="rms_norm has no cublas backend; rms_norm has ref, triton"):
+        dispatch.parse("rms_norm=cublas")
 
 
 def test_requests_combine():
@@ -122,12 +155,12 @@ def test_a_model_s_backends_are_remembered_once(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     backends = Backends("triton", device=torch.device("cpu"), dtype=torch.float32)
     for _ in range(2):
-        assert backends.choose(rms_norm, 64, 32) is rms_norm.backends["triton"]
-    assert len(backends.choices) == 1
+        assert backends.choose(rms_norm, 64, 32)(torch.ones(64, 32)).y.shape == (64, 32)
+    assert len(backends.choices) == 1 and backends.choices[0].backend == "triton"
     facts = json.loads(json.dumps(backends.facts()))
     assert facts["requested"] == "triton" and facts["choices"][0]["shape"] == {"M": 64, "N": 32}
     # forced on all, but this one has no such kernel
-    assert backends.choose(made_up(triton=None), 8, 8)(0) == "ref"
+    assert backends.choose(made_up("ref", "cuda"), 8, 8)(torch.ones(8, 8)) == "ref"
     assert backends.choices[-1].reason == "PyTorch, on a CPU; there is no triton backend"
 
 
@@ -140,14 +173,111 @@ def test_the_summary_has_a_line_for_shapes_of_the_same_fate():
     assert len(lines) == 2 and "3 shapes" in lines[0] and "M=64 N=32" in lines[1] and "forced" in lines[0]
 
 
-def test_every_op_is_found_and_complete():
-    for name, op in dispatch.ops().items():
-        assert op.name == name and op.cases and op.forms and "ref" in op.backends
+def test_every_op_is_listed_and_complete():
+    files = {op.cost.__module__ for op in OPS}
+    assert len(BY_NAME) == len(OPS)
+    for file in (ROOT / "kernels").glob("*.py"):
+        has_op = "= Op(" in file.read_text()
+        assert has_op == (f"kernels.{file.stem}" in files), f"{file.name}: add its ops to OPS in kernels/ops.py"
+    for op in OPS:
+        assert op.cases and op.forms and "ref" in op.backends
         for shape in op.cases.values():
             assert len(shape) == len(op.dims)
             for form in op.forms:
                 flops, nbytes = op.cost(shape, BF16, form)
                 assert flops > 0 and nbytes > 0
+
+
+# calls ----------------------------------------------------------------------
+
+SMALL = {
+    "rms_norm": (12, 64),
+    "rope_qk_norm": (1, 6, 2, 2, 16),
+    "relu2_mlp": (12, 32, 64),
+    "lm_head_loss": (12, 32, 48),
+    "quantise_weight": (48, 32),
+    "polar_express": (2, 16, 16),
+    "muon_momentum": (2, 16, 24),
+    "muon_apply": (2, 16, 24),
+    "adam_update": (300,),
+}
+
+
+def inputs(op, form, seed=0):
+    def make(*size, dtype=BF16):
+        floats = randn(seed, dtype if dtype.is_floating_point else torch.float32)(*size)
+        return floats.requires_grad_() if dtype.is_floating_point else floats.to(dtype)
+
+    return op.forms[form](make, *SMALL[op.name])
+
+
+def after(call, args):
+    """What a call returns and what is in its arguments afterwards."""
+    own = {k: t.detach().clone() if isinstance(t, torch.Tensor) else t for k, t in args.items()}
+    with torch.no_grad():
+        result = call(**own)
+    tensors = [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None]
+    return tensors + [t for t in own.values() if isinstance(t, torch.Tensor)]
+
+
+def same(some, others):
+    bits = [[t.contiguous().reshape(-1).view(torch.uint8) for t in tensors] for tensors in (some, others)]
+    return len(bits[0]) == len(bits[1]) and all(map(torch.equal, *bits))
+
+
+@pytest.mark.parametrize(
+    "op, form", [(op, form) for op in OPS for form in op.forms], ids=lambda x: getattr(x, "name", x)
+)
+def test_calls_and_checked_backends_are_one_graph_with_the_same_results(op, form, monkeypatch):
+    """The op itself, and each backend behind its check, in eager and compiled, twice with other numbers."""
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    calls = {name: op.checked(name) for name in op.backends} | {"auto": op}
+    for name, call in calls.items():
+        picked = op.backends["ref" if DEVICE == "cpu" and name == "auto" else "triton" if name == "auto" else name]
+        torch.compiler.reset()
+        compiled = torch.compile(call, fullgraph=True, dynamic=False, backend="aot_eager")
+        for seed in (0, 1):
+            args = inputs(op, form, seed)
+            want = after(picked, args)
+            assert same(after(call, args), want), name
+            assert same(after(compiled, args), want), name
+
+
+def test_a_call_has_gradients_and_follows_its_shapes():
+    """The README's example; a compiled caller takes other numbers of rows."""
+    x = torch.randn(4, 32, device=DEVICE, requires_grad=True)
+    want = evaluate(rms_norm.backends["ref"], {"x": x}, {"y": torch.ones_like(x)})
+    got = evaluate(rms_norm, {"x": x}, {"y": torch.ones_like(x)})
+    torch.testing.assert_close(got, want)
+    torch.compiler.reset()
+    norm = torch.compile(lambda x: rms_norm(x).y, fullgraph=True, backend="aot_eager")
+    for rows in (4, 5, 6, 7):
+        x = torch.randn(rows, 32, device=DEVICE)
+        torch.testing.assert_close(norm(x), rms_norm.backends["ref"](x).y)
+
+
+def test_auto_is_picked_once_for_each_shape_dtype_and_device(monkeypatch):
+    op, asked = made_up(), []
+    monkeypatch.setattr(Device, "of", lambda device: asked.append(device) or H100)
+    for _ in range(2):
+        assert op(torch.ones(8, 8)) == "triton" and op(torch.ones(8, 9)) == "ref"
+        assert op(torch.ones(8, 8, dtype=BF16)) == "triton"
+    assert len(asked) == 3
+
+
+def test_every_way_in_is_checked():
+    op = made_up()
+    ways = [op, *map(op.checked, op.backends), Backends("ref", device=torch.device("cpu"), dtype=BF16).choose(op, 8, 8)]
+    for call in ways:
+        with pytest.raises(ValueError, match="x has 1 dim"):
+            call(torch.ones(8))
+    with pytest.raises(ValueError, match="made_up: cuda takes multiples of 8, not 9"):
+        op.checked("cuda")(torch.ones(8, 9))
+    assert op.checked("ref")(torch.ones(8, 9)) == "ref"
+
+
+# the program ----------------------------------------------------------------
 
 
 def module(*argv):
@@ -158,6 +288,6 @@ def test_the_program_shows_what_would_run():
     text = module("--device", "cpu").stdout
     assert "rms_norm" in text and "PyTorch, on a CPU" in text and "TRITON_INTERPRET" in text
     table = json.loads(module("--device", "cpu", "--json").stdout)
-    assert {row["op"] for row in table["choices"]} == set(dispatch.ops())
+    assert {row["op"] for row in table["choices"]} == set(BY_NAME)
     refused = module("--device", "cpu", "--kernels", "rms_norm=triton")
     assert refused.returncode == 2 and refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1

@@ -8,7 +8,6 @@ from torch import Tensor
 
 import kernels.lm_head_loss as module
 from kernels import tile
-from kernels.dispatch import Op
 from kernels.lm_head_loss import (
     E4M3,
     E4M3_MAX,
@@ -26,6 +25,7 @@ from kernels.lm_head_loss import (
     softcapped_logits,
     tanh_cap,
 )
+from kernels.op import Op
 from tests.harness import DEVICE, TINY, Failed, check_op, error, fill_dynamo_tables, mutant, poisoned_allocations
 
 CAPS = {"tanh": tanh_cap(15.0), "sigmoid": Softcap(23.0, 5.0, 7.5), "none": None}
@@ -226,7 +226,7 @@ def test_losses_by_row(backend, K):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     args["x"].requires_grad_()
     with pytest.raises(ValueError, match="forward only"):
-        lm_head_loss.backends[backend](**args, **options)
+        lm_head_loss.checked(backend)(**args, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -276,10 +276,10 @@ BAD = {
     "shapes": ({"w": torch.ones(112, 16)}, "expected .M, C. and .V, C."),
     "dtypes": ({"w": torch.ones(112, 32).bfloat16()}, "one dtype"),
     "vocabulary": ({"vocab_size": 113}, "expected 1 to 112"),
-    "targets": ({"targets": torch.zeros(36, dtype=torch.int64)}, "targets are .36,"),
+    "targets": ({"targets": torch.zeros(36, dtype=torch.int64)}, "targets is .36,"),
     "target type": ({"targets": torch.zeros(37, dtype=torch.int32)}, "int64"),
     "too many": ({"targets": torch.zeros(37, 17, dtype=torch.int64)}, "17 targets a row"),
-    "weights": ({"weights": torch.ones(36)}, "weights are"),
+    "weights": ({"weights": torch.ones(36)}, "weights is"),
     "scale": ({"x_scale": 0.1}, "x_scale is 0.1; expected one float32"),
     "gradient of weights": ({"weights": torch.ones(37, requires_grad=True)}, "give them detached"),
     "fp8": ({"fp8": Fp8Weight(torch.ones(2, 2), torch.ones(2, 2), torch.ones(()))}, "quantise_weight"),
@@ -292,12 +292,12 @@ def test_bad_calls_are_refused(backend, name):
     change, says = BAD[name]
     change = {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in change.items()}
     with pytest.raises(ValueError, match=says):
-        lm_head_loss.backends[backend](**{**case(), **change})
+        lm_head_loss.checked(backend)(**{**case(), **change})
 
 
 def test_the_kernel_refuses_what_it_cannot_take():
     with pytest.raises(ValueError, match="multiple of 16, not 24"):
-        lm_head_loss.backends["triton"](**case(C=24))
+        lm_head_loss.checked("triton")(**case(C=24))
 
 
 # fp8 ----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """muon_update: both ops against float64 on square, tall, wide and transposed banks, masters, mutations. The whole rule is in test_optim.py."""
 
+import dataclasses
 from typing import NamedTuple
 
 import pytest
@@ -8,8 +9,8 @@ from torch import Tensor
 
 import kernels.muon_update as module
 from core.optim import join_master, split_master
-from kernels.dispatch import Op
 from kernels.muon_update import BETA2, MAX_SIDE, SAFETY, muon_apply, muon_apply_cost, muon_momentum, muon_momentum_cost
+from kernels.op import Backend
 from tests.harness import DEVICE, Failed, check_op, kept, mutant, randn, unharmed
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -47,7 +48,7 @@ def numbers(hyper, dtype):
 
 
 def like(op, backends):
-    return Op(op.name, dims=op.dims, cases=op.cases, forms=op.forms, cost=op.cost, limits=op.limits, **backends)
+    return dataclasses.replace(op, backends={name: Backend(function) for name, function in backends.items()})
 
 
 def functional_momentum(op=muon_momentum, gap=0):
@@ -349,7 +350,6 @@ LOW = ONES.to(torch.int16)
         (muon_momentum, bad_momentum(hyper=torch.ones(2, device=DEVICE)), "hyper is"),
         (muon_momentum, bad_momentum(out_dtype=torch.float16), "out_dtype is torch.float16"),
         (muon_momentum, bad_momentum(g=ONES[:, :0], buf=ONES[:, :0]), "1 <= R, C"),
-        (muon_momentum, bad_momentum(g=torch.ones(1, 1, MAX_SIDE + 1, device=DEVICE)), f"R, C <= {MAX_SIDE}"),
         (muon_apply, bad_apply(p=ONES.bfloat16()), "p is .*expected .*float32"),
         (muon_apply, bad_apply(low=LOW), "p is .*expected .*bfloat16"),
         (muon_apply, bad_apply(p=ONES.bfloat16(), low=LOW.int()), "low is .*expected .*int16"),
@@ -360,9 +360,18 @@ LOW = ONES.to(torch.int16)
         (muon_apply, bad_apply(hyper=torch.ones(3, device=DEVICE).double()), "hyper is"),
     ],
 )  # fmt: skip
-def test_bad_calls_are_refused(op, args, says):
+@pytest.mark.parametrize("backend", muon_apply.backends)
+def test_bad_calls_are_refused(backend, op, args, says):
     with pytest.raises(ValueError, match=says):
-        op.backends["triton"](**args)
+        op.checked(backend)(**args)
+
+
+def test_the_kernels_refuse_longer_sides():
+    wide = torch.ones(1, 1, MAX_SIDE + 1, device=DEVICE)
+    args = direct(momentum_inputs((1, 1, 4), False)) | {"g": wide, "buf": wide.clone()}
+    muon_momentum.checked("ref")(**args)
+    with pytest.raises(ValueError, match=f"takes sides of 1 to {MAX_SIDE}"):
+        muon_momentum.checked("triton")(**args)
 
 
 def test_cost():

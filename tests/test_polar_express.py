@@ -149,16 +149,24 @@ def test_symmetric_products_are_symmetric_and_complete(shape):
     "x, scale, says",
     [
         (torch.ones(4, 4), None, r"x is \(4, 4\)"),
-        (torch.ones(1, 4, 4).double(), None, "float64"),
+        (torch.ones(1, 4, 4).half(), None, "float16"),
         (torch.ones(1, 0, 4), None, r"\(1, 0, 4\)"),
         (torch.ones(2, 4, 4), torch.ones(3), r"scale is \(3,\)"),
     ],
 )
-def test_bad_calls_are_refused(x, scale, says):
+@pytest.mark.parametrize("backend", polar_express.backends)
+def test_bad_calls_are_refused(backend, x, scale, says):
     with pytest.raises(ValueError, match=says):
-        triton_polar(x, scale)
+        polar_express.checked(backend)(x, scale)
     with pytest.raises(ValueError, match="no coefficients"):
-        triton_polar(torch.ones(1, 4, 4), coefficients=())
+        polar_express.checked(backend)(torch.ones(1, 4, 4), coefficients=())
+
+
+def test_the_kernel_refuses_float64():
+    x = torch.ones(1, 4, 4).double()
+    assert polar_express.checked("ref")(x).dtype == torch.float64
+    with pytest.raises(ValueError, match="takes bfloat16 and float32, not float64"):
+        polar_express.checked("triton")(x)
 
 
 def test_cost():

@@ -156,13 +156,23 @@ def test_fp8_copies_of_the_epilogue(shape, dtype, scale, monkeypatch):
         (dict(down=torch.ones(16, 8)), "expected .*(F, C)"),
         (dict(x=torch.ones(2, 12)), "expected .*(F, C)"),
         (dict(x=torch.ones(2, 8).bfloat16()), "one dtype"),
-        (dict(x=torch.ones(2, 6), up=torch.ones(8, 6), down=torch.ones(8, 6)), "multiples of 4 .*not 6 and 8"),
-        (dict(x=torch.ones(2, 8).double(), up=torch.ones(8, 8).double(), down=torch.ones(8, 8).double()), "float64"),
+        (dict(x=torch.ones(2, 8).half(), up=torch.ones(8, 8).half(), down=torch.ones(8, 8).half()), "float16"),
     ],
 )
-def test_bad_calls_are_refused(change, says):
+@pytest.mark.parametrize("backend", relu2_mlp.backends)
+def test_bad_calls_are_refused(backend, change, says):
     with pytest.raises(ValueError, match=says):
-        triton_mlp(**{"x": torch.ones(2, 8), "up": torch.ones(8, 8), "down": torch.ones(8, 8), **change})
+        relu2_mlp.checked(backend)(
+            **{"x": torch.ones(2, 8), "up": torch.ones(8, 8), "down": torch.ones(8, 8), **change}
+        )
+
+
+def test_the_kernel_refuses_what_it_cannot_take():
+    for C, dtype, says in ((6, torch.float32, "multiples of 4 .*not 6 and 8"), (8, torch.float64, "float64")):
+        args = [torch.ones(n, C, dtype=dtype) for n in (2, 8, 8)]
+        relu2_mlp.checked("ref")(*args)
+        with pytest.raises(ValueError, match=says):
+            relu2_mlp.checked("triton")(*args)
 
 
 def test_cost():

@@ -169,9 +169,8 @@ GOOD = dict(qkv=torch.ones(2, 3, 32), heads=2, kv_heads=1)
     [
         (dict(qkv=torch.ones(2, 3, 33)), r"qkv is \(2, 3, 33\)"),
         (dict(qkv=torch.ones(6, 32)), "qkv is"),
-        (dict(qkv=torch.ones(2, 3, 12)), "even size from 8 to 256, not 3"),
-        (dict(qkv=torch.ones(2, 3, 32).double()), "float64"),
-        (dict(qkv=torch.ones(1, 1, 300 * 8), heads=200, kv_heads=50), "not 250"),
+        (dict(qkv=torch.ones(2, 3, 12)), "3 channels"),
+        (dict(qkv=torch.ones(2, 3, 32).half()), "float16"),
         (dict(cos=torch.ones(3, 4)), "cos goes with sin"),
         (dict(scale=0.0), "scale is 0"),
         (dict(gate=torch.ones(2, 3, 1)), "gate with ve"),
@@ -181,9 +180,24 @@ GOOD = dict(qkv=torch.ones(2, 3, 32), heads=2, kv_heads=1)
         (dict(gate=torch.ones(2, 3, 1), ve=torch.ones(2, 3, 1, 9)), r"ve is \(2, 3, 1, 9\)"),
     ],
 )
-def test_bad_calls_are_refused(change, says):
+@pytest.mark.parametrize("backend", rope_qk_norm.backends)
+def test_bad_calls_are_refused(backend, change, says):
     with pytest.raises(ValueError, match=says):
-        triton_op(**{**GOOD, **change})
+        rope_qk_norm.checked(backend)(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(qkv=torch.ones(2, 3, 16)), "even size from 8 to 256, not 4"),
+        (dict(qkv=torch.ones(2, 3, 32).double()), "float64"),
+        (dict(qkv=torch.ones(1, 1, 300 * 8), heads=200, kv_heads=50), "not 250"),
+    ],
+)
+def test_the_kernel_refuses_what_it_cannot_take(change, says):
+    rope_qk_norm.checked("ref")(**{**GOOD, **change})
+    with pytest.raises(ValueError, match=says):
+        rope_qk_norm.checked("triton")(**{**GOOD, **change})
 
 
 def test_cost():

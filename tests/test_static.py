@@ -9,7 +9,7 @@ import pytest
 import triton
 
 from bench import aot, static
-from kernels import dispatch
+from kernels.ops import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINES = ROOT / "bench" / "static"
@@ -245,7 +245,7 @@ def test_check_reports_improvements_with_the_command_that_keeps_them(command, ca
 
 def test_another_cost_is_reported_and_kept(command, monkeypatch, tmp_path, capsys):
     command([launch()], "--update", "--reason", "first numbers")
-    monkeypatch.setattr(static.dispatch.ops()["rms_norm"], "cost", lambda *_: (10**12, 1))
+    monkeypatch.setattr(BY_NAME["rms_norm"], "cost", lambda *_: (10**12, 1))
     assert command([launch()], "--check") == 0
     assert (
         "time    rms_norm / depth 24 / plain / bfloat16 / forward: 120.2 us, memory → 1011.0 us, flops"
@@ -445,7 +445,7 @@ def test_baselines_are_committed(version):
         f"sm_{capability} {op}"
         for capability in static.CAPABILITIES
         for op in static.compiled_ops()
-        if aot.forms(dispatch.ops()[op], capability)
+        if aot.forms(BY_NAME[op], capability)
     }
     assert file.stat().st_size < 200_000
     without_backward = {"adam_update", "muon_momentum", "muon_apply", "polar_express", "quantise_weight"}

@@ -1,0 +1,66 @@
+"""The sizes of the tracks' models, from which each op derives the shapes that it is compiled, tested and measured at."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """One model and the batch of one forward pass on one device. The letters are those of core/model.py."""
+
+    B: int  # rows
+    T: int  # tokens of a row
+    C: int  # channels
+    H: int  # query heads
+    G: int  # key and value heads
+    D: int  # channels of a head
+    F: int  # units of the MLP
+    V: int  # vocabulary, padded
+    L: int  # layers
+
+    @property
+    def tokens(self) -> int:
+        return self.B * self.T
+
+    def bank(self, matrices: int = 1) -> int:
+        """Matrices of one kind that Muon takes at a time, with so many in each layer."""
+        return matrices * min(BANK_LAYERS, self.L)
+
+
+BANK_LAYERS = 4  # layers whose matrices share a bank
+
+
+def _gpt2(depth: int, rows: int) -> Size:
+    """nanochat's model of that depth, with the largest batch that it trains with on 80 GB [facts of nanochat 92d63d4]."""
+    D, width = 128, 64 * depth
+    C = -(-width // D) * D
+    return Size(B=rows, T=2048, C=C, H=C // D, G=C // D, D=D, F=4 * C, V=32768, L=depth)
+
+
+SIZES = {
+    "quickstart": Size(B=8, T=256, C=128, H=2, G=2, D=64, F=512, V=4096, L=3),
+    "depth 12": _gpt2(12, rows=32),
+    "depth 24": _gpt2(24, rows=16),
+    "depth 26": _gpt2(26, rows=16),
+    # modded-nanogpt's model, and one rank's tokens in its last stage as one row
+    "fineweb": Size(B=1, T=49152, C=768, H=6, G=6, D=128, F=3072, V=50304, L=11),
+}
+
+
+def cases(shape: Callable[[Size], tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Label -> shape of an op that works on activations, or on one matrix of a model."""
+    return {label: shape(size) for label, size in SIZES.items()}
+
+
+def muon_cases() -> dict[str, tuple[int, int, int]]:
+    """Label -> (matrices, rows, columns) of the banks that Muon updates: q, k and v of an attention layer, and the MLP's."""
+    found = {}
+    for label, size in SIZES.items():
+        if label == "quickstart":
+            found[label] = (size.bank(3), size.C, size.C)
+        else:
+            found[f"{label}, attention"] = (size.bank(3), size.C, size.C)
+            found[f"{label}, MLP"] = (size.bank(), size.F, size.C)
+    # q and k of two heads are one matrix there
+    pairs = SIZES["fineweb"]
+    return found | {"fineweb, query pairs": (pairs.bank(pairs.H), 2 * pairs.D, pairs.C)}
