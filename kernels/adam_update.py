@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import sizes
 from kernels.op import (
     DTYPES,
     Backend,
@@ -212,12 +213,7 @@ def _inputs(make: Callable[..., Tensor], n: int, master: bool) -> dict[str, Tens
 adam_update = Op(
     "adam_update",
     dims=("n",),
-    cases={  # vocabulary times width: head and embeddings
-        "quickstart": (4096 * 128,),
-        "width 768": (32768 * 768,),
-        "depth 24": (32768 * 1536,),
-        "depth 26": (32768 * 1664,),
-    },
+    cases=sizes.cases(lambda size: (size.V * size.C,)),  # head and embeddings
     forms={
         "plain": lambda make, n: _inputs(make, n, master=False),
         "master": lambda make, n: _inputs(make, n, master=True),

@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import sizes
 from kernels.op import (
     DTYPES,
     Backend,
@@ -724,13 +725,7 @@ def _fp8_inputs(make: Any, M: int, C: int, V: int) -> dict[str, Any]:
 lm_head_loss = Op(
     "lm_head_loss",
     dims=("M", "C", "V"),
-    cases={
-        "quickstart": (2048, 128, 4096),
-        "depth 12": (65536, 768, 32768),
-        "width 768": (49152, 768, 50304),
-        "depth 24": (32768, 1536, 32768),
-        "depth 26": (32768, 1664, 32768),
-    },
+    cases=sizes.cases(lambda size: (size.tokens, size.C, size.V)),
     forms={"mean": _inputs, "fp8": _fp8_inputs},
     cost=lm_head_loss_cost,
     check=_check,
@@ -754,13 +749,7 @@ def _quantise_inputs(make: Any, V: int, C: int) -> dict[str, Any]:
 quantise_weight = Op(
     "quantise_weight",
     dims=("V", "C"),
-    cases={
-        "quickstart": (4096, 128),
-        "width 768": (50304, 768),
-        "depth 12": (32768, 768),
-        "depth 24": (32768, 1536),
-        "depth 26": (32768, 1664),
-    },
+    cases=sizes.cases(lambda size: (size.V, size.C)),
     forms={"plain": _quantise_inputs},
     cost=quantise_weight_cost,
     check=_check_quantise,

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import sizes
 from kernels.op import (
     DTYPES,
     Backend,
@@ -411,14 +412,6 @@ def muon_apply_cost(
 
 # interface
 
-CASES = {
-    "quickstart": (6, 128, 128),
-    "width 768": (16, 768, 768),
-    "width 768, MLP": (4, 3072, 768),
-    "depth 24, MLP": (4, 6144, 1536),
-    "depth 26, MLP": (4, 6656, 1664),
-}
-
 
 def _check_bank(
     op: str, name: str, t: Tensor, shape: Shape, dtypes: Sequence[torch.dtype], device: torch.device
@@ -498,7 +491,7 @@ def _apply_inputs(make: Callable[..., Tensor], K: int, R: int, C: int, transpose
 muon_momentum = Op(
     "muon_momentum",
     dims=("K", "R", "C"),
-    cases=CASES,
+    cases=sizes.muon_cases(),
     forms={
         "rows": lambda make, K, R, C: _momentum_inputs(make, K, R, C, transposed=False),
         "transposed": lambda make, K, R, C: _momentum_inputs(make, K, R, C, transposed=True),
@@ -511,7 +504,7 @@ muon_momentum = Op(
 muon_apply = Op(
     "muon_apply",
     dims=("K", "R", "C"),
-    cases=CASES,
+    cases=sizes.muon_cases(),
     forms={
         "rows": lambda make, K, R, C: _apply_inputs(make, K, R, C, transposed=False),
         "transposed": lambda make, K, R, C: _apply_inputs(make, K, R, C, transposed=True),

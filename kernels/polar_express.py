@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import sizes
 from kernels.op import (
     DTYPES,
     Backend,
@@ -264,16 +265,7 @@ def _inputs(make: Any, K: int, rows: int, cols: int) -> dict[str, Any]:
 polar_express = Op(
     "polar_express",
     dims=("K", "rows", "cols"),
-    cases={
-        "quickstart": (9, 128, 128),
-        "width 768, attention": (16, 768, 768),
-        "width 768, MLP": (4, 3072, 768),
-        "width 768, query pairs": (16, 256, 768),
-        "depth 24, attention": (12, 1536, 1536),
-        "depth 24, MLP": (4, 6144, 1536),
-        "depth 26, attention": (12, 1664, 1664),
-        "depth 26, MLP": (4, 6656, 1664),
-    },
+    cases=sizes.muon_cases(),
     forms={"plain": _inputs},
     cost=polar_express_cost,
     check=_check,

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import sizes
 from kernels.op import (
     DTYPES,
     Backend,
@@ -259,12 +260,7 @@ def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
 relu2_mlp = Op(
     "relu2_mlp",
     dims=("M", "C", "F"),
-    cases={
-        "quickstart": (2048, 128, 512),
-        "width 768": (65536, 768, 3072),
-        "depth 24": (65536, 1536, 6144),
-        "depth 26": (65536, 1664, 6656),
-    },
+    cases=sizes.cases(lambda size: (size.tokens, size.C, size.F)),
     forms={"plain": lambda make, M, C, F_: {"x": make(M, C), "up": make(F_, C), "down": make(F_, C)}},
     cost=relu2_mlp_cost,
     check=_check,

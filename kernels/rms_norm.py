@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import sizes
 from kernels.op import (
     DTYPES,
     Backend,
@@ -365,13 +366,7 @@ def _mix_inputs(make: Callable[..., Tensor], M: int, N: int) -> dict[str, Tensor
 rms_norm = Op(
     "rms_norm",
     dims=("M", "N"),
-    cases={
-        "quickstart": (2048, 128),
-        "width 768": (65536, 768),
-        "depth 24": (65536, 1536),
-        "depth 26": (65536, 1664),
-        "depth 32": (65536, 2048),
-    },
+    cases=sizes.cases(lambda size: (size.tokens, size.C)),
     forms={
         "plain": lambda make, M, N: {"x": make(M, N)},
         "add": lambda make, M, N: {"x": make(M, N), "x0": make(M, N)},

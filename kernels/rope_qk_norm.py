@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import sizes
 from kernels.op import (
     DTYPES,
     Backend,
@@ -440,12 +441,7 @@ def _with_value_embeddings(make: Callable[..., Tensor], B: int, T: int, H: int, 
 rope_qk_norm = Op(
     "rope_qk_norm",
     dims=("B", "T", "H", "G", "D"),
-    cases={
-        "quickstart": (8, 256, 2, 2, 64),
-        "depth 12": (32, 2048, 6, 6, 128),
-        "depth 24": (32, 2048, 12, 12, 128),
-        "depth 26": (32, 2048, 13, 13, 128),
-    },
+    cases=sizes.cases(lambda size: (size.B, size.T, size.H, size.G, size.D)),
     forms={"plain": _inputs, "value embeddings": _with_value_embeddings},
     cost=rope_qk_norm_cost,
     check=_check,

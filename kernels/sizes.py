@@ -54,13 +54,12 @@ def cases(shape: Callable[[Size], tuple[int, ...]]) -> dict[str, tuple[int, ...]
 
 def muon_cases() -> dict[str, tuple[int, int, int]]:
     """Label -> (matrices, rows, columns) of the banks that Muon updates: q, k and v of an attention layer, and the MLP's."""
-    found = {}
+    first = SIZES["quickstart"]
+    found = {"quickstart": (first.bank(3), first.C, first.C)}
     for label, size in SIZES.items():
-        if label == "quickstart":
-            found[label] = (size.bank(3), size.C, size.C)
-        else:
+        if label.startswith("depth"):
             found[f"{label}, attention"] = (size.bank(3), size.C, size.C)
             found[f"{label}, MLP"] = (size.bank(), size.F, size.C)
-    # q and k of two heads are one matrix there
-    pairs = SIZES["fineweb"]
-    return found | {"fineweb, query pairs": (pairs.bank(pairs.H), 2 * pairs.D, pairs.C)}
+    # q and k of two heads are one matrix there; its other matrices are those of depth 12
+    size = SIZES["fineweb"]
+    return found | {"fineweb, query pairs": (size.bank((size.H + size.G) // 2), 2 * size.D, size.C)}

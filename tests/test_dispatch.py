@@ -1,5 +1,6 @@
 """Backends are chosen by facts, with a reason; what was forced is honoured or refused in a sentence that helps."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import dispatch
+from kernels import dispatch, sizes
 from kernels.dispatch import Backends, decide
 from kernels.op import Backend, Device, Measurement, Op, Problem, UserError, needs_gpu, needs_nothing, needs_triton
 from kernels.ops import BY_NAME, OPS
@@ -186,6 +187,24 @@ def test_every_op_is_listed_and_complete():
             for form in op.forms:
                 flops, nbytes = op.cost(shape, BF16, form)
                 assert flops > 0 and nbytes > 0
+
+
+def test_the_sizes_are_those_of_the_models():
+    from core.config import preset
+    from core.model import BANK_LAYERS, dims
+
+    assert BANK_LAYERS == sizes.BANK_LAYERS
+    for label, size in sizes.SIZES.items():
+        if label == "fineweb":
+            continue  # no model of core/ yet
+        cfg = preset("quickstart" if label == "quickstart" else "gpt2", "cpu").model
+        if label != "quickstart":
+            cfg = dataclasses.replace(cfg, depth=int(label.removeprefix("depth ")))
+        d = dims(cfg)
+        mine = (size.T, size.C, size.H, size.G, size.D, size.F, size.V, size.L)
+        assert mine == (
+            d.seq_len, d.d_model, d.n_head, d.n_kv_head, d.d_head, d.d_ff, d.padded_vocab, d.n_layer
+        ), label  # fmt: skip
 
 
 # calls ----------------------------------------------------------------------
