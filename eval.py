@@ -10,15 +10,16 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from core import checkpoint, distributed, runlog
-from core.config import Config, ModelConfig, check_ranges, from_dict
+from core import checkpoint, communication, machine
+from core.communication import World, joined_world
+from core.config import Config, ModelConfig, check_ranges, from_dict, option
 from core.data.corpus import open_corpus
 from core.data.tokenizer import Tokenizer
-from core.distributed import World
-from core.errors import out_of_memory, user_errors
 from core.evals.bits_per_byte import score, validation_whole
 from core.generate import sample_texts, stream_text
-from core.model import GPT
+from core.models.gpt2 import GPT
+from core.run import State
+from core.stopping import UserError, one_sentence, out_of_memory
 from kernels.dispatch import Backends
 
 METRICS = ("bpb", "sample")
@@ -36,17 +37,17 @@ class EvalConfig:
     """Beginnings of texts to continue; unset: those of the training run."""
     data: str | None = None
     """Text for bpb, as for train.py (its validation split counts); unset: that of the training run."""
-    max_bytes: int | None = None
+    max_bytes: int | None = option(None, 1)
     """Score whole documents up to this many bytes, one at least; unset: all."""
-    sample_tokens: int = 200
+    sample_tokens: int = option(200, 0)
     """Tokens per sample."""
-    temperature: float = 0.8
+    temperature: float = option(0.8, 0, 100)
     """Sampling temperature; 0 takes the likeliest token."""
-    top_k: int = 50
+    top_k: int = option(50, 0)
     """Sample among this many likeliest tokens; 0: among all."""
-    seed: int = 42
+    seed: int = option(42, 0, 2**62)
     """Seed of sampling."""
-    device_batch_size: int = 16
+    device_batch_size: int = option(16, 1)
     """Rows per forward pass."""
     device: Literal["cpu", "cuda"] | None = None
     """Where to run; unset: cuda if there is one."""
@@ -58,29 +59,26 @@ class EvalConfig:
 
 def load_model(folder: Path, device: torch.device, kernels: str, batch_size: int) -> tuple[GPT, Tokenizer, Config]:
     """The model of a checkpoint, in the types it was trained in, its tokenizer and the config of its run."""
-    state = checkpoint.load_state(folder)
-    backends = Backends(kernels, device=device, dtype=getattr(torch, state["precision"]))
+    state = State.read(folder)
+    backends = Backends(kernels, device=device, dtype=state.dtype)
     with device:
-        model = GPT(ModelConfig(**state["model"]), backends, batch_size)
+        model = GPT(ModelConfig(**state.model), backends, batch_size)
     checkpoint.load_model(folder, model)
-    return model, Tokenizer.load(folder), from_dict(state["config"])
+    return model, Tokenizer.load(folder), from_dict(state.config)
 
 
 def main(argv: list[str]) -> None:
     cfg = tyro.cli(EvalConfig, prog="eval.py", description=__doc__, args=argv)
     metrics = [name.strip() for name in cfg.metrics.split(",") if name.strip()]
     if unknown := sorted(set(metrics) - set(METRICS)):
-        raise ValueError(f"--metrics {cfg.metrics}: unknown {', '.join(unknown)}; choose from {', '.join(METRICS)}")
+        raise UserError(f"--metrics {cfg.metrics}: unknown {', '.join(unknown)}; choose from {', '.join(METRICS)}")
     if not metrics:
-        raise ValueError(f"--metrics is empty: choose from {', '.join(METRICS)}")
+        raise UserError(f"--metrics is empty: choose from {', '.join(METRICS)}")
     check_ranges(cfg)
     folder = checkpoint.find(cfg.path)
-    device_type = distributed.choose_device_type(cfg.device)
-    distributed.prepare_process(device_type, deterministic=False)
-    world = distributed.init_world(device_type)
-    try:
+    with joined_world(cfg.device) as world:
         model, tokenizer, trained = load_model(folder, world.device, cfg.kernels, cfg.device_batch_size)
-        device = runlog.device_name(world.device)
+        device = machine.device_name(world.device)
         result: dict[str, Any] = {"checkpoint": str(folder), "device": device}
         talks = world.is_main and not cfg.json
         if talks:
@@ -95,14 +93,12 @@ def main(argv: list[str]) -> None:
                 result["samples"] = write_samples(cfg, model, tokenizer, prompts, shown=talks)
         if world.is_main and cfg.json:
             print(json.dumps(result))
-    finally:
-        distributed.shutdown()
 
 
-def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, trained: Config, world: World) -> dict:
+def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, trained: Config, world: World) -> dict[str, Any]:
     cache_dir = Path(trained.data.cache_dir).expanduser()
     source = cfg.data or trained.data.path
-    _, corpus = distributed.main_first(
+    _, corpus = communication.main_first(
         lambda: open_corpus(source, seed=trained.seed, val_every=trained.data.val_every, cache_dir=cache_dir)
     )
     valset, _ = validation_whole(corpus, tokenizer, model.dims.seq_len, cfg.max_bytes)
@@ -138,5 +134,5 @@ def show_sample(prompt: str, pieces: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with one_sentence():
         main(sys.argv[1:])

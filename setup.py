@@ -13,7 +13,7 @@ setup(
     description="Trains GPT-2-grade language models at the limit of the hardware.",
     license="MIT",
     python_requires=">=3.11,<3.14",
-    packages=["core", "core.data", "core.evals", "kernels"],
+    packages=["core", "core.data", "core.evals", "core.models", "kernels"],
     py_modules=["train", "eval"],
     install_requires=[
         "torch>=2.11,<2.14",
@@ -27,5 +27,8 @@ setup(
         "matplotlib",
         "safetensors",
     ],
-    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis"], "wandb": ["wandb"]},
+    extras_require={
+        "test": ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyrefly"],
+        "wandb": ["wandb"],
+    },
 )

@@ -15,7 +15,7 @@ from bench.suite import HostPrograms, host_item
 from core import checkpoint
 from core.config import preset
 from core.data.tokenizer import Tokenizer
-from core.model import GPT
+from core.models.gpt2 import GPT
 
 Tensors = dict[str, Tensor]
 

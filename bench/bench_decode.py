@@ -9,7 +9,7 @@ import torch
 from bench.suite import HostPrograms, host_item
 from core.config import preset
 from core.generate import generate
-from core.model import GPT
+from core.models.gpt2 import GPT
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 240
 MIN_SPEEDUP = 1.5

@@ -31,7 +31,7 @@ from typing import Any
 
 from bench.results import microseconds
 from bench.timing import Spread
-from core.errors import user_errors
+from core.stopping import UserError, one_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKING_TREE = "."
@@ -108,7 +108,7 @@ class Side:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise ValueError(f"the measuring process ended: {self.log.read_text()[-2000:].strip() or 'no message'}")
+            raise UserError(f"the measuring process ended: {self.log.read_text()[-2000:].strip() or 'no message'}")
         reply = json.loads(line)
         return reply.get("ok"), reply.get("raised")
 
@@ -120,7 +120,7 @@ class Side:
 def git(*args: str) -> str:
     done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"git {' '.join(args)}: {done.stderr.strip() or done.stdout.strip()}")
+        raise UserError(f"git {' '.join(args)}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip()
 
 
@@ -219,7 +219,7 @@ def run(
                 open_sides.callback(side.close)
                 known, raised = side.ask("items")
                 if raised:
-                    raise ValueError(f"a checkout cannot be measured by this bench: {raised}")
+                    raise UserError(f"a checkout cannot be measured by this bench: {raised}")
                 names.append([name for name in known if re.search(only, name)])
             return sides, names
 
@@ -279,13 +279,13 @@ def main(argv: list[str]) -> int:
     try:
         re.compile(args.only)
     except re.error as error:
-        raise ValueError(f"--only {args.only}: no regular expression ({error})") from None
+        raise UserError(f"--only {args.only}: no regular expression ({error})") from None
     if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}")
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
     if args.pairs < 1:
-        raise ValueError(f"--pairs is {args.pairs}: expected 1 or more")
+        raise UserError(f"--pairs is {args.pairs}: expected 1 or more")
     if not 0 < args.threshold < 10:
-        raise ValueError(f"--threshold is {args.threshold}: expected a share between 0 and 10, such as 0.05")
+        raise UserError(f"--threshold is {args.threshold}: expected a share between 0 and 10, such as 0.05")
     commits = [
         c if c == WORKING_TREE else git("rev-parse", "--verify", f"{c}^{{commit}}") for c in (args.base, args.new)
     ]
@@ -295,7 +295,7 @@ def main(argv: list[str]) -> int:
     with checkouts(*commits) as paths:
         outcomes = run(paths, args.only, args.threshold, args.pairs, lambda text: print(text, flush=True))
     if not outcomes:
-        raise ValueError(f"--only {args.only} matches no item")
+        raise UserError(f"--only {args.only} matches no item")
     if args.json:
         entries = [
             {"item": o.item, "verdict": o.verdict, "note": o.note}
@@ -312,5 +312,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with one_sentence():
         sys.exit(main(sys.argv[1:]))

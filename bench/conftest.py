@@ -8,7 +8,7 @@ import pytest
 
 from bench import results
 from bench.suite import Item, Result, measure, row
-from core import distributed
+from core import machine
 
 
 class Replay:
@@ -40,7 +40,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[ROWS] = []
     config.option.benchmark_quiet = True  # our table is shorter and says more
-    distributed.keep_freed_memory()  # as train.py does
+    machine.keep_freed_memory()  # as train.py does
     if config.getoption("--store"):
         results.refuse_changed_checkout(results.facts()["commit"])
 

@@ -48,8 +48,8 @@ import torch
 from bench import results
 from bench.peers import PEERS
 from bench.suite import Item, Result, items, measure, row
-from core.errors import Stopped, user_errors
-from core.runlog import device_name
+from core.machine import device_name
+from core.stopping import Stopped, UserError, one_sentence
 from kernels.op import Op
 from kernels.ops import BY_NAME
 
@@ -294,14 +294,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal in small")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no GPU here that torch can use: --device cpu rehearses")
+        raise UserError("there is no GPU here that torch can use: --device cpu rehearses")
     if not args.minutes * 60 > 2 * RESERVE_S:
-        raise ValueError(f"--minutes is {args.minutes}: expected more than {2 * RESERVE_S / 60:.2g}")
+        raise UserError(f"--minutes is {args.minutes}: expected more than {2 * RESERVE_S / 60:.2g}")
     if args.commit:
         results.set_commit(args.commit)
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
-        raise ValueError(f"--out {args.out} is not empty: give a new folder, so that results do not mix")
+        raise UserError(f"--out {args.out} is not empty: give a new folder, so that results do not mix")
 
     def stop(signum: int, _: Any) -> None:
         raise Stopped(f"stopped by {signal.Signals(signum).name}: what was measured is in {args.out}", signum)
@@ -331,5 +331,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with one_sentence():
         sys.exit(main(sys.argv[1:]))

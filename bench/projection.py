@@ -25,10 +25,10 @@ from statistics import NormalDist
 import torch
 
 from core.config import ModelConfig, preset
-from core.errors import user_errors
-from core.model import GPT, dims
-from core.optim import group_of, muon_views
-from core.plan import make_plan, meta_model
+from core.models.gpt2 import dims, parameter_table
+from core.params import MUON, Table
+from core.plan import make_plan
+from core.stopping import one_sentence
 from kernels.adam_update import adam_update_cost
 from kernels.lm_head_loss import chunk_rows
 from kernels.muon_update import muon_apply_cost, muon_momentum_cost
@@ -383,8 +383,7 @@ def redline(depth: int = 24, target: bool = False) -> Workload:
     cfg = preset("gpt2", "cuda")
     cfg = dataclasses.replace(cfg, ratio=8.0, device_batch_size=16, model=dataclasses.replace(cfg.model, depth=depth))
     plan = make_plan(cfg, device_type="cuda", world_size=GPUS, compute_dtype=BF16)
-    model = meta_model(cfg.model)
-    d, micro, B = model.dims, plan.grad_accum_steps, plan.device_batch_size
+    d, micro, B = dims(cfg.model), plan.grad_accum_steps, plan.device_batch_size
     L, C, F, V, T, ve = d.n_layer, d.d_model, d.d_ff, d.padded_vocab, d.seq_len, len(d.ve_layers)
     M, on_gpu, n = B * T, micro * B * T, L * micro
     stream, params = 2 * C * on_gpu, plan.params_total
@@ -450,12 +449,12 @@ def redline(depth: int = 24, target: bool = False) -> Workload:
             collectives("all-reduce of gradients in bf16", 2 * 2 * params, 2 * 44),
         ]
     ranks = GPUS if target else 1  # that share the optimizer; today each updates everything
-    rows += optimizer(model, ranks)
+    rows += optimizer(parameter_table(cfg.model), ranks)
     name = f"Redline d{depth}, " + ("target: fp8, sharded" if target else "today: bf16, replicated")
     return workload(name, rows, tokens=plan.total_batch_size, steps=plan.steps)
 
 
-def optimizer(model: GPT, ranks: int) -> list[Row]:
+def optimizer(table: Table, ranks: int) -> list[Row]:
     """One update of every parameter, by the ops that core/optim.py calls, divided over ranks."""
     parts: dict[str, list[Row]] = {"polar_express": [], "muon_momentum": [], "muon_apply": [], "adam_update": []}
 
@@ -464,14 +463,13 @@ def optimizer(model: GPT, ranks: int) -> list[Row]:
         key = Cost(name, form, "forward", shape)
         parts[name].append(dataclasses.replace(like, op=name, flops=flops, nbytes=nbytes, cost=key))
 
-    for name, p in model.named_parameters():
-        kind = group_of(name)
-        if kind != "matrices":
-            form = "master" if kind == "lm_head" else "plain"
-            add("adam_update", adam_update_cost, form, (p.numel(),), one_pass("", "optimizer", 0, 1, "kernel pass"))
+    for p in table:
+        if p.group != MUON:
+            form = "master" if p.mastered else "plain"
+            add("adam_update", adam_update_cost, form, (p.numel,), one_pass("", "optimizer", 0, 1, "kernel pass"))
             continue
-        for view in muon_views(name, model.dims):
-            shape, form = tuple(view.take(p).shape), "transposed" if view.transposed else "rows"
+        for view in p.views:
+            shape, form = view.stored(p.shape), "transposed" if view.transposed else "rows"
             add("polar_express", polar_express_cost, "plain", shape, newton_schulz(*shape, symmetric=True))
             for op, cost in (("muon_momentum", muon_momentum_cost), ("muon_apply", muon_apply_cost)):
                 add(op, cost, form, shape, one_pass("", "optimizer", 0, 2, "kernel pass"))
@@ -650,5 +648,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with one_sentence():
         main()

@@ -22,8 +22,8 @@ import torch
 
 from bench import roofline
 from bench.suite import Item
-from core.errors import user_errors
-from core.runlog import device_name, git_state, versions
+from core.machine import device_name, git_state, versions
+from core.stopping import UserError, one_sentence
 
 ROOT = Path(__file__).parent / "results"
 KEY = ("op", "case", "form", "direction", "dtype", "backend")
@@ -45,7 +45,7 @@ def facts() -> dict[str, Any]:
 def set_commit(commit: str) -> None:
     """Names the code of this process, which lies outside of its git checkout. ValueError inside of one."""
     if git_state():
-        raise ValueError(f"--commit {commit}: git says which commit this is; leave it away")
+        raise UserError(f"--commit {commit}: git says which commit this is; leave it away")
     os.environ[COMMIT_VARIABLE] = commit  # for processes that this one starts, too
     facts.cache_clear()
 
@@ -53,7 +53,7 @@ def set_commit(commit: str) -> None:
 def refuse_changed_checkout(commit: str | None) -> None:
     """ValueError unless a row's commit says what was measured."""
     if commit is None or "+" in commit:
-        raise ValueError(
+        raise UserError(
             f"results are stored of a clean commit only, not of {commit}: commit first, then measure again"
         )
 
@@ -233,7 +233,7 @@ def main(argv: list[str]) -> None:
     if args.add:
         found = {name: rows for name in FILES if (rows := load(args.add / f"{name}.jsonl"))}
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"--add {args.add}: no ops.jsonl or train.jsonl with rows; give the DIR of bench.gpu --out DIR"
             )
         for name, rows in found.items():
@@ -245,5 +245,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with one_sentence():
         main(sys.argv[1:])

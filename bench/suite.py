@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import bench
 from bench.roofline import Roofline
 from bench.timing import HostSampler, Sampler, Spread, interleave
-from core.errors import Stopped
+from core.stopping import Stopped
 
 
 class Programs(Protocol):

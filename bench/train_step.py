@@ -20,12 +20,11 @@ import torch
 import train
 from bench.results import facts
 from bench.timing import Spread
-from core import distributed
-from core.config import parse_args
-from core.errors import user_errors
-from core.profiling import StepProfile
-from core.runlog import peak_flops, peak_memory_bytes
-from kernels import dispatch
+from core import machine
+from core.command_line import parse_args
+from core.communication import LaggingLoss, joined_world
+from core.run import Run
+from core.stopping import one_sentence
 
 WARM_STEPS = 4
 BLOCKS, STEPS_PER_BLOCK = 6, 2
@@ -33,25 +32,22 @@ PROFILED = 2
 
 
 def measure(argv: list[str], folder: Path) -> dict[str, Any]:
-    cfg = parse_args([*argv, "--out", str(folder)], distributed.choose_device_type, train.saved_config)
-    device_type = distributed.choose_device_type(cfg.device)
-    dtype = distributed.choose_dtype(cfg.precision, device_type)
-    dispatch.parse(cfg.kernels)
-    distributed.prepare_process(device_type, deterministic=cfg.deterministic)
-    world = distributed.init_world(device_type)
-    run = train.build(cfg, world, dtype, folder, time.time())
-    try:
-        train.warm_up(run)
-        return _measure(run)
-    finally:
-        run.loader.close()
-        run.log.close()
-        distributed.shutdown()
+    cfg = parse_args([*argv, "--out", str(folder)])
+    with joined_world(cfg.device, deterministic=cfg.deterministic) as world:
+        run = Run(cfg, world, time.time())
+        text, trainer = train.build(run)
+        try:
+            setup, _, _ = train.announce(run, text, trainer)
+            train.warm_up(run, trainer, setup)
+            return _measure(run, trainer, setup)
+        finally:
+            trainer.loader.close()
+            run.log.close()
 
 
-def _measure(run: train.Run) -> dict[str, Any]:
-    plan, cuda = run.plan, run.world.device.type == "cuda"
-    losses: list[float] = []
+def _measure(run: Run, trainer: train.Trainer, setup: dict[str, Any]) -> dict[str, Any]:
+    plan, device = trainer.plan, run.world.device
+    losses, values = LaggingLoss(), []
     step = 0
 
     def steps(n: int) -> float:
@@ -59,42 +55,40 @@ def _measure(run: train.Run) -> dict[str, Any]:
         nonlocal step
         start = time.perf_counter()
         for _ in range(n):
-            train.train_step(run, step)
-            losses.extend(loss for _, loss, _ in run.losses.take())
+            losses.put(step, train.train_step(trainer, step))
+            values.extend(loss for _, loss, _ in losses.take())
             step += 1
-        if cuda:
+        if device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / n
 
     steps(WARM_STEPS)
     seconds = Spread(tuple(steps(STEPS_PER_BLOCK) for _ in range(BLOCKS)))
-    memory = peak_memory_bytes(run.world.device)
-    profile = StepProfile(run.world, run.out, {})
-    with profile:
+    memory = machine.peak_memory_bytes(device)
+    with run.profile:
         steps(PROFILED)
-    losses.extend(loss for _, loss, _ in run.losses.take(flush=True))
+    values.extend(loss for _, loss, _ in losses.take(flush=True))
     low, high = seconds.bounds
-    tok_per_s = plan.total_batch_size / seconds.median
-    peak = peak_flops(facts()["device"])
+    speed = machine.speed(plan.total_batch_size, seconds.median, plan.flops_per_token, run.log.peak)
     return {
         "depth": run.cfg.model.depth,
-        "width": run.model.dims.d_model,
-        "precision": run.facts["precision"],
+        "width": trainer.model.dims.d_model,
+        "precision": setup["precision"],
         "kernels": run.cfg.kernels,
-        "compiled": run.facts["compiled"],
-        "compile_s": run.facts.get("compile_s"),
+        "compiled": setup["compiled"],
+        "compile_s": setup.get("compile_s"),
         "batch_tokens": plan.total_batch_size,
         "device_batch_size": plan.device_batch_size,
         "step_ms": seconds.median * 1e3,
         "step_ms_low": low * 1e3,
         "step_ms_high": high * 1e3,
-        "tok_per_s": tok_per_s,
-        "mfu": peak and tok_per_s * plan.flops_per_token / peak,
+        "tok_per_s": speed.tok_per_s,
+        "mfu": speed.mfu,
         "peak_memory_gb": memory * 1e-9,
         "predicted_memory_gb": plan.memory_bytes["total"] * 1e-9,
-        "losses": losses,
-        **{k: v for k, v in profile.shares().items() if k != "profile_files"},
-        "backends": run.facts["kernels"]["choices"],
+        "losses": values,
+        **{k: v for k, v in run.profile.shares().items() if k != "profile_files"},
+        "backends": setup["kernels"]["choices"],
         **facts(),
     }
 
@@ -108,5 +102,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with one_sentence():
         main(sys.argv[1:])

@@ -14,7 +14,7 @@ import traceback
 from typing import Any
 
 from bench.suite import Item, items
-from core import distributed
+from core import machine
 
 
 class Worker:
@@ -47,7 +47,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # stopped, it could not end with the side that asks
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    distributed.keep_freed_memory()
+    machine.keep_freed_memory()
     worker = Worker()
     for line in sys.stdin:
         ((command, argument),) = json.loads(line).items()

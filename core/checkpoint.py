@@ -2,11 +2,11 @@
 
     model-00001-of-00001.safetensors   every tensor: model.<parameter>, optim.<parameter>.<state>, rng.*
     model.safetensors.index.json       written by torch.distributed.checkpoint's Hugging Face writer
-    state.json                         everything that is not a tensor: config, step, data position, totals
+    state.json                         everything that is not a tensor: `core.run.State`
     tokenizer.*                        so that a checkpoint can be evaluated on its own
 
-Written beside its final place under a dotted name, flushed to disk, then renamed: a process killed at any instant leaves
-the previous checkpoints as they were. No pickle is read or written.
+Written beside its final place under a dotted name, flushed to disk, then renamed: a process killed at any instant
+leaves the previous checkpoints as they were. No pickle is read or written.
 """
 
 import json
@@ -25,13 +25,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from core.data.tokenizer import Tokenizer
+from core.models.gpt2 import GPT
+from core.stopping import UserError
 
-FORMAT = 2
 STATE_FILE = "state.json"
-_STATE_KEYS = {
-    "step", "looked", "config", "model", "loader", "log_bytes", "clock", "wall_time_s", "peak_memory_bytes", "profile",
-    "wandb", "precision",
-}  # fmt: skip
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -56,7 +53,7 @@ def save(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], tokeni
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we mean
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(tmp)), no_dist=True)
     tokenizer.save(tmp)
-    write_json(tmp / STATE_FILE, {"format": FORMAT, **state})
+    write_json(tmp / STATE_FILE, state)
     for path in (*tmp.iterdir(), tmp):
         _fsync(path)
     old = folder.with_name(f".{folder.name}.old.tmp")
@@ -98,59 +95,50 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint at `path`: itself, or the newest of the run folder it names. ValueError when there is none."""
+    """The checkpoint at `path`: itself, or the newest of the run folder it names. UserError when there is none."""
     path = Path(path).expanduser()
     if (path / STATE_FILE).exists():
         return path
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give a run folder (runs/...) or one of its checkpoints")
+        raise UserError(f"{path} does not exist: give a run folder (runs/...) or one of its checkpoints")
     found = checkpoints(path)
     if not found:
-        raise ValueError(f"{path} holds no checkpoint: give a run folder with checkpoints/step_*, or one of those")
+        raise UserError(f"{path} holds no checkpoint: give a run folder with checkpoints/step_*, or one of those")
     return found[-1]
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """Everything of a checkpoint that is not a tensor."""
-    path = folder / STATE_FILE
+def load_json(path: Path) -> Any:
+    """What a JSON file of a checkpoint holds; UserError when it is damaged."""
     try:
-        state = json.loads(path.read_text())
-        missing = _STATE_KEYS - state.keys()
-    except (ValueError, AttributeError) as error:  # not UTF-8, not JSON, not an object
-        raise ValueError(f"{path} is damaged ({error}): use another checkpoint") from error
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has format {state.get('format')}, this Redline reads {FORMAT}: use the version that wrote it"
-        )
-    if missing:
-        raise ValueError(f"{path} is damaged (no {', '.join(sorted(missing))}): use another checkpoint")
-    return state
+        return json.loads(path.read_text())
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UserError(f"{path} is damaged ({error}): use another checkpoint") from error
 
 
 def _stored(folder: Path) -> dict[str, Any]:
     """Metadata of every tensor of a checkpoint by name."""
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} has lost its .safetensors file: use another checkpoint")
+        raise UserError(f"{folder} has lost its .safetensors file: use another checkpoint")
     try:
         return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise _damaged(folder, error) from error
 
 
-def _damaged(folder: Path, error: BaseException) -> ValueError:
-    return ValueError(f"{folder} is damaged ({str(error).splitlines()[-1]}): use another checkpoint")
+def _damaged(folder: Path, error: BaseException) -> UserError:
+    return UserError(f"{folder} is damaged ({str(error).splitlines()[-1]}): use another checkpoint")
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fills `tensors` in place from a checkpoint; ValueError when a name, shape or type differs."""
+    """Fills `tensors` in place from a checkpoint; UserError when a name, shape or type differs."""
     stored = _stored(folder)
     for name, t in tensors.items():
         meta = stored.get(name)
         if meta is None:
-            raise ValueError(f"{folder} has no tensor {name!r}: it belongs to another model or configuration")
+            raise UserError(f"{folder} has no tensor {name!r}: it belongs to another model or configuration")
         if meta.size != t.shape or meta.properties.dtype != t.dtype:
             there = f"{meta.properties.dtype} {tuple(meta.size)}"
-            raise ValueError(f"{folder}: {name} is {there}, this run has {t.dtype} {tuple(t.shape)}")
+            raise UserError(f"{folder}: {name} is {there}, this run has {t.dtype} {tuple(t.shape)}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
@@ -159,13 +147,19 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
             raise _damaged(folder, error) from error
 
 
-def load_model(folder: Path, model: torch.nn.Module) -> None:
+def load_model(folder: Path, model: GPT) -> None:
     """Fills a model from a checkpoint, casting each parameter to the type it is stored in."""
     stored = _stored(folder)
     for name, p in model.named_parameters():
         if (meta := stored.get(f"model.{name}")) is not None:
             p.data = p.data.to(meta.properties.dtype)
-    load_tensors(folder, training_tensors(model, {}))
+    load_training(folder, model, {})
+
+
+def load_training(folder: Path, model: GPT, optimizer_state: dict[str, Tensor]) -> None:
+    """Fills a model and the optimizer's state in place; copies of weights follow."""
+    load_tensors(folder, training_tensors(model, optimizer_state))
+    model.refresh_copies()
 
 
 def training_tensors(model: torch.nn.Module, optimizer_state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,16 +1,31 @@
-"""The plan of a run: everything a config implies before any data or weight exists. `--dry-run` prints it."""
+"""The plan of a run: everything a config implies before any data or weight exists. `--dry-run` prints it.
+
+Arithmetic on the config and the parameter table, following nanochat 92d63d4, scripts/base_train.py: width and windows
+follow depth (`dims`), the batch follows parameters, the horizon follows parameters and batch, rates and decay follow
+all of them.
+"""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from core import schedule
-from core.config import Config, ModelConfig
-from core.model import GPT, dims
+from core.config import Config, ModelConfig, check_ranges
+from core.data.loader import check_batch, divisors
+from core.layers import WindowMasks
+from core.models.gpt2 import COUNTED, GPT, SCALING, dims, flops_per_token, parameter_table
 from core.optim import learning_rates
+from core.params import num_params, state_bytes, weight_bytes
+from core.stopping import UserError
 from kernels.lm_head_loss import reference_bytes
+from kernels.op import Op
 
 MAX_DEVICE_BATCH = {"cpu": 16, "cuda": 64}  # rows per forward pass when unset; lowered until it divides, and fits a GPU
 DEFAULT_GPU_BYTES = 80e9  # when planning for a GPU that is not there
@@ -39,15 +54,10 @@ class Plan:
     memory_bytes: dict[str, int]
 
 
-def meta_model(cfg: ModelConfig) -> GPT:
-    """The model without storage, for counting."""
-    with torch.device("meta"):
-        return GPT(cfg)
-
-
-def scaling_params(model: GPT) -> int:
-    counts = model.num_params()
-    return counts["transformer_matrices"] + counts["lm_head"]
+def scaling_params(cfg: ModelConfig) -> int:
+    """Parameters that the scaling laws count."""
+    counts = num_params(parameter_table(cfg), COUNTED)
+    return sum(counts[kind] for kind in SCALING)
 
 
 def _reference(cfg: ModelConfig) -> ModelConfig:
@@ -59,41 +69,46 @@ def make_plan(
     cfg: Config, *, device_type: str, world_size: int = 1, compute_dtype: torch.dtype = torch.float32
 ) -> Plan:
     """Derives every unset size; ValueError, naming sizes that would work, when the given ones do not fit together."""
-    for name in ("steps", "total_batch_size", "device_batch_size", "target_flops"):
-        value = getattr(cfg, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} is {value}: expected a positive number")
+    check_ranges(cfg)
     if not cfg.ratio > 0:
-        raise ValueError(f"ratio is {cfg.ratio}: expected a positive number of tokens per parameter")
-    model = meta_model(cfg.model)
-    counts, n_scaling, flops_per_token = model.num_params(), scaling_params(model), model.flops_per_token()
-    n_scaling_ref = scaling_params(meta_model(_reference(cfg.model)))
-    batch = cfg.total_batch_size or schedule.batch_tokens(n_scaling, n_scaling_ref)
-    rows = _rows_per_step(cfg, batch, world_size)
+        raise UserError(f"ratio is {cfg.ratio}: expected a positive number of tokens per parameter")
+    table = parameter_table(cfg.model)
+    n_scaling, n_scaling_ref = scaling_params(cfg.model), scaling_params(_reference(cfg.model))
+    flops = flops_per_token(cfg.model)
 
+    # 1. tokens a step: a power of two that grows with the model
+    batch = cfg.total_batch_size or schedule.batch_tokens(n_scaling, n_scaling_ref)
+    sizes = {"num_streams": cfg.data.num_streams, "world_size": world_size}
+    check_batch(batch, cfg.model.seq_len, 1, **sizes)
+    rows = batch // cfg.model.seq_len
+
+    # 2. rows a forward pass: as asked, else what divides and fits
     def memory(device_batch: int) -> dict[str, int]:
-        return predict_memory(cfg.model, counts, device_batch, compute_dtype, device_type, fp8_head=cfg.fp8_head)
+        return predict_memory(cfg.model, device_batch, compute_dtype, device_type, fp8_head=cfg.fp8_head)
 
     device_batch = _device_batch(cfg, rows // world_size, device_type, lambda n: memory(n)["total"])
+    check_batch(batch, cfg.model.seq_len, device_batch, **sizes)
+
+    # 3. the horizon, and a decay that depends on it
     steps = schedule.horizon(
         steps=cfg.steps,
         target_flops=cfg.target_flops,
         ratio=cfg.ratio,
         params_scaling=n_scaling,
-        flops_per_token=flops_per_token,
+        flops_per_token=flops,
         batch=batch,
     )
     if steps < 1:
-        raise ValueError(f"the horizon is {steps} steps of {batch} tokens: raise --steps, --target-flops or --ratio")
+        raise UserError(f"the horizon is {steps} steps of {batch} tokens: raise --steps, --target-flops or --ratio")
     tokens, tokens_ref = int(cfg.ratio * n_scaling), int(cfg.ratio * n_scaling_ref)
     decay = cfg.optim.weight_decay
     if cfg.optim.scaling_laws:
         decay = schedule.muon_weight_decay(decay, batch, tokens, tokens_ref)
     return Plan(
-        params=counts,
-        params_total=sum(counts.values()),
+        params=num_params(table, COUNTED),
+        params_total=sum(p.numel for p in table),
         params_scaling=n_scaling,
-        flops_per_token=flops_per_token,
+        flops_per_token=flops,
         total_batch_size=batch,
         device_batch_size=device_batch,
         grad_accum_steps=rows // (world_size * device_batch),
@@ -102,8 +117,8 @@ def make_plan(
         world_size=world_size,
         steps=steps,
         tokens=steps * batch,
-        flops=steps * batch * flops_per_token,
-        lr=learning_rates(cfg.optim, model.dims.d_model, batch),
+        flops=steps * batch * flops,
+        lr=learning_rates(cfg.optim, dims(cfg.model).d_model, batch),
         weight_decay=decay,
         memory_bytes=memory(device_batch),
     )
@@ -112,41 +127,13 @@ def make_plan(
 def smaller_device_batch(plan: Plan) -> int | None:
     """The next smaller device batch that divides the rows of a process; None below one row."""
     rows = plan.device_batch_size * plan.grad_accum_steps
-    return max((n for n in _divisors(rows) if n < plan.device_batch_size), default=None)
-
-
-def _divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]
-
-
-def _rows_per_step(cfg: Config, batch: int, world_size: int) -> int:
-    streams, seq_len = cfg.data.num_streams, cfg.model.seq_len
-    if streams < 1 or streams % world_size:
-        raise ValueError(
-            f"{streams} data streams do not divide over {world_size} processes: "
-            f"start one of {_divisors(streams) if streams > 0 else [1]} processes, or set --num-streams to a multiple"
-        )
-    unit = seq_len * streams
-    if batch % unit:
-        below, above = batch // unit * unit, (batch // unit + 1) * unit
-        good = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
-            f"total_batch_size is {batch} tokens: expected a multiple of {unit} "
-            f"(seq_len {seq_len} x {streams} streams), such as {good}"
-        )
-    return batch // seq_len
+    return max((n for n in divisors(rows) if n < plan.device_batch_size), default=None)
 
 
 def _device_batch(cfg: Config, rows_per_rank: int, device_type: str, memory: Callable[[int], int]) -> int:
-    asked = cfg.device_batch_size
-    if asked is not None:
-        if rows_per_rank % asked:
-            raise ValueError(
-                f"device_batch_size is {asked} rows: each process has {rows_per_rank} rows per step, "
-                f"so one of {_divisors(rows_per_rank)} works"
-            )
-        return asked
-    candidates = [n for n in _divisors(rows_per_rank) if n <= MAX_DEVICE_BATCH[device_type]]
+    if cfg.device_batch_size is not None:
+        return cfg.device_batch_size
+    candidates = [n for n in divisors(rows_per_rank) if n <= MAX_DEVICE_BATCH[device_type]]
     if device_type == "cuda":
         there = torch.cuda.is_available()
         total = torch.cuda.get_device_properties(0).total_memory if there else DEFAULT_GPU_BYTES
@@ -155,47 +142,64 @@ def _device_batch(cfg: Config, rows_per_rank: int, device_type: str, memory: Cal
 
 
 def predict_memory(
-    cfg: ModelConfig,
-    counts: dict[str, int],
-    device_batch: int,
-    dtype: torch.dtype,
-    device_type: str,
-    *,
-    fp8_head: bool = False,
+    cfg: ModelConfig, device_batch: int, dtype: torch.dtype, device_type: str, *, fp8_head: bool = False
 ) -> dict[str, int]:
     """Bytes per process at the peak: weights, gradients (fp32), optimizer state, activations kept for backward, loss.
 
-    Activations count what autograd keeps in the reference path; the peak of the optimizer's own temporaries is not in it.
+    The peak of the optimizer's own temporaries is not in it.
     """
-    d, width = dims(cfg), torch.empty((), dtype=dtype).element_size()
-    matrices, head = counts["transformer_matrices"], counts["lm_head"]
-    tables = counts["wte"] + counts["value_embeds"]
-    low = 2 if width == 2 else 0
+    d, table = dims(cfg), parameter_table(cfg)
     tokens = device_batch * d.seq_len
     memory = {
-        "weights": (matrices + head + tables) * width + counts["scalars"] * 4,
-        "gradients": sum(counts.values()) * 4,
-        "optimizer": matrices * (4 + low) + head * (8 + low) + tables * 2 * width + counts["scalars"] * 8,
-        "activations": tokens * _activation_bytes_per_token(cfg, width),
+        "weights": weight_bytes(table, dtype),
+        "gradients": sum(p.numel for p in table) * 4,
+        "optimizer": state_bytes(table, dtype),
+        "activations": activation_bytes(cfg, device_batch, dtype, device_type),
         # with the gradient of the last hidden state; copies of the head in fp8
         "loss": reference_bytes(tokens, d.d_model, d.padded_vocab, device_type)
-        + tokens * d.d_model * width
+        + tokens * d.d_model * dtype.itemsize
         + 2 * fp8_head * d.padded_vocab * d.d_model,
     }
     return memory | {"total": sum(memory.values())}
 
 
-def _activation_bytes_per_token(cfg: ModelConfig, width: int) -> int:
-    """What autograd keeps of one token between forward and backward, statistics of one number per head or row left out."""
-    d = dims(cfg)
-    elements = 5 * d.d_model  # embedding, smear and its input, the sum under the last norm, its output
-    for layer in range(d.n_layer):
-        # entry sum, norm, attention output, residual sum, second norm; the stream that a lambda scales
-        elements += (5 + cfg.resid_lambdas) * d.d_model
-        elements += (cfg.rope + cfg.qk_norm) * (d.d_model + d.d_kv)  # q and k after each
-        elements += 2 * d.d_ff
-        if layer in d.ve_layers:
-            elements += 2 * d.d_kv  # mixed values and the embeddings they came from
-        if layer not in d.ve_layers or not cfg.rope:
-            elements += d.d_model + 2 * d.d_kv  # v (or q) is a view that keeps the whole projection
-    return width * elements
+class _KernelsOfGPU:
+    """Stands for `Backends` where the plan is for a GPU that need not be there."""
+
+    def choose(self, op: Op, *shape: int) -> Callable[..., Any]:
+        return op.backends.get("triton", op.backends["ref"])
+
+
+def activation_bytes(cfg: ModelConfig, rows: int, dtype: torch.dtype, device_type: str) -> int:
+    """Bytes that autograd keeps of `rows` rows between forward and backward.
+
+    They grow linearly from two rows on (one row has fewer copies: more of its views are contiguous)."""
+    first, second = (_count_saved(cfg, min(rows, n), dtype, device_type) for n in (2, 3))
+    return first + max(rows - 2, 0) * (second - first)
+
+
+@functools.cache
+def _count_saved(cfg: ModelConfig, rows: int, dtype: torch.dtype, device_type: str) -> int:
+    """Runs the model's forward on tensors without storage and counts what is saved for backward: on a CPU by the
+    references, on a GPU by the Triton kernels and by attention that needs no mask in memory (dense masks are a third of
+    what 24 layers of one row of 2048 tokens keep on a CPU)."""
+    saved: dict[StorageWeakRef, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        saved[StorageWeakRef(storage)] = storage.nbytes()
+        return t
+
+    with FakeTensorMode():
+        model = GPT(cfg, _KernelsOfGPU() if device_type == "cuda" else None, rows)
+        if device_type == "cuda":
+            model.masks = WindowMasks([cfg.seq_len] * cfg.depth, cfg.seq_len, torch.device("cpu"))
+        for row in model.table:
+            p = model.get_parameter(row.name)
+            p.data = p.data.to(row.dtype(dtype))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            hidden = model.hidden(torch.zeros(rows, cfg.seq_len, dtype=torch.int64))
+        for t in (*model.parameters(), *model.buffers()):
+            saved.pop(StorageWeakRef(t.untyped_storage()), None)
+        assert hidden.requires_grad
+    return sum(saved.values())

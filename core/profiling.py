@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from core.distributed import World
+from core.communication import World
 
 ATTENTION = ("scaled_dot_product", "flash_attention", "flex_attention", "efficient_attention", "cudnn_attention")
 MATMUL = ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::_scaled_mm")
@@ -31,9 +31,9 @@ TOP_OPS = 12
 MAX_ALLOCATIONS = 200_000  # that a snapshot remembers
 
 
-def window(n: int, first: int, stop: int, interrupted: Callable[[int], bool]) -> range:
-    """The steps of [first, stop) to profile: the first n in a row of which none but the first is `interrupted` (something
-    else happens before it); when there are none such, the longest row, the earliest of several."""
+def longest_quiet_steps(n: int, first: int, stop: int, interrupted: Callable[[int], bool]) -> range:
+    """The steps of [first, stop) to profile: the first n consecutive ones with no evaluation, sample or save
+    (`interrupted`) in between; else the longest such run, the earliest of several."""
     best = row = range(first, first)
     for step in range(first, stop if n else first):
         row = range(step, step + 1) if interrupted(step) or not row else range(row.start, step + 1)
@@ -44,7 +44,8 @@ def window(n: int, first: int, stop: int, interrupted: Callable[[int], bool]) ->
 
 
 class StepProfile:
-    """Profiles the steps run inside `with profile:`: time inside each op itself, not in ops it calls, and the files above.
+    """Profiles the steps run inside `with profile:`: time inside each op itself, not in ops it calls, and the files
+    above.
 
     Times are the GPU's if there is one, else the CPU's.
     """

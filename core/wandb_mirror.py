@@ -4,22 +4,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from core.stopping import UserError
+
 MISSING = "--wandb needs the package wandb, which is not installed: pip install -e '.[wandb]'"
 
 
 def load_wandb() -> ModuleType:
-    """The package; ValueError when it is not installed."""
+    """The package; UserError when it is not installed."""
     try:
-        import wandb
+        import wandb  # pyrefly: ignore[missing-import]  # optional
     except ModuleNotFoundError as error:
-        raise ValueError(MISSING) from error
+        raise UserError(MISSING) from error
     if not hasattr(wandb, "init"):  # a folder `wandb` that an earlier run left where this one starts
-        raise ValueError(MISSING)
+        raise UserError(MISSING)
     return wandb
 
 
 class WandbMirror:
-    """One wandb run. The x axis is `step`, the optimizer steps made; a run resumed at an earlier step draws over itself."""
+    """One wandb run. The x axis is `step`, the optimizer steps made; a run resumed at an earlier step draws over
+    itself."""
 
     def __init__(self, project: str, out: Path, config: dict[str, Any], run_id: str | None) -> None:
         """run_id: of the wandb run to continue; None starts one. wandb's own files go to `out`/wandb."""
@@ -29,7 +32,7 @@ class WandbMirror:
         try:
             self._run = wandb.init(project=project, name=out.name, dir=str(out), config=config, **again)
         except wandb.Error as error:
-            raise ValueError(f"--wandb {project}: {error} Or set WANDB_MODE=offline, or leave --wandb away") from error
+            raise UserError(f"--wandb {project}: {error} Or set WANDB_MODE=offline, or omit --wandb") from error
         self.id: str = self._run.id
         self._run.define_metric("*", step_metric="step")
         self._complete = False

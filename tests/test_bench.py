@@ -22,7 +22,7 @@ import torch
 from bench import compare, gpu, ops, results, roofline, suite
 from bench.peers import PEERS, Peer
 from bench.timing import MIN_ROUNDS, GraphSampler, HostSampler, Spread, interleave
-from core.errors import Stopped
+from core.stopping import Stopped
 from kernels.adam_update import adam_update
 from kernels.op import Backend
 from kernels.ops import BY_NAME

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.communication import World
 from core.config import ModelConfig
-from core.distributed import World
 from core.evals.bits_per_byte import bits_per_byte, compressor_bits_per_byte, windows
-from core.model import GPT
+from core.models.gpt2 import GPT
 
 CPU = torch.device("cpu")
 

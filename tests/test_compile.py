@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import train
-from core.errors import TrainingError
+from core.checkpoint import training_tensors
+from core.stopping import TrainingError
 from tests.test_train import events, losses, run
 
 
@@ -27,10 +28,11 @@ def backend(monkeypatch):
 def test_compiled_training_is_the_same_run(tiny, tmp_path, monkeypatch, capsys, backend):
     before, loop = [], train.loop
 
-    def spied(run):
-        assert all(p.grad is None for p in run.model.parameters())
-        before.append({"rng": torch.get_rng_state(), **{name: t.clone() for name, t in run.tensors.items()}})
-        loop(run)
+    def spied(run, text, trainer, *options):
+        assert all(p.grad is None for p in trainer.model.parameters())
+        tensors = training_tensors(trainer.model, trainer.optimizer.state)
+        before.append({"rng": torch.get_rng_state(), **{name: t.clone() for name, t in tensors.items()}})
+        loop(run, text, trainer, *options)
 
     monkeypatch.setattr(train, "loop", spied)
     eager = run(tiny, tmp_path / "eager")

@@ -191,7 +191,7 @@ def test_every_op_is_listed_and_complete():
 
 def test_the_sizes_are_those_of_the_models():
     from core.config import preset
-    from core.model import BANK_LAYERS, dims
+    from core.models.gpt2 import BANK_LAYERS, dims
 
     assert BANK_LAYERS == sizes.BANK_LAYERS
     for label, size in sizes.SIZES.items():

@@ -9,7 +9,7 @@ import torch
 from core import generate as generate_module
 from core.config import ModelConfig
 from core.data.tokenizer import Tokenizer
-from core.generate import KVCache, choose, generate, sample_texts, stream_text
+from core.generate import draw, generate, sample_texts, stream_text
 from tests.test_model import SWITCHES, awake
 
 CFG = ModelConfig(depth=5, d_model=64, d_head=16, n_kv_head=2, seq_len=16, vocab_size=265, window_pattern="SSL")
@@ -29,7 +29,7 @@ BYTES = Tokenizer([bytes([i]) for i in range(256)])
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     """Short windows of 4 tokens: a few tokens wrap them."""
-    monkeypatch.setattr("core.model.WINDOW_MULTIPLE", 4)
+    monkeypatch.setattr("core.models.gpt2.WINDOW_MULTIPLE", 4)
 
 
 def model_of(changes):
@@ -57,7 +57,7 @@ def recomputed(model, prompt, num_tokens):
 @torch.no_grad()
 def cached_logits(model, text, prompt_len):
     """Logits (T - prompt_len + 1, V) after the prompt and after each later token of one text."""
-    cache = KVCache(model, 1, len(text))
+    cache = model.new_cache(1, len(text))
     chunks = [text[:prompt_len], *([token] for token in text[prompt_len:])]
     return torch.cat([model.logits(model.hidden(torch.tensor([chunk]), cache)[:, -1]) for chunk in chunks])
 
@@ -95,7 +95,7 @@ def test_logits_in_bf16_are_as_exact_as_recomputation(prompt_len):
         p.data = p.data.bfloat16() if p.dim() > 1 else p.data
     whole = model(torch.tensor([text]))[0, prompt_len - 1 :]
     cached = cached_logits(model, text, prompt_len)
-    assert KVCache(model, 1, 1).keys[0].dtype == torch.bfloat16
+    assert model.new_cache(1, 1).keys[0].dtype == torch.bfloat16
     assert rms(cached - exact) < 1.5 * rms(whole - exact) < 0.1 * rms(exact)
 
 
@@ -142,7 +142,7 @@ def test_samples_follow_the_softmax(top_k):
     want = torch.zeros(5)
     want[kept] = torch.softmax(logits[0, kept] / 0.7, dim=0)
     generator = torch.Generator().manual_seed(0)
-    ids = choose(logits.expand(n, 5), [generator] * n, temperature=0.7, top_k=top_k)
+    ids = draw(logits.expand(n, 5), [generator] * n, temperature=0.7, top_k=top_k)
     share = ids.bincount(minlength=5) / n
     assert (share - want).abs().max() < 4 * (0.25 / n) ** 0.5
     assert not share[want == 0].any()
@@ -151,7 +151,7 @@ def test_samples_follow_the_softmax(top_k):
 def test_the_windows_bound_the_memory():
     model = model_of({})
     for capacity in (3, 10, 17, 1000):
-        cache = KVCache(model, 2, capacity)
+        cache = model.new_cache(2, capacity)
         slots = [min(capacity, window + 1) for window in model.dims.windows]
         assert [t.shape for t in cache.keys] == [t.shape for t in cache.values] == [(2, n, 2, 16) for n in slots]
 
@@ -159,7 +159,7 @@ def test_the_windows_bound_the_memory():
 @torch.no_grad()
 def test_what_a_cache_refuses():
     model, ids = model_of({}), torch.zeros(2, 3, dtype=torch.int64)
-    cache = KVCache(model, 2, 4)
+    cache = model.new_cache(2, 4)
     model.hidden(ids, cache)
     with pytest.raises(ValueError, match="one token at a time"):
         model.hidden(ids, cache)

@@ -10,9 +10,9 @@ import torch
 
 from core import schedule
 from core.config import ModelConfig, OptimConfig
-from core.model import GPT
+from core.models.gpt2 import GPT
 from core.optim import Gradients, Optimizer, learning_rates
-from core.plan import predict_memory
+from core.plan import activation_bytes
 
 CFG = ModelConfig(depth=4, d_model=64, d_head=16, n_kv_head=2, seq_len=160, vocab_size=257, window_pattern="SL")
 LAWS = OptimConfig(scaling_laws=False, warmup_steps=2, momentum_warmup_steps=5)
@@ -49,25 +49,30 @@ def test_two_runs_are_bitwise_equal():
     assert ten_losses() == ten_losses()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("changes", [{}, {"value_embeds": False, "rope": False}, {"depth": 8, "d_model": 128}])
-def test_predicted_activations_are_what_autograd_keeps(changes):
+@pytest.mark.parametrize("rows", [1, 8])
+def test_predicted_activations_are_what_autograd_keeps(changes, rows, dtype):
+    """On real tensors, masks included."""
     cfg = dataclasses.replace(CFG, **changes)
     model = GPT(cfg)
     model.init_weights(0)
-    kept = {}
+    for row in model.table:
+        p = model.get_parameter(row.name)
+        p.data = p.data.to(row.dtype(dtype))
+    saved = {}
 
     def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    idx = torch.zeros(8, cfg.seq_len, dtype=torch.int64)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    idx = torch.zeros(rows, cfg.seq_len, dtype=torch.int64)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         hidden = model.hidden(idx)
-    measured = sum(size for pointer, size in kept.items() if pointer not in parameters)
+    measured = sum(size for pointer, size in saved.items() if pointer not in own)
     assert hidden.requires_grad
-    predicted = predict_memory(cfg, model.num_params(), 8, torch.float32, "cpu")["activations"]
-    assert predicted == pytest.approx(measured, rel=0.03)
+    assert activation_bytes(cfg, rows, dtype, "cpu") == pytest.approx(measured, rel=1e-4)
 
 
 if __name__ == "__main__":

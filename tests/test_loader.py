@@ -214,13 +214,13 @@ def test_fewer_documents_than_streams(tmp_path, tokenizer, load):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rows_per_step": 20}, "20 rows is no multiple of 8 streams; use 16 or 24 rows"),
-        ({"rows_per_step": 4}, "use 8 rows"),
-        ({"world_size": 3}, "8 streams cannot be shared by 3 processes; use 1, 2, 4, 8 processes"),
-        ({"device_batch_size": 3}, "3 does not divide the 16 rows of a step per process; use 1, 2, 4, 8, 16"),
-        ({"device_batch_size": 16, "world_size": 2}, "does not divide the 8 rows"),
+        ({"rows_per_step": 20}, "480 tokens: expected a multiple of 192 .seq_len 24 x 8 streams., such as 384 or 576"),
+        ({"rows_per_step": 4}, "such as 192"),
+        ({"world_size": 3}, r"8 data streams do not divide over 3 processes: start one of \[1, 2, 4, 8\]"),
+        ({"device_batch_size": 3}, r"each process has 16 rows per step, so one of \[1, 2, 4, 8, 16\]"),
+        ({"device_batch_size": 16, "world_size": 2}, "each process has 8 rows"),
         ({"rank": 2, "world_size": 2}, "rank is 2, expected 0 to 1"),
-        ({"device_batch_size": 0}, "must all be 1 or more"),
+        ({"device_batch_size": 0}, "device_batch_size is 0 rows"),
         ({"mode": "pad"}, "expected 'continue' or 'crop'"),
     ],
 )

@@ -7,13 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from core.config import ModelConfig
-from core.model import (
-    GPT,
-    attention,
-    dense_mask,
-)
+from core.layers import WindowMasks, attention, dense_mask
+from core.models.gpt2 import COUNTED, GPT, flops_per_token
+from core.params import num_params
 from kernels.dispatch import Backends
 from kernels.rms_norm import EPS
 from tests.harness import DEVICE
@@ -162,7 +161,7 @@ def test_each_switch_changes_the_model_and_nothing_else(switch):
         "backout": 1,
         "untied_head": 128 * 64,
     }.get(switch, 0)
-    total = {n: sum(m.num_params().values()) for n, m in (("off", model), ("on", full))}
+    total = {n: sum(p.numel for p in m.table) for n, m in (("off", model), ("on", full))}
     assert total["on"] - total["off"] == gone
     assert sum(p.numel() for p in model.parameters()) == total["off"]
     model(idx, tokens(seed=1)).backward()
@@ -171,9 +170,9 @@ def test_each_switch_changes_the_model_and_nothing_else(switch):
 
 def test_tied_head_still_scales_as_a_head():
     tied = build(dataclasses.replace(CFG, untied_head=False))
-    counts = tied.num_params()
+    counts = num_params(tied.table, COUNTED)
     assert counts["wte"] == 0 and counts["lm_head"] == 128 * 64
-    assert tied.flops_per_token() == build().flops_per_token()
+    assert flops_per_token(tied.cfg) == flops_per_token(CFG)
 
 
 def test_future_tokens_do_not_matter():
@@ -194,6 +193,11 @@ def test_window_hides_what_is_too_far():
     assert not torch.allclose(attention(q, k, near, mask)[:, 299], out[:, 299])
 
 
+def flex_masks(model):
+    """The masks that the model would have on a GPU."""
+    return WindowMasks(model.dims.windows, model.dims.seq_len, model.wte.device, flex=True)
+
+
 def loss_and_gradients(call, model):
     model.zero_grad()
     value = call(tokens(), tokens(seed=1))
@@ -209,9 +213,8 @@ def test_compiles_as_one_graph_with_the_loss_and_gradients_of_eager(monkeypatch,
     want = loss_and_gradients(model, model)
     if flex:
         monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda q, k, v: None)
-        monkeypatch.setattr("core.model.dense_mask", None)  # not to be used
-        model.flex_attention = True
-        model.prepare_attention()
+        monkeypatch.setattr("core.layers.dense_mask", None)  # not to be used
+        model.masks = flex_masks(model)
     torch._dynamo.reset()
     got = loss_and_gradients(torch.compile(model, backend="aot_eager", fullgraph=True), model)
     torch.testing.assert_close(got, want)
@@ -249,16 +252,14 @@ def test_with_triton_the_model_is_one_graph_and_agrees_with_the_reference(dtype)
 
 def test_flex_attention_is_for_the_training_length_in_whole_tiles():
     model = awake()
-    assert not model.flex_attention  # on a CPU
-    model.flex_attention = True
-    kinds = {n: [type(m).__name__ for m in model._masks(n)] for n in (256, 255, 512)}
+    assert not any(isinstance(m, BlockMask) for m in model.masks(256))  # on a CPU
+    masks = flex_masks(model)
+    kinds = {n: [type(m).__name__ for m in masks(n)] for n in (256, 255, 512)}
     assert kinds[256] == ["BlockMask", "BlockMask", "BlockMask", "NoneType"]
     assert kinds[255] == ["Tensor", "Tensor", "Tensor", "NoneType"]
     assert kinds[512] == ["Tensor"] * 4
     ragged = build(dataclasses.replace(CFG, seq_len=160))
-    ragged.flex_attention = True
-    ragged.prepare_attention()
-    assert isinstance(ragged._masks(160)[0], torch.Tensor)
+    assert isinstance(flex_masks(ragged)(160)[0], torch.Tensor)
 
 
 def test_sequences_beyond_the_training_length_see_what_the_windows_show():

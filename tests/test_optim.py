@@ -10,14 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.config import ModelConfig
-from core.model import GPT
+from core.models.gpt2 import GPT
 from core.optim import (
     ADAM_GROUPS,
     Gradients,
     Optimizer,
     choose_muon,
     join_master,
-    muon_views,
     split_master,
 )
 from kernels.adam_update import ADAM_EPS, adam_hyper, adam_update_ref
@@ -165,21 +164,27 @@ def test_muon_sees_separate_matrices_and_factors():
     model = GPT(TINY)
     model.init_weights(0)
     views = {
-        n: [(tuple(v.take(p).shape), v.transposed, v.second_shape(v.take(p).shape)) for v in muon_views(n, model.dims)]
-        for n, p in model.named_parameters()
-        if p.dim() == 3
+        row.name: [
+            (tuple(v.take(p).shape), v.transposed, v.second_shape(v.stored(row.shape)))
+            for p in (model.get_parameter(row.name),)
+            for v in row.views
+        ]
+        for row in model.table
+        if row.group == "matrices"
     }
+    for row in model.table:  # the arithmetic on shapes is that on tensors
+        assert all(v.stored(row.shape) == tuple(v.take(model.get_parameter(row.name)).shape) for v in row.views)
     kv = ((4, 16, 32), False, (4, 1, 32))
     assert views["attn_qkv.0"] == [((4, 32, 32), False, (4, 32, 1)), kv, kv]
     assert [shape for shape, *_ in views["attn_qkv.1"]] == [(2, 32, 32), (2, 16, 32), (2, 16, 32)]
     assert views["mlp_up.0"] == [((4, 128, 32), False, (4, 128, 1))]
     assert views["mlp_down.0"] == [((4, 128, 32), True, (4, 1, 128))]
     assert views["ve_gate.0"] == [((3, 2, 12), False, (3, 1, 12))]
-    taken = [v.take(model.attn_qkv[0]) for v in muon_views("attn_qkv.0", model.dims)]
+    taken = [v.take(model.attn_qkv[0]) for v in model.table[0].views]
     assert torch.equal(torch.cat(taken, dim=1), model.attn_qkv[0]) and taken[1].data_ptr() != taken[2].data_ptr()
     square = GPT(dataclasses.replace(TINY, n_kv_head=None))
     square.init_weights(0)
-    (qkv,) = (v.take(square.attn_qkv[0]) for v in muon_views("attn_qkv.0", square.dims))
+    (qkv,) = (v.take(square.attn_qkv[0]) for v in square.table[0].views)
     assert qkv.shape == (12, 32, 32)
     assert torch.equal(qkv[1], square.attn_qkv[0][0, 32:64])  # the first layer's k
 

@@ -8,7 +8,7 @@ import torch
 
 import eval as evaluation
 import train
-from core.errors import CPU_OUT_OF_MEMORY, TrainingError, out_of_memory
+from core.stopping import CPU_OUT_OF_MEMORY, TrainingError, out_of_memory
 from tests.test_train import run
 
 

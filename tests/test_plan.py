@@ -6,7 +6,8 @@ import pytest
 
 from core import schedule
 from core.config import DataConfig, ModelConfig, preset
-from core.plan import make_plan, meta_model
+from core.models.gpt2 import dims
+from core.plan import make_plan
 
 # depth: parameters, scaling parameters, FLOPs per token (digits printed), batch, steps, decay
 TABLE = {
@@ -60,15 +61,15 @@ def test_run_1_flops():
     """4.330784e19 FLOPs logged by nanochat's first record run: depth 24 with short windows of 1024, 16704 steps of 2^19."""
     cfg = gpt2(24, steps=16704, total_batch_size=2**19)
     plan = make_plan(cfg, device_type="cuda")
-    dims = meta_model(cfg.model).dims
-    wider = sum(12 * dims.d_model * (1024 - w) for w in dims.windows if w < dims.seq_len)
+    d = dims(cfg.model)
+    wider = sum(12 * d.d_model * (1024 - w) for w in d.windows if w < d.seq_len)
     # that run had no smear gate
     assert (plan.flops_per_token + wider - 6 * 24) * plan.tokens == pytest.approx(4.330784e19, rel=1e-3)
 
 
 @pytest.mark.parametrize("depth, long_layers", [(12, 3), (24, 6), (26, 7)])
 def test_windows(depth, long_layers):
-    windows = meta_model(ModelConfig(depth=depth)).dims.windows
+    windows = dims(ModelConfig(depth=depth)).windows
     assert windows.count(2048) == long_layers
     assert windows.count(512) == depth - long_layers
     assert windows[-1] == 2048
@@ -146,7 +147,7 @@ def test_device_batch_is_lowered_until_it_divides():
         (dict(device_batch_size=64), "1, 2, 4, 8, 16, 32"),
         (dict(total_batch_size=1000), "768 or 1024"),
         (dict(total_batch_size=100), "such as 256"),
-        (dict(steps=0), "positive"),
+        (dict(steps=0), "steps is 0: expected 1 or more"),
         (dict(steps=None, ratio=1e-9), "horizon is 0 steps"),
         (dict(ratio=0.0), "positive"),
         (dict(model=ModelConfig(depth=0)), "depth is 0"),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import train
-from core.distributed import World
-from core.profiling import StepProfile, memory_summary, window
+from core.communication import World
+from core.profiling import StepProfile, longest_quiet_steps, memory_summary
 from tests.test_train import events, losses, run
 
 CPU = torch.device("cpu")
@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
         (2, 4, 9, range(100), (4, 5)),
     ],
 )
-def test_window(n, first, stop, interrupted, expected):
-    assert window(n, first, stop, lambda step: step in interrupted) == range(*expected)
+def test_profiled_steps(n, first, stop, interrupted, expected):
+    assert longest_quiet_steps(n, first, stop, lambda step: step in interrupted) == range(*expected)
 
 
 def test_files_of_a_profile(tmp_path):

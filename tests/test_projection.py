@@ -9,8 +9,7 @@ import pytest
 from bench import projection
 from bench.projection import CLASSES, FLOPS, HBM, TOLERANCE
 from core.config import ModelConfig
-from core.model import dims
-from core.plan import meta_model
+from core.models.gpt2 import dims, flops_per_token
 from kernels.ops import BY_NAME
 from kernels.polar_express import polar_express_cost
 
@@ -92,7 +91,7 @@ def test_matmul_flops_of_modded_nanogpt(stage, tokens):
 def test_flops_of_redline_are_the_plans(target):
     w = BUDGETS[target]
     assert (w.tokens, w.steps) == (1_048_576, 5568)
-    assert accounted(w, 24, 512) == pytest.approx(meta_model(ModelConfig(depth=24)).flops_per_token(), rel=2e-5)
+    assert accounted(w, 24, 512) == pytest.approx(flops_per_token(ModelConfig(depth=24)), rel=2e-5)
 
 
 def test_attention_counts_visible_pairs():

@@ -149,7 +149,7 @@ def test_the_projection_is_not_kept():
 
 
 def test_rotation_depends_on_the_difference_of_positions():
-    from core.model import rope_tables
+    from core.layers import rope_tables
 
     cos, sin = rope_tables(64, 16, torch.device("cpu"))
     q, k = torch.randn(16).double(), torch.randn(16).double()

@@ -12,8 +12,7 @@ import torch
 
 import train
 from core import checkpoint
-from core.errors import Stopped, user_errors
-from core.signals import SIGNALS, StopRequest
+from core.stopping import SIGNALS, StopFlag, Stopped, one_sentence
 from tests.test_train import ROOT, events, final_tensors, losses, run, steps_logged
 
 SLOW = ["--steps", "120", "--sample-every", "200", "--save-every", "100"]
@@ -82,14 +81,13 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny, tmp_path, w
 
 def test_the_first_signal_is_noted_and_the_second_is_as_before(capfd):
     before = [signal.getsignal(s) for s in SIGNALS]
-    stop = StopRequest()
-    with stop:
+    with StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signum == signal.SIGTERM and [signal.getsignal(s) for s in SIGNALS] == before
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
-    with StopRequest():
+    with StopFlag():
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert [signal.getsignal(s) for s in SIGNALS] == before
     assert capfd.readouterr().err.count("\n") == 2
@@ -106,7 +104,7 @@ def test_outside_the_loop_a_signal_is_one_sentence(tiny, tmp_path, where, says, 
 
     monkeypatch.setattr(train, where, interrupted)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stopped, user_errors():
+    with pytest.raises(SystemExit) as stopped, one_sentence():
         run(tiny, tmp_path / "run", "--steps", "2")
     error = capsys.readouterr().err
     assert stopped.value.code == 128 + signum and says in error and error.count("\n") == 1
@@ -117,8 +115,8 @@ def test_outside_the_loop_a_signal_is_one_sentence(tiny, tmp_path, where, says, 
 def test_a_signal_during_the_last_visit_keeps_the_finished_training(tiny, tmp_path, monkeypatch):
     honest = train.sample
 
-    def slow(run, step):
-        honest(run, step)
+    def slow(run, text, trainer, step):
+        honest(run, text, trainer, step)
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 

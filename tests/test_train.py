@@ -21,9 +21,10 @@ import eval as evaluation
 import train
 from core import checkpoint, schedule
 from core.config import from_dict
-from core.errors import TrainingError, user_errors
-from core.model import GPT
+from core.models.gpt2 import GPT
 from core.optim import Optimizer
+from core.run import FORMAT, State
+from core.stopping import TrainingError, one_sentence
 from kernels.lm_head_loss import empty_fp8, quantise_weight
 from kernels.ops import BY_NAME
 
@@ -180,8 +181,8 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
     a, b = final_tensors(whole), final_tensors(killed)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert (
-        checkpoint.load_state(checkpoint.find(whole))["loader"]
-        == checkpoint.load_state(checkpoint.find(killed))["loader"]
+        State.read(checkpoint.find(whole)).loader
+        == State.read(checkpoint.find(killed)).loader
     )
 
 
@@ -255,7 +256,7 @@ def test_micro_batches_do_not_change_the_losses(tiny, tmp_path, device_batch, fi
 
 def test_triton_trains_like_the_reference(tiny, tmp_path, monkeypatch, capsys):
     """Forward, backward and optimizer, with every op that has a Triton kernel on it (interpreted, on a CPU)."""
-    monkeypatch.setattr(train, "evaluate", lambda run, valset: 1.0)  # thousands of tokens: minutes in the interpreter
+    monkeypatch.setattr(train, "evaluate", lambda trainer, text, valset: 1.0)  # thousands of tokens: minutes in the interpreter
     options = ["--steps", "3", "--depth", "1", "--seq-len", "4", "--total-batch-size", "32", "--sample-tokens", "0"]
     ref = run(tiny, tmp_path / "ref", *options, "--kernels", "ref")
     capsys.readouterr()
@@ -351,10 +352,9 @@ def test_two_processes_train_like_one(tiny, tmp_path):
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny, tmp_path, monkeypatch):
     honest = train.train_step
 
-    def poisoned(run, step):
-        honest(run, step)
-        if step == 6:
-            run.losses._pending[-1] = (step, torch.tensor([math.nan, 0]), None)
+    def poisoned(trainer, step, **options):
+        outcome = honest(trainer, step, **options)
+        return torch.tensor([math.nan, 0]) if step == 6 else outcome
 
     monkeypatch.setattr(train, "train_step", poisoned)
     out = tmp_path / "run"
@@ -368,11 +368,12 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny, tmp_path, monkeypa
 def test_non_finite_weights_are_not_saved(tiny, tmp_path, monkeypatch):
     honest = train.train_step
 
-    def poisoned(run, step):
-        honest(run, step)
+    def poisoned(trainer, step, **options):
+        outcome = honest(trainer, step, **options)
         if step == 7:
             with torch.no_grad():
-                run.model.mlp_up[0][0, 0, 0] = math.inf
+                trainer.model.mlp_up[0][0, 0, 0] = math.inf
+        return outcome
 
     monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(TrainingError, match="mlp_up.0 is not finite"):
@@ -413,7 +414,7 @@ def test_resume_refuses_a_changed_corpus(tiny, tmp_path, corpus_dir):
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(tiny, tmp_path, options, says, capsys):
     out = tmp_path / "run"
-    with pytest.raises(SystemExit) as stopped, user_errors():
+    with pytest.raises(SystemExit) as stopped, one_sentence():
         run(tiny, out, *options)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
@@ -441,7 +442,7 @@ def test_values_out_of_range_are_named(tiny, tmp_path, options, says):
 
 def test_a_file_in_the_way_is_one_sentence(tiny, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stopped, user_errors():
+    with pytest.raises(SystemExit) as stopped, one_sentence():
         run(tiny, tmp_path / "file" / "run")
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
@@ -503,7 +504,7 @@ def test_damaged_validation_rows_are_found_before_training(tiny, tmp_path):
 @pytest.mark.parametrize(
     "damage, says",
     [
-        (lambda f: (f / "state.json").write_text(f'{{"format": {checkpoint.FORMAT}}}'), "damaged"),
+        (lambda f: (f / "state.json").write_text(f'{{"format": {FORMAT}}}'), "damaged"),
         (lambda f: (f / "state.json").write_text("[1]"), "damaged"),
         (
             lambda f: (f / "state.json").write_text((f / "state.json").read_text().replace("precision", "p")),
@@ -541,7 +542,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(finished, tmp_path, monke
 
 def test_an_error_of_another_rank_is_told(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit), user_errors():
+    with pytest.raises(SystemExit), one_sentence():
         checkpoint.find("nowhere")
     assert capsys.readouterr().err.startswith("error on rank 1: nowhere")
 
@@ -553,7 +554,7 @@ def test_a_plan_for_a_gpu_needs_none(capsys):
 
 
 def test_defects_keep_their_traceback():
-    with pytest.raises(ValueError), user_errors():
+    with pytest.raises(ValueError), one_sentence():
         json.loads("{")
 
 

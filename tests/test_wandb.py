@@ -8,7 +8,8 @@ import pytest
 
 import train
 from core import checkpoint
-from core.errors import TrainingError
+from core.run import State
+from core.stopping import TrainingError
 from tests.test_train import losses, run
 
 
@@ -40,10 +41,10 @@ def fake(monkeypatch):
 def test_metrics_are_mirrored_and_a_resumed_run_goes_on(tiny, tmp_path, fake, monkeypatch):
     out, honest = tmp_path / "run", train.train_step
 
-    def dies(run, step):
+    def dies(trainer, step, **options):
         if step == 9:
             raise TrainingError("enough")
-        honest(run, step)
+        return honest(trainer, step, **options)
 
     monkeypatch.setattr(train, "train_step", dies)
     with pytest.raises(TrainingError):
@@ -63,7 +64,7 @@ def test_metrics_are_mirrored_and_a_resumed_run_goes_on(tiny, tmp_path, fake, mo
     train.main(["--resume", str(out), "--wandb", "another"])
     assert fake.runs[2].options["project"] == "another" and "id" not in fake.runs[2].options
     train.main(["--resume", str(out), "--wandb", "None"])
-    assert len(fake.runs) == 3 and checkpoint.load_state(checkpoint.find(out))["wandb"] == first.id
+    assert len(fake.runs) == 3 and State.read(checkpoint.find(out)).wandb == first.id
 
 
 @pytest.mark.parametrize("missing", [None, SimpleNamespace()])

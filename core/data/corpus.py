@@ -12,8 +12,8 @@ A path names one file or a folder, which is walked recursively; hidden files and
 Keys      relative posix path of a one-document file, "<relative path>:<row>" for a row (row = line - 1 in a .jsonl).
 Split     a document is validation data iff sha256(key) % val_every == 0: it depends on nothing but its own key, so
           adding files moves no document from one side to the other.
-Order     order(epoch) permutes blocks, then documents within a block. A parquet row group is a block, since it is decoded
-          as a whole; every other document is a block of its own. It is built from raw PCG64 output, which numpy
+Order     order(epoch) permutes blocks, then documents within a block. A parquet row group is a block, since it is
+          decoded as a whole; every other document is a block of its own. It is built from raw PCG64 output, which numpy
           promises never to change (its shuffling methods are not covered by that promise).
 Bytes     decoding is strict and translates no newline: document.encode() is what the file holds, BOM included.
 Errors    whatever is wrong with the data is a ValueError of one sentence that names the file and the line or row. Text
@@ -29,10 +29,13 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from core.stopping import UserError
 
 _EDGE_BYTES = 1 << 20  # of either end of a file, for fingerprints: a file of twice this is hashed whole
 _CHUNK_BYTES = 16 << 20  # of one read when a whole file is passed through
@@ -51,7 +54,7 @@ def open_corpus(data: str, *, seed: int, val_every: int = 50, cache_dir: Path) -
     Raises ValueError for a path that does not exist, unreadable or corrupt files, and empty splits.
     """
     if val_every < 1:
-        raise ValueError(f"val_every is {val_every}, expected 1 or more: one document in val_every is validation data")
+        raise UserError(f"val_every is {val_every}, expected 1 or more: one document in val_every is validation data")
     if data == "stdlib":
         root, files = _stdlib_files()
         name = "stdlib"
@@ -70,13 +73,14 @@ def open_corpus(data: str, *, seed: int, val_every: int = 50, cache_dir: Path) -
                 content.update(_file_fingerprint(key, file))
             source = _open_source(path, key, Path(cache_dir), row_groups, skip_not_utf8=data == "stdlib")
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
         if source is None:
             skipped += 1
         else:
             sources.append(source)
 
-    train_rows, val_rows = [], []
+    train_rows: list[np.ndarray] = []
+    val_rows: list[np.ndarray] = []
     for source in sources:
         hashes = (int.from_bytes(_hash_key(source.key_of(row)), "big") for row in source.rows.tolist())
         in_validation = np.fromiter((value % val_every == 0 for value in hashes), dtype=bool)
@@ -85,15 +89,17 @@ def open_corpus(data: str, *, seed: int, val_every: int = 50, cache_dir: Path) -
     num_validation = sum(rows.size for rows in val_rows)
     num_documents = num_validation + sum(rows.size for rows in train_rows)
     if num_documents == 0:
-        raise ValueError(f"{data}: no documents found; expected text files, .jsonl(.gz|.zst) or .parquet with content")
+        raise UserError(f"{data}: no documents found; expected text files, .jsonl(.gz|.zst) or .parquet with content")
     if num_validation == 0:
-        raise ValueError(
-            f"{data}: none of the {num_documents} documents falls into the validation split of one in {val_every}; give "
+        raise UserError(
+            f"{data}: none of the {num_documents} documents falls into the validation split of one in "
+            f"{val_every}; give "
             f"more documents (a .jsonl with a document a line instead of one big file) or a lower --val-every"
         )
     if num_validation == num_documents:
-        raise ValueError(
-            f"{data}: all of the {num_documents} documents fall into the validation split of one in {val_every}, nothing "
+        raise UserError(
+            f"{data}: all of the {num_documents} documents fall into the validation split of one in {val_every}, "
+            "nothing "
             f"is left to train on; give more documents (a .jsonl with a document a line) or a higher --val-every"
         )
 
@@ -131,7 +137,8 @@ class Corpus:
         self._sources = sources
         self._row = np.concatenate(rows)  # (N,) int64
         self._source = np.repeat(np.arange(len(sources), dtype=np.int32), [r.size for r in rows])  # (N,)
-        blocks, first_block = [], 0
+        blocks: list[np.ndarray] = []
+        first_block = 0
         for source, r in zip(sources, rows, strict=True):
             blocks.append(source.blocks(r) + first_block)
             first_block += source.num_blocks
@@ -204,7 +211,7 @@ def _files_under(path: Path) -> tuple[Path, list[Path]]:
     if path.is_file():
         return path.parent, [path]
     if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder; give the path of existing data, or 'stdlib'")
+        raise UserError(f"{path}: no such file or folder; give the path of existing data, or 'stdlib'")
     return path, _by_key(path, _walk(path, set()))
 
 
@@ -212,7 +219,7 @@ def _walk(root: Path, left_out: set[str]) -> list[Path]:
     """The files below `root` that are not hidden, without the folders named in left_out and __pycache__."""
 
     def unreadable(error: OSError):
-        raise ValueError(f"{error.filename}: folder cannot be read ({error.strerror})") from error
+        raise UserError(f"{error.filename}: folder cannot be read ({error.strerror})") from error
 
     files: list[Path] = []
     visited = set()
@@ -257,21 +264,21 @@ def _open_source(
     return _TextFile(path, key, len(content))
 
 
-def _not_utf8(where: Path | str, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(
+def _not_utf8(where: Path | str, error: UnicodeDecodeError) -> UserError:
+    return UserError(
         f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start}: {error.reason}); "
         f"convert it to UTF-8, or remove it if it is no text"
     )
 
 
-def _ends(file) -> tuple[int, bytes, bytes]:
+def _ends(file: BinaryIO) -> tuple[int, bytes, bytes]:
     size = os.fstat(file.fileno()).st_size
     first = file.read(_EDGE_BYTES)
     file.seek(max(0, size - _EDGE_BYTES))
     return size, first, file.read(_EDGE_BYTES)
 
 
-def _file_fingerprint(key: str, file) -> bytes:
+def _file_fingerprint(key: str, file: BinaryIO) -> bytes:
     size, first, last = _ends(file)
     line = f"{_hash_key(key).hex()} {size} {hashlib.sha256(first).hexdigest()} {hashlib.sha256(last).hexdigest()}\n"
     return line.encode()
@@ -289,7 +296,7 @@ def _unpacked(path: Path, codec: str, cache_dir: Path) -> Path:
         file.seek(size // 2)
         sample = first + file.read(_EDGE_BYTES) + last
     if size == 0:
-        raise ValueError(f"{path}: truncated, an empty file is no {codec} stream; fetch it again")
+        raise UserError(f"{path}: truncated, an empty file is no {codec} stream; fetch it again")
     digest = hashlib.sha256(f"{path.name} {size} ".encode("utf-8", "surrogateescape") + sample).hexdigest()[:32]
     target = cache_dir / "unpacked" / f"{digest}.jsonl"
     if target.exists():
@@ -302,17 +309,17 @@ def _unpacked(path: Path, codec: str, cache_dir: Path) -> Path:
                 out.write(chunk)
         os.replace(temporary, target)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be unpacked into {target.parent} ({error.strerror or error})") from error
+        raise UserError(f"{path}: cannot be unpacked into {target.parent} ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
     return target
 
 
-def _read_stream(stream, path: Path, codec: str) -> bytes:
+def _read_stream(stream: pa.CompressedInputStream, path: Path, codec: str) -> bytes:
     try:
         return stream.read(_CHUNK_BYTES)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: damaged or truncated {codec} stream ({_first_line(error)}); fetch it again"
         ) from error
 
@@ -322,8 +329,8 @@ def _first_line(error: Exception) -> str:
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------
-# Each reads one file by row number. `rows` (int64) are the rows that hold a document, blocks() maps rows to the units of
-# shuffling. Files are opened per read, since a corpus may have more of them than a process may hold open.
+# Each reads one file by row number. `rows` (int64) are the rows that hold a document, blocks() maps rows to the units
+# of shuffling. Files are opened per read, since a corpus may have more of them than a process may hold open.
 
 
 class _TextFile:
@@ -350,7 +357,7 @@ class _TextFile:
         except UnicodeDecodeError as error:
             raise _not_utf8(self._path, error) from None
         except OSError as error:
-            raise ValueError(f"{self._path}: cannot be read any more ({error.strerror})") from error
+            raise UserError(f"{self._path}: cannot be read any more ({error.strerror})") from error
 
 
 class _JsonLines:
@@ -382,28 +389,29 @@ class _JsonLines:
                 line = line.removeprefix("\ufeff")  # a BOM marks the file, it is not part of the document
             record = json.loads(line)
         except OSError as error:
-            raise ValueError(f"{where}: cannot be read any more ({error.strerror})") from error
+            raise UserError(f"{where}: cannot be read any more ({error.strerror})") from error
         except UnicodeDecodeError as error:
             raise _not_utf8(where, error) from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(
+            raise UserError(
                 f'{where}: not valid JSON ({_first_line(error)}); expected one object a line, like {{"text": "..."}}'
             ) from None
         if type(record) is not dict:
-            raise ValueError(f'{where}: got a JSON {type(record).__name__}, expected an object with a "text" field')
+            raise UserError(f'{where}: got a JSON {type(record).__name__}, expected an object with a "text" field')
         if "text" not in record:
-            raise ValueError(
+            raise UserError(
                 f'{where}: no "text" field, the line has {_names(record)}; rename the one with the document'
             )
         text = record["text"]
         if type(text) is not str:
             got = "null" if text is None else type(text).__name__
-            raise ValueError(f'{where}: field "text" is {got}, expected a string; fix or remove the line')
+            raise UserError(f'{where}: field "text" is {got}, expected a string; fix or remove the line')
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f'{where}: field "text" has a lone surrogate \\u{ord(text[error.start]):04x} at character {error.start}, '
+            raise UserError(
+                f'{where}: field "text" has a lone surrogate \\u{ord(text[error.start]):04x} at character '
+                f"{error.start}, "
                 f"which no UTF-8 text can hold; fix or remove the line"
             ) from None
         return text
@@ -419,16 +427,16 @@ class _Parquet:
                 schema = file.schema_arrow
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: truncated or no parquet file ({_first_line(error)}); fetch it again") from error
+            raise UserError(f"{path}: truncated or no parquet file ({_first_line(error)}); fetch it again") from error
         if "text" not in schema.names:
-            raise ValueError(
+            raise UserError(
                 f'{path}: no column "text", the file has {_names(schema.names)}; rename the one with documents'
             )
         kind = schema.field("text").type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise ValueError(f'{path}: column "text" is {kind}, expected string; convert the column')
+            raise UserError(f'{path}: column "text" is {kind}, expected string; convert the column')
         self._group_starts = np.cumsum([0, *sizes])  # (num_blocks + 1,) int64, row numbers
         self.rows = np.arange(self._group_starts[-1])
         self.num_blocks = len(sizes)
@@ -443,12 +451,12 @@ class _Parquet:
         return len(self.read(row).encode())
 
     def read(self, row: int) -> str:
-        group = int(self.blocks(row))
+        group = int(self.blocks(np.array([row]))[0])
         start, stop = self._group_starts[group : group + 2].tolist()
         try:
             column = self._row_groups.get(self._path, group)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self._path}, rows {start} to {stop - 1}: damaged parquet data ({_first_line(error)}); fetch it again"
             ) from error
         try:
@@ -456,7 +464,7 @@ class _Parquet:
         except UnicodeDecodeError as error:
             raise _not_utf8(f"{self._path}, row {row}", error) from None
         if text is None:
-            raise ValueError(
+            raise UserError(
                 f'{self._path}, row {row}: column "text" is null, expected a string; fill or remove the row'
             )
         return text
@@ -465,8 +473,8 @@ class _Parquet:
 class _RowGroups:
     """The text columns of the parquet row groups read last, of all files, least recently used first.
 
-    Bounded by bytes rather than by count: streams drift apart by thousands of documents, so many small row groups are in
-    use at once; of large ones it is at most two.
+    Bounded by bytes rather than by count: streams drift apart by thousands of documents, so many small row groups are
+    in use at once; of large ones it is at most two.
     """
 
     def __init__(self):

@@ -8,10 +8,11 @@ Rows      global row r of a step is the next row of stream r % S. Rank k owns th
 State     is that of the last step handed out, never of what was prepared ahead: for each stream its next position and
           what is in its buffer, as positions. The states of all ranks, merged, continue on any number of ranks; on
           resuming, rows_per_step and device_batch_size may change, all that shapes the streams may not.
-Thread    one; it reads, tokenises (outside the GIL) and packs at most prefetch_steps steps ahead. What goes wrong in it is
-          raised by next_step().
+Thread    one; it reads, tokenises (outside the GIL) and packs at most prefetch_steps steps ahead. What goes wrong in it
+          is raised by next_step().
 """
 
+import math
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ import torch
 from core.data.corpus import Corpus
 from core.data.packing import BestFitPacker, describe
 from core.data.tokenizer import Tokenizer
+from core.stopping import UserError
 
 _ADVICE = {
     "corpus": "the training data changed since the checkpoint; restore it or start a new run",
@@ -58,7 +60,9 @@ class Loader:
         state              merge_states() of all ranks' state(), to continue with the step after it
         Raises ValueError for sizes that do not fit together and for a state of another corpus or other settings.
         """
-        _check_sizes(rows_per_step, device_batch_size, num_streams, rank, world_size)
+        check_batch(rows_per_step * seq_len, seq_len, device_batch_size, num_streams, world_size)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}, expected 0 to {world_size - 1} in a world of {world_size}")
         self._corpus = corpus
         self._settings = {
             "corpus": corpus.fingerprint,
@@ -102,7 +106,8 @@ class Loader:
     def next_step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(inputs, targets) of this rank's next step, each (num_micro, device_batch_size, seq_len) int64 on `device`.
 
-        On CUDA the copy is asynchronous, on the current stream. Raises what the thread met: ValueError for corrupt data.
+        On CUDA the copy is asynchronous, on the current stream. Raises what the thread met: ValueError for corrupt
+        data.
         """
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
@@ -157,7 +162,8 @@ class Loader:
         self.close()
 
     def _prepare(self) -> tuple[np.ndarray, list["_StreamSnapshot"]]:
-        """(2, num_micro, device_batch_size, seq_len) int64: inputs and targets of the next step; the streams after it."""
+        """(2, num_micro, device_batch_size, seq_len) int64: inputs and targets of the next step; the streams after
+        it."""
         rows = np.empty((self._num_micro * self._device_batch_size, self._seq_len + 1), dtype=np.int64)
         for i, row in enumerate(rows):
             if self._stop.is_set():
@@ -171,10 +177,10 @@ class Loader:
         for name, expected in self._settings.items():
             if state.get(name) != expected:
                 advice = _ADVICE.get(name, "resume with the settings of the checkpoint or start a new run")
-                raise ValueError(f"data state has {name} {state.get(name)!r}, this run has {expected!r}: {advice}")
+                raise UserError(f"data state has {name} {state.get(name)!r}, this run has {expected!r}: {advice}")
         missing = [stream.index for stream in self._streams if str(stream.index) not in state["streams"]]
         if missing:
-            raise ValueError(f"data state lacks streams {missing}: resume from merge_states() of all ranks' states")
+            raise UserError(f"data state lacks streams {missing}: resume from merge_states() of all ranks' states")
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -192,12 +198,10 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"data states of different runs or steps: {name} is {state.get(name)!r} and {value!r}")
         twice = streams.keys() & state["streams"].keys()
         if twice:
-            raise ValueError(
-                f"streams {sorted(twice, key=int)} are in two data states, expected one state of each rank"
-            )
+            raise UserError(f"streams {sorted(twice, key=int)} are in two data states, expected one state of each rank")
         streams |= state["streams"]
     if len(streams) != common["num_streams"]:
-        raise ValueError(
+        raise UserError(
             f"data states hold {len(streams)} of {common['num_streams']} streams, expected one state of each rank"
         )
     return {**common, "streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
@@ -256,7 +260,7 @@ class _StreamSnapshot(NamedTuple):
     num_documents: int
     num_cropped: int
     num_takes: int
-    buffer: tuple  # of packing entries, by reference: described only when a state is asked for
+    buffer: tuple[Any, ...]  # of packing entries, by reference: described only when a state is asked for
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -269,31 +273,33 @@ class _StreamSnapshot(NamedTuple):
         }
 
 
-def _check_sizes(rows_per_step: int, device_batch_size: int, num_streams: int, rank: int, world_size: int) -> None:
-    if min(rows_per_step, device_batch_size, num_streams, world_size) < 1:
-        raise ValueError(
-            f"rows_per_step {rows_per_step}, device_batch_size {device_batch_size}, num_streams {num_streams} and world_size "
-            f"{world_size} must all be 1 or more"
-        )
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}, expected 0 to {world_size - 1} in a world of {world_size}")
+def check_batch(tokens: int, seq_len: int, device_batch_size: int, num_streams: int, world_size: int) -> None:
+    """ValueError, naming what would work, where a step of `tokens` does not divide: streams over processes, tokens into
+    rows for every stream, the rows of a process into micro-batches. The one place that says so, for the plan and for
+    the loader."""
     if num_streams % world_size:
-        divisors = ", ".join(str(n) for n in range(1, num_streams + 1) if num_streams % n == 0)
-        raise ValueError(f"{num_streams} streams cannot be shared by {world_size} processes; use {divisors} processes")
-    if rows_per_step % num_streams:
-        raise ValueError(
-            f"a step of {rows_per_step} rows is no multiple of {num_streams} streams; use "
-            f"{_multiples(rows_per_step, num_streams)} rows"
+        raise UserError(
+            f"{num_streams} data streams do not divide over {world_size} processes: start one of "
+            f"{divisors(num_streams)} "
+            "processes, or set --num-streams to a multiple"
         )
-    unit = device_batch_size * world_size
-    if rows_per_step % unit:
-        rows = rows_per_step // world_size
-        divisors = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
-        raise ValueError(
-            f"device_batch_size {device_batch_size} does not divide the {rows} rows of a step per process; use {divisors}"
+    unit = seq_len * num_streams
+    if tokens < 1 or tokens % unit:
+        below = tokens // unit * unit
+        good = f"{below} or {below + unit}" if below > 0 else f"{unit}"
+        raise UserError(
+            f"total_batch_size is {tokens} tokens: expected a multiple of {unit} "
+            f"(seq_len {seq_len} x {num_streams} streams), such as {good}"
+        )
+    rows = tokens // seq_len // world_size
+    if device_batch_size < 1 or rows % device_batch_size:
+        raise UserError(
+            f"device_batch_size is {device_batch_size} rows: each process has {rows} rows per step, "
+            f"so one of {divisors(rows)} works"
         )
 
 
-def _multiples(value: int, unit: int) -> str:
-    below = value // unit * unit
-    return f"{below} or {below + unit}" if below else str(unit)
+def divisors(n: int) -> list[int]:
+    """In increasing order, in O(sqrt(n))."""
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})

@@ -1,23 +1,23 @@
 """Rows of row_len tokens out of documents of any length, by best fit from a buffer, without padding.
 
-A row is filled from left to right. Before each placement the buffer is topped up to at least buffer_docs entries; then the
-LARGEST entry that fits wholly into the rest of the row is placed. When none fits, the SHORTEST entry is cut and its head
-fills the row exactly.
+A row is filled from left to right. Before each placement the buffer is topped up to at least buffer_docs entries; then
+the LARGEST entry that fits wholly into the rest of the row is placed. When none fits, the SHORTEST entry is cut and its
+head fills the row exactly.
 
-mode "crop"      the tail of a cut document is discarded: a document starts at its bos wherever it is seen, about a third
-                 of the tokens are lost (median document 400 tokens, rows of 2049). Ties go to the entry that has been in
-                 the buffer longest
+mode "crop"      the tail of a cut document is discarded: a document starts at its bos wherever it is seen, about a
+                 third of the tokens are lost (median document 400 tokens, rows of 2049). Ties go to the entry that has
+                 been in the buffer longest
 mode "continue"  nothing is lost: a document longer than a row is cut into rows on entry (each piece is an entry of the
-                 buffer), the tail of a cut entry re-enters the buffer at its end. Continuations have no bos of their own.
-                 Ties go to a random entry: most pieces are as long as a row, and in order of arrival a stream would be
-                 in one document for many steps (1.63 instead of 1.50 bits per byte, bench/LOG.md)
+                 buffer), the tail of a cut entry re-enters the buffer at its end. Continuations have no bos of their
+                 own. Ties go to a random entry: most pieces are as long as a row, and in order of arrival a stream
+                 would be in one document for many steps (1.63 instead of 1.50 bits per byte, bench/LOG.md)
 
 The rule read literally scans the buffer at every placement. Here entries are held in a queue for each
-length, with one bit a length in an integer that tells which queues are occupied, so a placement costs two bit operations;
-entries longer than a row, which can only ever be the shortest, are in a heap.
+length, with one bit a length in an integer that tells which queues are occupied, so a placement costs two bit
+operations; entries longer than a row, which can only ever be the shortest, are in a heap.
 
-The buffer is described by (document position, start, stop) of its entries in order: a few numbers each, from which it is
-rebuilt by tokenising those documents again.
+The buffer is described by (document position, start, stop) of its entries in order: a few numbers each, from which it
+is rebuilt by tokenising those documents again.
 """
 
 import heapq
@@ -25,6 +25,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 import numpy as np
+
+from core.stopping import UserError
 
 # (document position, start, stop, tokens): tokens are those of [start, stop) that a row may still use
 _Entry = tuple[int, int, int, np.ndarray]
@@ -35,7 +37,7 @@ class BestFitPacker:
 
     def __init__(self, row_len: int, *, mode: str, buffer_docs: int, seed: int = 0):
         if mode not in ("continue", "crop"):
-            raise ValueError(f"packing mode is {mode!r}, expected 'continue' or 'crop'")
+            raise UserError(f"packing mode is {mode!r}, expected 'continue' or 'crop'")
         if row_len < 1 or buffer_docs < 1:
             raise ValueError(f"row_len is {row_len} and buffer_docs {buffer_docs}, expected 1 or more of each")
         self.row_len = row_len
@@ -55,8 +57,8 @@ class BestFitPacker:
     def fill(self, row: np.ndarray, next_document: Callable[[], tuple[int, np.ndarray]]) -> None:
         """Write the next row into `row`, (row_len,) of any integer dtype.
 
-        next_document() returns (position, tokens): a number that identifies the document, and its (n,) ids, n >= 1, which
-        must not change afterwards. It is called as often as the buffer wants documents.
+        next_document() returns (position, tokens): a number that identifies the document, and its (n,) ids, n >= 1,
+        which must not change afterwards. It is called as often as the buffer wants documents.
         """
         assert row.shape == (self.row_len,), (row.shape, self.row_len)
         filled = 0
@@ -80,7 +82,8 @@ class BestFitPacker:
         self.num_placed += self.row_len
 
     def snapshot(self) -> tuple[_Entry, ...]:
-        """The buffer, in order, without copying tokens; describe() turns it into a state. O(buffer), ~10 ns an entry."""
+        """The buffer, in order, without copying tokens; describe() turns it into a state. O(buffer), ~10 ns an
+        entry."""
         return tuple(self._entries.values())
 
     def state(self) -> list[list[int]]:
@@ -92,8 +95,8 @@ class BestFitPacker:
     ) -> None:
         """Fill the empty buffer with what state() described; tokens_of(position) gives a document's tokens again.
 
-        num_takes is the counter of that name at the time. The rows that follow are those that would have followed state().
-        The other counters are left alone.
+        num_takes is the counter of that name at the time. The rows that follow are those that would have followed
+        state(). The other counters are left alone.
         """
         self.num_takes = num_takes
         assert not self._entries, len(self._entries)

@@ -1,11 +1,12 @@
 """Byte-level BPE: trained by rustbpe, applied by tiktoken.
 
-Vocabulary   256 bytes, then merges in the order they were learnt, then the special tokens; vocab_size counts all of them.
+Vocabulary   256 bytes, then merges in the order they were learnt, then the special tokens; vocab_size counts all of
+             them.
 Documents    open with the first special token (bos) and have no closing one.
 Text         encode() is total and decode() its inverse on every str without lone surrogates. Special tokens have no
              spelling: their names in a text are text.
-On disk      tokenizer.tiktoken (base64 of a token's bytes, space, rank; a line each) and tokenizer.json (pattern, special
-             tokens, sizes, digest, what it was trained on). Nothing is executed on loading.
+On disk      tokenizer.tiktoken (base64 of a token's bytes, space, rank; a line each) and tokenizer.json (pattern,
+             special tokens, sizes, digest, what it was trained on). Nothing is executed on loading.
 Cache        get_tokenizer() trains once per (training text, settings). Training is deterministic.
 """
 
@@ -19,12 +20,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rustbpe
 import tiktoken
 
 from core.data.corpus import Corpus
+from core.stopping import UserError
 
 # The split of GPT-4, except that digits come in groups of at most two: fewer tokens are spent on numbers in a small
 # vocabulary.
@@ -54,9 +57,10 @@ _LONG_WHITESPACE = re.compile(rf"\s{{{_WHITESPACE_CUT}}}")
 
 class Tokenizer:
     """vocab_size and bos_id as above; token_bytes (V,) int32: length of each token in raw bytes, 0 for special tokens;
-    digest: 16 hex characters that identify vocabulary and settings; trained_on: what is known about the training text."""
+    digest: 16 hex characters that identify vocabulary and settings; trained_on: what is known about the training
+    text."""
 
-    def __init__(self, tokens: list[bytes], *, pattern: str = SPLIT_PATTERN, trained_on: dict | None = None):
+    def __init__(self, tokens: list[bytes], *, pattern: str = SPLIT_PATTERN, trained_on: dict[str, Any] | None = None):
         """tokens: the bytes of every token that is not special, in order of rank."""
         self.vocab_size = len(tokens) + len(SPECIAL_TOKENS)
         self.bos_id = len(tokens)
@@ -97,7 +101,8 @@ class Tokenizer:
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; bytes that are not UTF-8 become U+FFFD, special tokens their names. ValueError: no such id."""
+        """Text of the ids; bytes that are not UTF-8 become U+FFFD, special tokens their names. ValueError: no such
+        id."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -134,11 +139,11 @@ class Tokenizer:
             pattern, special_tokens = settings["pattern"], tuple(settings["special_tokens"])
             digest, trained_on = settings["digest"], settings["trained_on"]
         except OSError as error:
-            raise ValueError(f"{settings_path}: cannot be read ({error.strerror}); {advice}") from error
+            raise UserError(f"{settings_path}: cannot be read ({error.strerror}); {advice}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{settings_path}: damaged tokenizer settings ({error}); {advice}") from error
+            raise UserError(f"{settings_path}: damaged tokenizer settings ({error}); {advice}") from error
         if special_tokens != SPECIAL_TOKENS:
-            raise ValueError(f"{settings_path}: special tokens are {special_tokens}, expected {SPECIAL_TOKENS}")
+            raise UserError(f"{settings_path}: special tokens are {special_tokens}, expected {SPECIAL_TOKENS}")
         tokens: list[bytes] = []
         try:
             for line in ranks_path.read_text(encoding="ascii").splitlines():
@@ -147,12 +152,12 @@ class Tokenizer:
                     raise ValueError(f"rank {rank} in line {len(tokens) + 1}")
                 tokens.append(base64.b64decode(token, validate=True))
         except OSError as error:
-            raise ValueError(f"{ranks_path}: cannot be read ({error.strerror}); {advice}") from error
+            raise UserError(f"{ranks_path}: cannot be read ({error.strerror}); {advice}") from error
         except ValueError as error:
-            raise ValueError(f"{ranks_path}: damaged vocabulary ({error}); {advice}") from error
+            raise UserError(f"{ranks_path}: damaged vocabulary ({error}); {advice}") from error
         found = _digest(tokens, pattern)
         if found != digest:
-            raise ValueError(f"{ranks_path}: damaged vocabulary, its digest is {found} instead of {digest}; {advice}")
+            raise UserError(f"{ranks_path}: damaged vocabulary, its digest is {found} instead of {digest}; {advice}")
         return Tokenizer(tokens, pattern=pattern, trained_on=trained_on)
 
 
@@ -164,8 +169,9 @@ def train_tokenizer(
     Of each text the first `doc_cap` characters are used, in total `max_chars`.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(
-            f"vocab_size is {vocab_size}, expected at least {MIN_VOCAB_SIZE}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+        raise UserError(
+            f"vocab_size is {vocab_size}, expected at least {MIN_VOCAB_SIZE}: 256 bytes and {len(SPECIAL_TOKENS)} "
+            "special tokens"
         )
     num_chars = 0
 
@@ -178,7 +184,7 @@ def train_tokenizer(
             if num_chars >= max_chars:
                 return
 
-    trainer = rustbpe.Tokenizer()
+    trainer = rustbpe.Tokenizer()  # pyrefly: ignore[missing-attribute]  # a compiled module without stubs
     trainer.train_from_iterator(excerpts(), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
     ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
     return Tokenizer([token for _, token in ranks], trained_on={"num_chars": num_chars})
@@ -195,7 +201,8 @@ def get_tokenizer(
 ) -> Tokenizer:
     """The tokenizer trained on `train_corpus`, from cache_dir/tokenizers if it was trained before.
 
-    on_train is called with a sentence for the user before training starts. Any number of processes may call this at once.
+    on_train is called with a sentence for the user before training starts. Any number of processes may call this at
+    once.
     """
     settings = [_FORMAT, train_corpus.fingerprint, vocab_size, max_chars, doc_cap, SPLIT_PATTERN, SPECIAL_TOKENS]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]

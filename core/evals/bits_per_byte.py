@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from core.communication import World, all_sum
 from core.data.corpus import Corpus
 from core.data.tokenizer import Tokenizer
-from core.distributed import World, all_sum
-from core.model import GPT
+from core.models.gpt2 import GPT
+from core.stopping import UserError
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def bits_per_byte(
 def compressor_bits_per_byte(data: bytes) -> dict[str, float]:
     """What gzip -9, bzip2 -9 and xz -9e make of the same bytes, in bits per byte."""
     if not data:
-        raise ValueError("nothing to compress: the validation text is empty")
+        raise UserError("nothing to compress: the validation text is empty")
     sizes = {
         "gzip -9": len(gzip.compress(data, compresslevel=9, mtime=0)),
         "bzip2 -9": len(bz2.compress(data, compresslevel=9)),
@@ -129,9 +130,10 @@ def score(model: GPT, valset: ValidationSet, tokenizer: Tokenizer, *, batch_size
 
 
 def validation_subset(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, max_tokens: int) -> ValidationSet:
-    """A fixed part of the validation split for evaluations during training: documents in a seeded order up to max_tokens,
-    the last one cut; windows do not overlap."""
-    items, num_bytes, num_docs, left = [], 0, 0, max_tokens
+    """A fixed part of the validation split for evaluations during training: documents in a seeded order up to
+    max_tokens, the last one cut; windows do not overlap."""
+    items: list[Window] = []
+    num_bytes, num_docs, left = 0, 0, max_tokens
     for i in corpus.order(0):
         if left <= 0:
             break
@@ -140,29 +142,35 @@ def validation_subset(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, max_to
         num_bytes += int(tokenizer.token_bytes[ids].sum())
         num_docs += 1
         left -= len(ids)
-    scope = f"a fixed subset: {num_bytes:,} bytes of {num_docs} of {len(corpus)} validation documents, context restarts every {seq_len} tokens"
+    scope = (
+        f"a fixed subset: {num_bytes:,} bytes of {num_docs} of {len(corpus)} validation documents, context "
+        f"restarts every {seq_len} tokens"
+    )
     return ValidationSet(items, num_bytes, scope)
 
 
 def validation_whole(
     corpus: Corpus, tokenizer: Tokenizer, seq_len: int, max_bytes: int | None
 ) -> tuple[ValidationSet, bytes]:
-    """The validation split in path order, and its bytes; documents beyond max_bytes are left out, and the scope says so.
+    """The validation split in path order, and its bytes; documents beyond max_bytes are left out, and the scope says
+    so.
 
     Windows overlap by half, so that a token sees at least T/2 tokens of its document before it.
     """
     stride = max(1, seq_len // 2)
-    items, data = [], bytearray()
+    items: list[Window] = []
+    data = bytearray()
     num_docs = 0
     for i, text in documents_within(corpus, max_bytes):
         if len(text.encode()) != corpus.num_bytes(i):
-            raise ValueError(
-                f"{corpus.key(i)} changed while the run was reading it: {corpus.num_bytes(i)} bytes before"
-            )
+            raise UserError(f"{corpus.key(i)} changed while the run was reading it: {corpus.num_bytes(i)} bytes before")
         items += windows([tokenizer.bos_id, *tokenizer.encode(text)], seq_len, stride)
         data += text.encode()
         num_docs += 1
     whole = num_docs == len(corpus)
     part = f"every byte of all {num_docs}" if whole else f"the first {num_docs} of {len(corpus)}"
-    scope = f"{part} validation documents once ({len(data):,} bytes), context at most {seq_len} tokens, windows overlap by half"
+    scope = (
+        f"{part} validation documents once ({len(data):,} bytes), context at most {seq_len} tokens, windows "
+        f"overlap by half"
+    )
     return ValidationSet(items, len(data), scope), bytes(data)

@@ -1,20 +1,24 @@
-"""Errors a user can act on, told in one sentence."""
+"""How a program ends early: errors told in one sentence, signals, and the exit status of each.
+
+UserError       input that the user can mend: exit status 2. Raised where we mean it; any other ValueError is a defect
+TrainingError   training cannot go on: status 1
+Stopped         a signal ended the program: status 128 + its number
+"""
 
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn, Self
 
 import torch
 
 from kernels.op import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch raises a plain RuntimeError for it
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TrainingError(RuntimeError):
@@ -37,7 +41,7 @@ def signal_of(error: KeyboardInterrupt) -> signal.Signals:
     return signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
 
 
-def _terminate(*_: Any) -> None:
+def _terminate(*_: Any) -> NoReturn:
     raise Terminated
 
 
@@ -53,11 +57,11 @@ def out_of_memory(what: str, advice: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Ends the process with one sentence: status 1 for a TrainingError, 2 for a ValueError that this repository raised and
-    for a file that cannot be read or written, 128 + n for signal n.
+def one_sentence() -> Iterator[None]:
+    """Ends the process with one sentence and the status above, and with status 2 for a file that cannot be read or
+    written.
 
-    Errors from libraries and failed assertions are defects, not user errors: they keep their traceback.
+    Every other exception is a defect and keeps its traceback.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -72,26 +76,50 @@ def user_errors() -> Iterator[None]:
         if error.filename is None:
             raise
         _exit(f"{error.filename}: {error.strerror}; check the path, its permissions and the space left", 2)
-    except ValueError as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if (
-            type(error) not in (ValueError, UserError)
-            or not raised_in.is_relative_to(ROOT)
-            or "site-packages" in raised_in.parts
-        ):
-            raise
+    except UserError as error:
         _exit(str(error), 2)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _exit(sentence: str, status: int) -> None:
+def _exit(sentence: str, status: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     print(f"error: {sentence}" if rank == "0" else f"error on rank {rank}: {sentence}", file=sys.stderr)
     raise SystemExit(status)
 
 
-def _stop(sentence: str, signum: int) -> None:
+def _stop(sentence: str, signum: int) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":  # what stops one process stops all
         print(sentence, file=sys.stderr)
     raise SystemExit(128 + signum)
+
+
+class StopFlag:
+    """SIGINT and SIGTERM as a flag that the training loop reads between steps.
+
+    Inside `with StopFlag() as stop:` the first signal only sets `stop.signum` (0 before). It also puts the earlier
+    handlers back, so that a second signal ends the process at once. A signal that the parent process set to be ignored
+    stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for s in SIGNALS:
+            if signal.getsignal(s) is not signal.SIG_IGN:  # a shell's `&` ignores SIGINT for its children
+                self._before[s] = signal.signal(s, self._note)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        self.__exit__()
+        if os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(signum).name
+            text = f"\n{name}: finishing the step under way and saving a checkpoint; a second signal stops at once\n"
+            os.write(2, text.encode())  # print may be what was interrupted

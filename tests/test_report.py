@@ -5,7 +5,9 @@ import time
 import pytest
 import torch
 
-from core.runlog import UNCOUNTED_STEPS, LaggingLoss, TrainingClock, clock, human, longest_run, peak_flops, sum_stats
+from core.communication import LaggingLoss
+from core.machine import UNCOUNTED_STEPS, TrainingClock, peak_flops, speed
+from core.report import hours, human, longest_run, sum_stats
 
 CPU = torch.device("cpu")
 
@@ -49,10 +51,15 @@ def test_peaks(name, peak):
     assert peak_flops(name) == peak
 
 
+def test_speed_is_one_formula():
+    assert speed(1000, 2.0, 6e9, None) == (500.0, 3e12, None)
+    assert speed(8_000_000, 8.0, 4.5e9, 8 * 989e12).mfu == pytest.approx(4.5e15 / (8 * 989e12))
+
+
 def test_words():
     assert human(1384122122, "B") == "1.38 GB"
     assert human(0.5, "s") == "0.5 s"
-    assert clock(59.6) == "1:00" and clock(3725) == "1:02:05"
+    assert hours(59.6) == "1:00" and hours(3725) == "1:02:05"
     assert longest_run("a``b```", "`") == 3
     stats = [{"tokens": 4, "documents": 1, "epochs": 0.5, "crop_waste": 0.2}] * 2
     assert sum_stats(stats) == {"tokens": 8, "documents": 2, "epochs": 0.5, "crop_waste": 0.2}

@@ -1,0 +1,55 @@
+"""train.py's command line: `[preset or run folder] [options]` -> Config, by tyro."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from core.config import PRESETS, STDLIB, Config, check_ranges, preset
+from core.machine import choose_device_type
+from core.run import saved_config
+from core.stopping import UserError
+
+
+def parse_args(argv: list[str]) -> Config:
+    """Exits with help, or with one error in tyro's words on a wrong option; UserError on a wrong value.
+
+    The options' defaults are those of the preset for the device, or those of the run that goes on.
+    """
+    word, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--device")
+    peek.add_argument("--resume")
+    peek.add_argument("--dry-run", action="store_true")
+    known, _ = peek.parse_known_args(options)
+    name, resume = (word, known.resume) if word is None or word in PRESETS else (None, word)
+    if known.resume not in (None, resume):
+        raise UserError(f"{word} and --resume {known.resume}: give one run to continue")
+    if resume:
+        if resume == word and not Path(resume).expanduser().exists():
+            raise UserError(f"{word} is neither a preset ({', '.join(PRESETS)}) nor a run folder")
+        default = dataclasses.replace(saved_config(resume), resume=resume)
+        if name not in (None, default.preset):
+            raise UserError(f"{resume} is a run of preset {default.preset}, not {name}: omit the preset")
+    else:
+        planned = known.dry_run and known.device  # a plan needs no device
+        default = preset(name or PRESETS[0], planned or choose_device_type(known.device))
+    config = tyro.cli(
+        Config,
+        prog="train.py [preset or run folder]",
+        description=(
+            f"Train a language model. Presets: {', '.join(PRESETS)} (default {PRESETS[0]}); shown values are those "
+            f"of {default.preset} on this machine. A run folder continues that run."
+        ),
+        default=default,
+        args=options,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    check_ranges(config)
+    if config.json and not config.dry_run:
+        raise UserError("--json prints the plan of a --dry-run: give both")
+    if config.data.path != STDLIB:  # a run can be resumed from another folder
+        path = str(Path(config.data.path).expanduser().resolve())
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+    return config

@@ -1,0 +1,183 @@
+"""Processes: who am I among them, and what passes between them.
+
+One process per device, started by torchrun or alone. Averaging is plain for now: every rank holds every parameter,
+gradients are summed over ranks in a few flat buckets after backward.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from core import machine
+from core.stopping import UserError
+
+BUCKET_BYTES = 64 * 2**20
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank, world_size, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun describes them in the environment; alone without
+    it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined_world(device: str | None, *, deterministic: bool = False) -> Iterator[World]:
+    """How every program starts: prepares the process for the device (unset: a GPU if there is one) and joins all
+    processes."""
+    device_type = machine.choose_device_type(device)
+    machine.prepare_process(device_type, deterministic=deterministic)
+    try:
+        yield _join(device_type)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(device_type: str) -> World:
+    rank, world_size = rank_and_size()
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this node has no GPU: {torch.cuda.device_count()} found; lower "
+                "--nproc-per-node"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=device if device_type == "cuda" else None)
+    return World(rank, world_size, device)
+
+
+# tensors
+
+
+@torch.no_grad()
+def average_(tensors: Iterable[Tensor]) -> None:
+    """Replaces each tensor by its mean over ranks, in place; same tensors in the same order on every rank."""
+    if not dist.is_initialized():
+        return
+    bucket: list[Tensor] = []
+    size = 0
+    for t in tensors:
+        nbytes = t.numel() * t.element_size()
+        if bucket and (size + nbytes > BUCKET_BYTES or t.dtype != bucket[0].dtype):
+            _average_bucket_(bucket)
+            bucket, size = list[Tensor](), 0
+        bucket.append(t)
+        size += nbytes
+    if bucket:
+        _average_bucket_(bucket)
+
+
+def _average_bucket_(tensors: list[Tensor]) -> None:
+    flat = torch.cat([t.reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    torch._foreach_copy_(
+        tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+    )
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+class LaggingLoss:
+    """Reads each step's loss one step late on a GPU, so that reading it never waits for the step just launched.
+
+    Each rank's stop flag is averaged with its loss in one tensor, and how many entries are read when is the same on
+    every rank, so that all ranks stop at the same step.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[int, Tensor, Any]] = deque()
+
+    def put(self, step: int, outcome: Tensor) -> None:
+        """outcome: (2,) loss, and more than 0 when a process shall stop; means over ranks."""
+        event = None
+        if outcome.is_cuda:
+            pinned = torch.empty_like(outcome, device="cpu", pin_memory=True)  # a copy to pageable memory would wait
+            outcome = pinned.copy_(outcome, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((step, outcome, event))
+
+    def take(self, *, flush: bool = False) -> list[tuple[int, float, bool]]:
+        """(step, loss, stop) of the steps that may be read now; all of them with `flush`, and when one says stop."""
+        done = []
+        while self._pending and (flush or self._pending[0][2] is None or len(self._pending) > 1):
+            step, outcome, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            loss, stop = outcome.tolist()
+            done.append((step, loss, stop > 0))
+            flush |= stop > 0
+        return done
+
+
+# objects
+
+
+def gather_objects(value: T) -> list[T]:
+    """`value` of every rank, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's `value`."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """`work()` on rank 0, then on the others; its UserError is raised on rank 0 alone, the others end quietly."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        if broadcast_object(False):
+            raise SystemExit(2)
+        return work()
+    try:
+        value = work()
+    except UserError:
+        broadcast_object(True)
+        raise
+    broadcast_object(False)
+    return value

@@ -1,0 +1,197 @@
+"""This machine: its devices and their peaks, memory, versions, and how fast a run is on it."""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from core.stopping import UserError
+
+UNCOUNTED_STEPS = 11  # steps 0..10 warm caches and compilers; the training clock leaves them out, as nanochat's does
+
+# dense bf16 tensor-core peak in FLOP/s by a part of the device's name, first match counts [nanochat 92d63d4
+# core/common.py]
+PEAK_BF16_FLOPS = (
+    ("GB200", 2.5e15), ("B200", 2.25e15), ("B100", 1.8e15),
+    ("H200 NVL", 836e12), ("H200", 989e12), ("H100 NVL", 835e12), ("H100 PCIe", 756e12), ("H100", 989e12),
+    ("A100", 312e12), ("L40S", 362e12), ("L4", 121e12), ("RTX 5090", 209.5e12), ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71e12), ("MI355", 2.5e15), ("MI300X", 1.3074e15),
+)  # fmt: skip
+
+
+# devices
+
+
+def choose_device_type(requested: str | None) -> str:
+    """ "cpu" or "cuda"; UserError when a GPU is requested and there is none."""
+    if requested == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA"
+        raise UserError(
+            f"--device cuda: torch {torch.__version__} ({built}) sees no GPU; use --device cpu, "
+            "or install a CUDA build of torch and check nvidia-smi"
+        )
+    return requested or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def gpu_has_bf16() -> bool:
+    """Whether the GPU has bf16; True when planning without a GPU."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def choose_dtype(precision: str | None, device_type: str) -> torch.dtype:
+    """Compute type: as requested; unset: bf16 on GPUs of compute capability 8.0 and newer, else fp32."""
+    if precision is None:
+        return torch.bfloat16 if device_type == "cuda" and gpu_has_bf16() else torch.float32
+    if precision == "bf16" and device_type == "cuda" and not gpu_has_bf16():
+        raise UserError("--precision bf16: this GPU is older than compute capability 8.0; use --precision fp32")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def peak_flops(device_name: str) -> float | None:
+    """bf16 peak of a device in FLOP/s; None when unknown, and always for CPUs."""
+    return next((peak for part, peak in PEAK_BF16_FLOPS if part in device_name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: allocated on the GPU, resident for a CPU process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# the process
+
+
+def prepare_process(device_type: str, *, deterministic: bool) -> None:
+    """Settings of the whole process, made once by a program's main. UserError on a platform that is not supported."""
+    if not sys.platform.startswith("linux"):
+        raise UserError(f"Redline runs on Linux only; this is {sys.platform}")
+    if device_type == "cpu":
+        keep_freed_memory()
+    elif deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+
+
+def keep_freed_memory() -> None:
+    """On a CPU with glibc, freed activations stay in the process.
+
+    By default glibc gives every block over 32 MB back to the kernel at once and takes it, page fault by page fault,
+    in the next layer again: the softcapped loss of 4096 x 2048 logits took 132 ms with that and 52 ms without
+    (2 cores of an AMD EPYC, torch 2.13).
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return  # musl has no mallopt
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+# versions
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the code that runs and whether it was changed since; None outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        run = [
+            subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+            for args in (("rev-parse", "--show-toplevel"), ("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": run[1], "dirty": bool(run[2])} if Path(run[0]) == root else None
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+    }
+
+
+# speed
+
+
+class Speed(NamedTuple):
+    tok_per_s: float
+    flop_per_s: float
+    mfu: float | None  # FLOPs of the model over the bf16 peak of all devices; None where that is unknown
+
+
+def speed(tokens: float, seconds: float, flops_per_token: float, peak: float | None) -> Speed:
+    """How fast so many tokens were trained on.
+
+    The one formula of the log, the report and the bench. FLOPs are those of `flops_per_token` in the plan: what
+    recomputation or padding costs besides is not counted [Chowdhery et al. 2022, appendix B]."""
+    tok_per_s = tokens / seconds
+    flop_per_s = tok_per_s * flops_per_token
+    return Speed(tok_per_s, flop_per_s, flop_per_s / peak if peak else None)
+
+
+class TrainingClock:
+    """Training time as the races count it: optimizer steps from data to update, without evaluation, samples and saves.
+
+    The device is synchronised where the clock starts and stops, not at every step. Steps 0 to UNCOUNTED_STEPS - 1 are
+    left out.
+    """
+
+    def __init__(self, device: torch.device, counted_s: float = 0.0, counted_steps: int = 0) -> None:
+        self.device = device
+        self.counted_s, self.counted_steps = counted_s, counted_steps
+        self._start: float | None = None
+        self._counts = False
+        self._steps = 0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def before_step(self, step: int) -> None:
+        counts = step >= UNCOUNTED_STEPS
+        if self._start is not None and counts != self._counts:
+            self.stop()
+        if self._start is None:
+            self._start, self._counts, self._steps = self._now(), counts, 0
+
+    def after_step(self) -> None:
+        self._steps += 1
+
+    def stop(self) -> None:
+        if self._start is None:
+            return
+        if self._counts:
+            self.counted_s += self._now() - self._start
+            self.counted_steps += self._steps
+        self._start = None

@@ -1,0 +1,378 @@
+"""The transformer of the `gpt2` track: nanochat's GPT (92d63d4, gpt.py), one switch per departure from a plain one.
+
+Dimensions   B batch, T sequence, C model, H query heads, G key/value heads, D head, F = 4C MLP, V vocabulary, L layers
+Features     RMSNorm without gain, rotary positions, QK-norm with a fixed scale, sliding windows (SSSL), squared ReLU,
+             gated value embeddings on every other layer, learned residual and x0 scales, smear, backout,
+             untied head, logits softcapped in fp32
+Parameters   `parameter_table`, in banks. q, k and v of a layer are one matrix ((H+2G)D, C); both MLP matrices are
+             stored (4C, C)
+Precision    explicit, no autocast: matrices and embeddings are kept in the compute type, scalars in fp32;
+             norms and softmax accumulate in fp32; logits, softcap and loss are fp32
+A new feature is a row of `parameter_table`, a line of `GPT.hidden` and a test of its formula.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core import params
+from core.config import ModelConfig
+from core.kv_cache import KVCache
+from core.layers import WindowMasks, attention, rope_tables, round_up, unbind_banks
+from core.params import MuonView, Param, bank, constant, normal, ramp, uniform
+from core.stopping import UserError
+from kernels.dispatch import Backends
+from kernels.lm_head_loss import Fp8Weight, empty_fp8, lm_head_loss, quantise_weight, softcapped_logits, tanh_cap
+from kernels.op import Op
+from kernels.relu2_mlp import relu2_mlp
+from kernels.rms_norm import rms_norm
+from kernels.rope_qk_norm import rope_qk_norm
+
+VOCAB_MULTIPLE = 64  # padded vocabulary: rows divide over ranks and fill tensor-core tiles
+WINDOW_MULTIPLE = 128  # short windows are whole attention tiles
+QK_SCALE = 1.2
+VE_GATE_CHANNELS = 12
+VE_GATE_RANGE = 3.0
+SMEAR_CHANNELS = 24
+
+COUNTED = ("wte", "value_embeds", "lm_head", "transformer_matrices", "scalars")  # what parameters count as
+SCALING = ("transformer_matrices", "lm_head")  # of these, what the scaling laws count [nanochat 92d63d4, base_train.py]
+
+
+# sizes
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Every size of the model, derived from its config."""
+
+    n_layer: int
+    d_model: int
+    d_head: int
+    n_head: int
+    n_kv_head: int
+    d_kv: int
+    d_ff: int
+    seq_len: int
+    vocab_size: int
+    padded_vocab: int
+    windows: tuple[int, ...]  # of each layer: a query sees itself and this many keys before it
+    ve_layers: tuple[int, ...]  # layers with value embeddings
+
+
+def dims(cfg: ModelConfig) -> Dims:
+    """Sizes for `cfg`; ValueError on values that do not fit together."""
+    if cfg.d_head % 2:
+        raise UserError(f"d_head is {cfg.d_head}: rotary embedding pairs channels, give an even number")
+    # the dial: width follows depth, in whole heads
+    d_model = cfg.d_model if cfg.d_model is not None else round_up(cfg.depth * cfg.aspect_ratio, cfg.d_head)
+    if d_model % cfg.d_head:
+        raise UserError(f"d_model is {d_model}: expected a positive multiple of d_head ({cfg.d_head})")
+    n_head = d_model // cfg.d_head
+    n_kv_head = n_head if cfg.n_kv_head is None else cfg.n_kv_head
+    if n_head % n_kv_head:
+        raise UserError(f"n_kv_head is {n_kv_head}: expected a divisor of the {n_head} query heads")
+    if cfg.smear and d_model < SMEAR_CHANNELS:
+        raise UserError(
+            f"d_model is {d_model}: smear reads {SMEAR_CHANNELS} channels, widen the model or use --no-smear"
+        )
+    if cfg.value_embeds and d_model < VE_GATE_CHANNELS:
+        raise UserError(
+            f"d_model is {d_model}: value embeddings read {VE_GATE_CHANNELS} channels, widen it or use "
+            "--no-value-embeds"
+        )
+    pattern = cfg.window_pattern.upper()
+    if not pattern or set(pattern) - set("SL"):
+        raise UserError(f"window_pattern is {cfg.window_pattern!r}: expected letters S (short) and L (whole context)")
+    # short windows are a quarter of the context; the last layer always sees all of it
+    short = min(round_up(-(-cfg.seq_len // 4), WINDOW_MULTIPLE), cfg.seq_len)
+    windows = [short if pattern[i % len(pattern)] == "S" else cfg.seq_len for i in range(cfg.depth)]
+    windows[-1] = cfg.seq_len
+    # every other layer, the last one among them
+    ve_layers = [i for i in range(cfg.depth) if i % 2 == (cfg.depth - 1) % 2] if cfg.value_embeds else []
+    return Dims(
+        n_layer=cfg.depth,
+        d_model=d_model,
+        d_head=cfg.d_head,
+        n_head=n_head,
+        n_kv_head=n_kv_head,
+        d_kv=n_kv_head * cfg.d_head,
+        d_ff=4 * d_model,
+        seq_len=cfg.seq_len,
+        vocab_size=cfg.vocab_size,
+        padded_vocab=round_up(cfg.vocab_size, VOCAB_MULTIPLE),
+        windows=tuple(windows),
+        ve_layers=tuple(ve_layers),
+    )
+
+
+# parameters
+
+
+def parameter_table(cfg: ModelConfig) -> params.Table:
+    """The rows of a model's parameters; ValueError as `dims`. Initial values: nanochat 92d63d4, gpt.py,
+    init_weights."""
+    d = dims(cfg)
+    L, C, F_, V = d.n_layer, d.d_model, d.d_ff, d.padded_vocab
+    width = (3 / C) ** 0.5  # a uniform distribution of this width has standard deviation 1/sqrt(C)
+    lookup: dict[str, Any] = {"computes": True}
+    head: dict[str, Any] = {
+        "group": "lm_head",
+        "counts_as": "lm_head",
+        "multiplies": True,
+        "computes": True,
+        "mastered": True,
+    }
+
+    # Muon sees q, k and v apart: as equal matrices of one batch, or as three where k and v are narrower
+    q_end, k_end, v_end = C, C + d.d_kv, C + 2 * d.d_kv
+    qkv_views = (
+        [MuonView(split=3)]
+        if d.d_kv == C
+        else [MuonView((0, q_end)), MuonView((q_end, k_end)), MuonView((k_end, v_end))]
+    )
+
+    rows = [
+        *bank("attn_qkv", L, C + 2 * d.d_kv, C, uniform(-width, width), *qkv_views),
+        *bank("attn_out", L, C, C, constant(0.0)),
+        *bank("mlp_up", L, F_, C, uniform(-0.4 * width, 0.4 * width)),
+        *bank("mlp_down", L, F_, C, constant(0.0), MuonView(transposed=True)),  # x W, not x W^T: Muon sees (C, 4C)
+    ]
+    if cfg.untied_head:
+        rows.append(Param("wte", (V, C), normal(0.8), "wte", "wte", **lookup))
+        rows.append(Param("lm_head", (V, C), normal(0.001), **head))
+    else:
+        rows.append(Param("wte", (V, C), normal(0.001), **head))
+    if cfg.value_embeds:
+        # one row per token with the values of all its layers: one gather per forward
+        values = (V, len(d.ve_layers) * d.d_kv)
+        rows.append(Param("value_embeds", values, uniform(-width, width), "value_embeds", "value_embeds", **lookup))
+        rows += bank("ve_gate", len(d.ve_layers), d.n_kv_head, VE_GATE_CHANNELS, uniform(0, 0.02))
+    if cfg.resid_lambdas:
+        rows.append(Param("resid_lambdas", (L,), ramp(1.15, -0.10), "resid_lambdas", "scalars"))
+    if cfg.x0_lambdas:
+        rows.append(Param("x0_lambdas", (L,), ramp(0.20, -0.15), "x0_lambdas", "scalars"))
+    if cfg.smear:
+        rows.append(Param("smear_gate", (1, SMEAR_CHANNELS), uniform(0, 0.02), "gates", "scalars", multiplies=True))
+        rows.append(Param("smear_lambda", (1,), constant(0.0), "gates", "scalars"))
+    if cfg.backout:
+        rows.append(Param("backout_lambda", (1,), constant(0.2), "gates", "scalars"))
+    return tuple(rows)
+
+
+def flops_per_token(cfg: ModelConfig) -> int:
+    """Training FLOPs per token: 6 per parameter that multiplies, 12 H D w per layer for attention (w the window)."""
+    d = dims(cfg)
+    return 6 * params.matmul_params(parameter_table(cfg)) + sum(12 * d.n_head * d.d_head * w for w in d.windows)
+
+
+# the model
+
+
+class Chooser(Protocol):
+    """Gives the function to call for an op on a shape: `Backends`, or what stands for it in a plan."""
+
+    def choose(self, op: Op, *shape: int) -> Callable[..., Any]: ...
+
+
+def choose_ops(cfg: ModelConfig, backends: Chooser, batch_size: int) -> dict[str, Callable[..., Any]]:
+    """The functions of the model's ops by attribute name, for batches of that many rows; ValueError as
+    `Backends.choose`."""
+    d = dims(cfg)
+    tokens = batch_size * d.seq_len
+    chosen = {
+        "norm": backends.choose(rms_norm, tokens, d.d_model),
+        "rope_qk_norm": backends.choose(rope_qk_norm, batch_size, d.seq_len, d.n_head, d.n_kv_head, d.d_head),
+        "lm_head_loss": backends.choose(lm_head_loss, tokens, d.d_model, d.padded_vocab),
+    }
+    if cfg.relu2:
+        chosen["mlp"] = backends.choose(relu2_mlp, tokens, d.d_model, d.d_ff)
+    return chosen
+
+
+class GPT(nn.Module):
+    """The language model. Build it on a device and call `init_weights`, or on the meta device to look at."""
+
+    # parameters, as `parameter_table` lists them
+    wte: nn.Parameter
+    lm_head: nn.Parameter
+    value_embeds: nn.Parameter
+    attn_qkv: nn.ParameterList
+    attn_out: nn.ParameterList
+    mlp_up: nn.ParameterList
+    mlp_down: nn.ParameterList
+    ve_gate: nn.ParameterList
+    resid_lambdas: nn.Parameter
+    x0_lambdas: nn.Parameter
+    smear_gate: nn.Parameter
+    smear_lambda: nn.Parameter
+    backout_lambda: nn.Parameter
+    # buffers
+    rope_cos: Tensor
+    rope_sin: Tensor
+    head_q: Tensor
+    head_q_t: Tensor
+    head_scale: Tensor
+    # ops, on the backends that were chosen
+    norm: Callable[..., Any]
+    rope_qk_norm: Callable[..., Any]
+    mlp: Callable[..., Tensor]
+    lm_head_loss: Callable[..., Tensor]
+
+    def __init__(
+        self, cfg: ModelConfig, backends: Chooser | None = None, batch_size: int = 1, *, fp8_head: bool = False
+    ):
+        """backends: of the ops, chosen here for batches of batch_size rows (None: the references). fp8_head: the head's
+        products are in fp8 where its loss is trained."""
+        super().__init__()
+        # storage: every parameter is a row of the table
+        self.cfg, self.dims, self.table = cfg, dims(cfg), parameter_table(cfg)
+        d = self.dims
+        params.register(self, self.table)
+        if not cfg.untied_head:
+            self.lm_head = self.wte
+        device = self.wte.device
+        # ops: one function each, chosen once for the shapes of training; the forward calls them without a branch
+        backends = backends or Backends("ref", device=device, dtype=self.wte.dtype)
+        for name, function in choose_ops(cfg, backends, batch_size).items():
+            setattr(self, name, function)
+        # head: softcapped in fp32, its weight beside it in fp8 if asked for
+        self.softcap = tanh_cap(cfg.logit_softcap)
+        self.fp8_head = fp8_head
+        if fp8_head:
+            self._quantise = backends.choose(quantise_weight, d.padded_vocab, d.d_model)
+            for name, t in empty_fp8(self.lm_head)._asdict().items():
+                self.register_buffer(f"head_{name}", t, persistent=False)
+        # positions and windows: made once, no part of a checkpoint
+        if cfg.rope:
+            cos, sin = rope_tables(d.seq_len, d.d_head, device)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        self.masks = WindowMasks(d.windows, d.seq_len, device)
+
+    # weights --------------------------------------------------------------
+
+    def init_weights(self, seed: int) -> None:
+        params.init_weights(self, self.table, seed)
+        self.refresh_copies()
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Makes copies of weights in other types anew. Whoever writes weights calls it when done: `init_weights`, the
+        optimizer, the checkpoint's loader. (They write past autograd's version counts, so nothing else could tell that
+        a copy is stale: the first version relied on them and trained on a copy of the initial head, bench/LOG.md
+        2026-11-21.)"""
+        if self.fp8_head:
+            self._quantise(self.lm_head.detach(), self.head_q, self.head_q_t, self.head_scale)
+
+    # forward --------------------------------------------------------------
+
+    def rope(self, seq_len: int) -> tuple[Tensor, Tensor] | None:
+        """cos and sin (T, D/2) fp32 of the first T positions, any T; None without rotary positions."""
+        if not self.cfg.rope:
+            return None
+        if seq_len > self.dims.seq_len:
+            return rope_tables(seq_len, self.dims.d_head, self.wte.device)
+        return self.rope_cos[:seq_len], self.rope_sin[:seq_len]
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty KV cache for `hidden`."""
+        d = self.dims
+        return KVCache(
+            rows, capacity, windows=d.windows, n_kv_head=d.n_kv_head, d_head=d.d_head, d_model=d.d_model,
+            rope=self.rope(capacity), like=self.wte,
+        )  # fmt: skip
+
+    def _smear(self, x: Tensor, before: Tensor | None) -> Tensor:
+        """x (B, T, C) with a share of each token's predecessor; `before` (B, 1, C) is that of the first, None: it has
+        none."""
+        later, earlier = (x[:, 1:], x[:, :-1]) if before is None else (x, torch.cat((before, x[:, :-1]), dim=1))
+        gate = torch.sigmoid(later[..., :SMEAR_CHANNELS] @ self.smear_gate.to(x.dtype).T)  # (B, T-1 or T, 1)
+        gate = self.smear_lambda.to(x.dtype) * gate
+        smeared = later + gate * earlier
+        return torch.cat((x[:, :1], smeared), dim=1) if before is None else smeared
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> normalised hidden states (B, T, C) in the compute type.
+
+        With a cache, idx continues its rows: by one token each, or by the beginning of rows that are empty.
+        """
+        d, cfg = self.dims, self.cfg
+        B, T = idx.shape
+        if cache is not None:
+            cache.begin(B, T)
+        if cache is not None and T == 1:  # each row at a position of its own
+            (cos, sin), masks = cache.rope_tables(), cache.masks()
+        else:
+            (cos, sin), masks = self.rope(T) or (None, None), self.masks(T)
+        # each bank is unbound once: see core/layers.py
+        qkv_w, out_w, up_w, down_w = map(unbind_banks, (self.attn_qkv, self.attn_out, self.mlp_up, self.mlp_down))
+        resid = self.resid_lambdas.unbind() if cfg.resid_lambdas else None
+        share = self.x0_lambdas.unbind() if cfg.x0_lambdas else None
+        ve: Sequence[Tensor] = ()
+        gate_w: Sequence[Tensor] = ()
+        if cfg.value_embeds:
+            ve = F.embedding(idx, self.value_embeds).view(B, T, len(d.ve_layers), d.n_kv_head, d.d_head).unbind(2)
+            gate_w = unbind_banks(self.ve_gate)
+        heads = {"heads": d.n_head, "kv_heads": d.n_kv_head, "scale": QK_SCALE, "norm": cfg.qk_norm}
+
+        x = self.norm(F.embedding(idx, self.wte)).y  # (B, T, C)
+        if cfg.smear:
+            x = self._smear(x, None if cache is None else cache.swap_embedding(x))
+        # x is the residual stream; x0, the embedding, enters every layer again [modded-nanogpt]
+        x0, x_mid = x, None
+        for i in range(d.n_layer):
+            # entry: x <- resid x + share x0, in one pass with the norm where there is a share
+            scale = None if resid is None else resid[i]
+            if share is not None:
+                y, x, *_ = self.norm(x, x0, scale, share[i])
+            else:
+                x = x if scale is None else scale * x
+                y = self.norm(x).y
+            # attention
+            # values get a share of a per-token embedding, gated per head from the first channels of y
+            gate = values = None
+            if i in d.ve_layers:
+                j = d.ve_layers.index(i)
+                gate = VE_GATE_RANGE * torch.sigmoid(y[..., :VE_GATE_CHANNELS] @ gate_w[j].T)  # (B, T, G)
+                values = ve[j]  # (B, T, G, D)
+            # q, k: rotated, normalised per head, scaled; with unit-norm q and k the scale sharpens the softmax
+            q, k, v = self.rope_qk_norm(y @ qkv_w[i].T, cos, sin, gate, values, **heads)
+            if cache is not None:
+                k, v = cache.extend(i, k, v)
+            y = attention(q, k, v, masks[i]).reshape(B, T, d.d_model)
+            y, x, *_ = self.norm(x, y @ out_w[i].T)  # residual sum and second norm in one pass
+            # MLP
+            x = x + (self.mlp(y, up_w[i], down_w[i]) if cfg.relu2 else F.gelu(y @ up_w[i].T) @ down_w[i])
+            # backout: what the middle layer knew is subtracted before the head, in the last norm's pass
+            if i == d.n_layer // 2:
+                x_mid = x
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x, x_mid, None, -self.backout_lambda).y if cfg.backout else self.norm(x).y
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V) fp32 softcapped logits of the true vocabulary."""
+        return softcapped_logits(hidden, self.lm_head, self.softcap, self.dims.vocab_size)
+
+    def loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy in nats, fp32, of hidden states (N, C) and targets (N,), of which -1 is ignored.
+
+        reduction: "mean" over the targets that count, "sum", or "none" (N,), which has no gradient. The padded rows of
+        the head are no part of the softmax, and their gradient is 0.
+        """
+        options: dict[str, Any] = {
+            "softcap": self.softcap, "reduction": reduction, "vocab_size": self.dims.vocab_size
+        }  # fmt: skip
+        if self.fp8_head and reduction != "none":
+            options["fp8"] = Fp8Weight(self.head_q, self.head_q_t, self.head_scale)
+        return self.lm_head_loss(hidden, self.lm_head, targets, **options)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """Logits (B, T, V), or with targets (B, T) the loss of all of them."""
+        hidden = self.hidden(idx)
+        return self.logits(hidden) if targets is None else self.loss(hidden.flatten(0, 1), targets.flatten(), reduction)
