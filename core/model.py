@@ -25,7 +25,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from core.config import ModelConfig
 from kernels.dispatch import Backends
-from kernels.lm_head_loss import Fp8Weight, empty_fp8, lm_head_loss, quantise_weight, softcapped_logits, tanh_cap
+from kernels.fp8 import Fp8Weight, empty_fp8
+from kernels.lm_head_loss import lm_head_loss, softcapped_logits, tanh_cap
+from kernels.quantise_weight import quantise_weight
 from kernels.relu2_mlp import relu2_mlp
 from kernels.rms_norm import rms_norm
 from kernels.rope_qk_norm import rope_qk_norm

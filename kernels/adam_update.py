@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
+from kernels.master import join_master, join_tile, split_master, split_tile
 from kernels.op import (
     DTYPES,
     Backend,
@@ -37,7 +38,7 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
-from kernels.tile import join_master, split_master
+from kernels.tile import launch
 
 ADAM_EPS = 1e-10  # nanochat 92d63d4, optim.py
 
@@ -70,7 +71,7 @@ def adam_update_ref(
     v.lerp_(g.square(), 1 - beta2)
     master = p.to(wide)
     if low is not None:
-        master = ((p.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+        master = join_master(p, low)
     change = m / v.sqrt().mul_(c2.sqrt()).add_(eps)
     master.mul_(1 - lr * weight_decay).sub_(change.mul_(lr * c1))
     exp_avg.copy_(m)
@@ -78,10 +79,9 @@ def adam_update_ref(
     if low is None:
         p.copy_(master)
     else:
-        bits = master.view(torch.int32)
-        high = (bits + 0x8000) >> 16
-        p.copy_(high.to(torch.int16).view(torch.bfloat16))
-        low.copy_(bits - (high << 16))
+        high, rest = split_master(master)
+        p.copy_(high)
+        low.copy_(rest)
 
 
 # Triton
@@ -109,12 +109,12 @@ def _adam_update_kernel(
     v = tl.fma((1.0 - beta2) * g, g, beta2 * v)
     step = tl.div_rn(m, tl.fma(tl.sqrt_rn(v), tl.sqrt_rn(c2), eps))
     if MASTER:
-        p = join_master(tl.load(p_ptr + offs, mask=mask), tl.load(low_ptr + offs, mask=mask))
+        p = join_tile(tl.load(p_ptr + offs, mask=mask), tl.load(low_ptr + offs, mask=mask))
     else:
         p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     p = tl.fma(step, -lr * c1, p * tl.fma(-lr, weight_decay, 1.0))
     if MASTER:
-        high, low = split_master(p)
+        high, low = split_tile(p)
         tl.store(p_ptr + offs, high, mask=mask)
         tl.store(low_ptr + offs, low, mask=mask)
     else:
@@ -133,9 +133,10 @@ def _adam_update(
     n = p.numel()
     config = _config(n, p.dtype, capability(p.device))
     if n:
-        _adam_update_kernel[(triton.cdiv(n, config["BLOCK"]),)](
-            p, low, g, exp_avg, exp_avg_sq, hyper, n, eps, MASTER=low is not None, **config
-        )
+        launch(
+            _adam_update_kernel, (triton.cdiv(n, config["BLOCK"]),),
+            p, low, g, exp_avg, exp_avg_sq, hyper, n, eps, MASTER=low is not None, **config,
+        )  # fmt: skip
 
 
 @_adam_update.register_fake

@@ -26,7 +26,6 @@ Limits    1 <= K <= 16; Triton: C a multiple of 16
 Bound     arithmetic: `lm_head_loss_cost`
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -36,13 +35,38 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
+from kernels.fp8 import (
+    E4M3,
+    E4M3_MAX,
+    E5M2,
+    E5M2_MAX,
+    TINY_SCALE,
+    Fp8Weight,
+    aligned_empty,
+    amax_scale,
+    check_capability,
+    check_fp8_weight,
+    clamped,
+    empty_fp8,
+    fill_fp8,
+    quantised,
+    transpose,
+)
+from kernels.gemm import (
+    for_descriptor,
+    halves,
+    has_large_shared_memory,
+    launch_persistent,
+    num_programs,
+    product,
+    transposed_product,
+)
 from kernels.op import (
     DTYPES,
     Backend,
     Op,
     Problem,
     Shape,
-    UserError,
     capability,
     check_number,
     check_tensor,
@@ -51,21 +75,16 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
-from kernels.tile import allow_descriptors, for_descriptor, has_large_shared_memory, num_programs
+from kernels.tile import launch
 
-FP8_CAPABILITY = (8, 9)
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-E4M3_MAX, E5M2_MAX = torch.finfo(E4M3).max, torch.finfo(E5M2).max
 EXTRA_BYTES = 2**29
 CHUNK_MULTIPLE = 128  # rows: a chunk is made of whole tiles
 SMALL_BYTES = 2**25  # of them for all that grows with rows alone, or columns alone
 REFERENCE_COPIES = 5  # of a chunk in fp32 that the reference has at a time
 CACHED_LOGITS = 2**20  # of a chunk on a CPU: 4 MiB stay in its caches
 ROW_IN_REGISTERS = 16384  # columns
-TILE = 64  # rows and columns that are transposed at a time
 MAX_TARGETS = 16
 REDUCTIONS = ("mean", "sum", "none")
-TINY_SCALE = 1e-12  # of something that is zero everywhere
 
 
 class Softcap(NamedTuple):
@@ -83,21 +102,6 @@ class Softcap(NamedTuple):
 def tanh_cap(cap: float) -> Softcap | None:
     """c * tanh(z / c) less a constant; None, which is no cap, for 0."""
     return Softcap(2 * cap, 0.0, cap / 2) if cap else None
-
-
-class Fp8Weight(NamedTuple):
-    """w of (V', C) in e4m3, the same transposed, and their scale: w ~ scale * q."""
-
-    q: Tensor
-    q_t: Tensor
-    scale: Tensor
-
-
-def amax_scale(t: Tensor, limit: float) -> Tensor:
-    """The fp32 number by which t must be divided to fit."""
-    if t.numel() == 0:
-        return torch.ones((), device=t.device)
-    return (torch.linalg.vector_norm(t, ord=math.inf).float() / limit).clamp_min(TINY_SCALE)
 
 
 def chunk_rows(V: int, C: int, bytes_per_logit: int) -> int:
@@ -153,7 +157,7 @@ class _Reference(torch.autograd.Function):
         if q is not None:  # numbers of fp8 are multiplied in fp32, as they are, and the products scaled
             head = q[:vocab_size].to(wide)
             x_scale = amax_scale(x, E4M3_MAX) if x_scale is None else x_scale
-            x = _rounded(x, x_scale, E4M3).to(wide)
+            x = quantised(x, x_scale, E4M3).to(wide)
             g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * steepest).clamp_min(TINY_SCALE) * scale
         for chunk in chunks(x.size(0), reference_rows(*w.shape, x.device.type)):
             z = x[chunk] @ head.T
@@ -174,7 +178,7 @@ class _Reference(torch.autograd.Function):
                 dz.mul_(s)
                 dz.addcmul_(dz, s, value=-1)
             if q is not None:
-                dz = _rounded(dz, g_scale, E5M2).to(wide)
+                dz = quantised(dz, g_scale, E5M2).to(wide)
                 dx[chunk] = (dz @ head) * (g_scale * w_scale)
                 dw[:vocab_size].addmm_(dz.T, x[chunk] * (g_scale * x_scale))
                 continue
@@ -191,12 +195,6 @@ class _Reference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return *_scaled(*ctx.saved_tensors, grads[0], ctx.dtype), *(None,) * 10
-
-
-def _rounded(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """t / scale in an fp8 type, saturated."""
-    limit = torch.finfo(dtype).max
-    return (t.float() / scale).clamp(-limit, limit).to(dtype)
 
 
 def _scaled(dx: Tensor, dw: Tensor, dloss: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -289,13 +287,6 @@ def _gemm_config(dtype: torch.dtype, gradient: bool, arch: tuple[int, int]) -> d
 
 
 @triton.jit
-def _clamped(x, limit):
-    """A NaN stays one."""
-    x = tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
-    return tl.maximum(x, -limit, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _capped(z, height, shift, inv_width, CAP: tl.constexpr):
     if CAP:
         z = height / (1.0 + tl.exp(-(z + shift) * inv_width))
@@ -368,7 +359,7 @@ def _row_kernel(
         tl.debug_barrier()  # the columns of targets are written after all others
         same = tl.where(t[:, None] == t[None, :], w[None, :], 0.0)
         g = (tl.exp((y_t - top) - rest) * S - tl.sum(same, axis=1)) * factor * _slope(y_t, height, inv_width, CAP)
-        g = _clamped(g, limit)
+        g = clamped(g, limit)
         tl.store(out_ptr + t, g.to(out_ptr.dtype.element_ty), mask=known)
 
 
@@ -402,37 +393,16 @@ def _gemm_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=False):
         m, n = (tile // tiles_n) * BLOCK_M, (tile % tiles_n) * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k in range(0, K, BLOCK_K):
-            if TRANSPOSED:
-                acc = tl.dot(a_desc.load([k, m]).T, b_desc.load([k, n]), acc, input_precision="ieee")
-            else:
-                a, b = a_desc.load([m, k]), b_desc.load([n, k]).T
-                acc = tl.dot(a, b, acc, input_precision="ieee", max_num_imprecise_acc=IMPRECISE)
+        if TRANSPOSED:
+            acc = transposed_product(a_desc, b_desc, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        else:
+            acc = product(a_desc, b_desc, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K, IMPRECISE)
         if SPLIT == 2:
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART)), (0, 2, 1)))
+            left, right = halves(acc, BLOCK_M, PART)
             _finish(left, m, n, out_desc, alpha, ACCUMULATE)
             _finish(right, m, n + PART, out_desc, alpha, ACCUMULATE)
         else:
             _finish(acc, m, n, out_desc, alpha, ACCUMULATE)
-
-
-@triton.jit(do_not_specialize=["R"])
-def _transpose_kernel(
-    x_ptr, q_ptr, q_t_ptr, scale_ptr, R, columns_t, C, limit, stride_x, stride_q, stride_t,
-    QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """q_t (C, columns_t) = x (R, C) transposed, and zeros; QUANTISE: both q and q_t hold x / scale in fp8. columns_t is R rounded up
-    to a number that is known to be a multiple of 16, so that stores are wide."""
-    offs_r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    offs_c = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = (offs_r < R)[:, None] & (offs_c < C)[None, :]
-    q = tl.load(x_ptr + offs_r[:, None] * stride_x + offs_c[None, :], mask=inside, other=0.0)
-    if QUANTISE:
-        q = _clamped(q.to(tl.float32) / tl.load(scale_ptr), limit).to(q_ptr.dtype.element_ty)
-        tl.store(q_ptr + offs_r[:, None] * stride_q + offs_c[None, :], q, mask=inside)
-    inside_t = (offs_c < C)[:, None] & (offs_r < columns_t)[None, :]
-    tl.store(q_t_ptr + offs_c[:, None] * stride_t + offs_r[None, :], tl.trans(q), mask=inside_t)
 
 
 def _gemm(
@@ -450,33 +420,15 @@ def _gemm(
     gradient = a.dtype == E5M2
     config = _gemm_config(a.dtype, accumulate or gradient, capability(a.device))
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-    allow_descriptors(a.device)
-    _gemm_kernel[(min(num_programs(a.device), tiles),)](
+    launch_persistent(
+        _gemm_kernel, num_programs(a.device, tiles),
         a, b, out, *(alphas or (None, None)), M, N, K, a.stride(0), b.stride(0), out.stride(0),
         TRANSPOSED=transposed, ACCUMULATE=accumulate, SCALED=alphas is not None,
         IMPRECISE=config["BLOCK_K"] if gradient else None, **config,
     )  # fmt: skip
 
 
-def _transpose(x: Tensor, q: Tensor | None, q_t: Tensor, scale: Tensor | None) -> None:
-    R, C = x.shape
-    grid = (triton.cdiv(R, TILE), triton.cdiv(C, TILE))
-    _transpose_kernel[grid](
-        x, q, q_t, scale, R, _up(R), C, E4M3_MAX, x.stride(0), 0 if q is None else q.stride(0), q_t.stride(0),
-        QUANTISE=q is not None, BLOCK=TILE, num_warps=4,
-    )  # fmt: skip
-
-
 # torch ops
-
-
-def _up(n: int) -> int:
-    """A row of so many elements, of which each next one begins at a multiple of 16 bytes in every dtype."""
-    return -(-n // 16) * 16
-
-
-def _rows_apart(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return like.new_empty(rows, _up(columns), dtype=dtype)[:, :columns]
 
 
 @torch.library.custom_op("redline::lm_head_loss", mutates_args=())
@@ -503,7 +455,7 @@ def _lm_head_loss(
     dw = x.new_zeros((V, C) if need_grad else (0,), dtype=torch.float32)
     factor, limit = scale, torch.finfo(x.dtype).max
     if q is not None:
-        _needs_fp8(x.device)
+        check_capability("lm_head_loss", x.device)
         x_scale = amax_scale(x, E4M3_MAX) if x_scale is None else x_scale
         # the largest gradient there can be, which no value exceeds
         g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * (height / (4 * width) if softcap else 1.0)).clamp_min(
@@ -512,11 +464,11 @@ def _lm_head_loss(
         factor, limit = 1 / g_scale, E5M2_MAX
         g_scale = g_scale * scale
     rows = min(M, chunk_rows(V, C, x.dtype.itemsize + (0 if q is None else 2)))
-    z_all = _rows_apart(x, rows, V, x.dtype)
+    z_all = aligned_empty(x, rows, V, x.dtype)
     if q is not None:
-        part_q_all, part_q_t_all = x.new_empty(rows, C, dtype=E4M3), _rows_apart(x, C, rows, E4M3)
+        part_q_all, part_q_t_all = x.new_empty(rows, C, dtype=E4M3), aligned_empty(x, C, rows, E4M3)
         if need_grad:
-            dz_all, dz_t_all = _rows_apart(x, rows, V, E5M2), _rows_apart(x, V, rows, E5M2)
+            dz_all, dz_t_all = aligned_empty(x, rows, V, E5M2), aligned_empty(x, V, rows, E5M2)
     for chunk in chunks(M, rows):
         part = x[chunk]
         n = part.size(0)
@@ -525,11 +477,12 @@ def _lm_head_loss(
             torch.mm(part, w.T, out=z)
         else:
             part_q, part_q_t = part_q_all[:n], part_q_t_all[:, :n]
-            _transpose(part, part_q, part_q_t, x_scale)
+            transpose(part, part_q, part_q_t, x_scale)
             _gemm(part_q, q, z, (x_scale, w_scale))
             dz = dz_all[:n] if need_grad else z
         config = _row_config(V)
-        _row_kernel[(n,)](
+        launch(
+            _row_kernel, (n,),
             z, dz, losses[chunk], targets[chunk], weights[chunk], factor, vocab_size, V, height, shift, 1 / width, limit,
             z.stride(0), dz.stride(0), K=targets.size(1), TARGETS=triton.next_power_of_2(targets.size(1)),
             CAP=bool(softcap), GRAD=need_grad, WHOLE=config["BLOCK"] >= V, **config,
@@ -538,7 +491,7 @@ def _lm_head_loss(
             continue
         if q is not None:
             dz_t = dz_t_all[:, :n]
-            _transpose(dz, None, dz_t, None)
+            transpose(dz, None, dz_t, None)
             _gemm(dz, q_t, dx[chunk], (g_scale, w_scale))
             _gemm(dz_t, part_q_t, dw, (g_scale, x_scale), accumulate=True)
         else:
@@ -597,38 +550,6 @@ def _lm_head_loss_triton(
     return losses if reduction == "none" else loss
 
 
-def empty_fp8(w: Tensor) -> Fp8Weight:
-    """Room for a copy of w (V, C) in fp8."""
-    q_t = _rows_apart(w, w.size(1), w.size(0), E4M3)
-    return Fp8Weight(w.new_empty(w.shape, dtype=E4M3), q_t, w.new_empty((), dtype=torch.float32))
-
-
-def quantise_weight_ref(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
-    """Fills a copy, as `empty_fp8` makes it, from w."""
-    scale.copy_(amax_scale(w, E4M3_MAX))
-    q.copy_(_rounded(w, scale, E4M3))
-    q_t.copy_(q.T)
-
-
-@torch.library.custom_op("redline::quantise_weight", mutates_args=("q", "q_t", "scale"))
-def _quantise_weight(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
-    scale.copy_(amax_scale(w, E4M3_MAX))
-    _transpose(w, q, q_t, scale)
-
-
-def _quantise_weight_triton(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
-    _needs_fp8(w.device)
-    _quantise_weight(w, q, q_t, scale)
-
-
-def _needs_fp8(device: torch.device) -> None:
-    if (here := capability(device)) < FP8_CAPABILITY:
-        least, here = (".".join(map(str, version)) for version in (FP8_CAPABILITY, here))
-        raise UserError(
-            f"lm_head_loss: fp8 needs a GPU of compute capability {least} or newer, not {here}; leave it out"
-        )
-
-
 # cost
 
 
@@ -640,14 +561,6 @@ def lm_head_loss_cost(
     M, C, V = shape
     tensors = (M + V) * C * dtype.itemsize * (2 if backward else 1)
     return (6 if backward else 2) * M * C * V, tensors + 12 * M
-
-
-def quantise_weight_cost(
-    shape: tuple[int, int], dtype: torch.dtype, form: str = "plain", backward: bool = False
-) -> tuple[int, int]:
-    """(FLOPs, bytes) of the least: w read once for its largest number and once to be rounded, both copies written."""
-    V, C = shape
-    return 3 * V * C, (2 * dtype.itemsize + 2) * V * C
 
 
 # interface
@@ -688,18 +601,10 @@ def _check(
     if x_scale is not None:
         check_number("lm_head_loss", "x_scale", x_scale, (torch.float32,), x.device)
     if fp8 is not None:
-        _check_fp8("lm_head_loss", w, *fp8)
+        check_fp8_weight("lm_head_loss", w, fp8)
     if _needs_gradients(x, w, "sum") and reduction == "none":
         raise ValueError('lm_head_loss: reduction "none" is forward only; use "sum" with weights, or torch.no_grad()')
     return Problem((M, C, V), x.dtype, x.device)
-
-
-def _check_fp8(op: str, w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
-    check_tensor(op, "q of the copy that quantise_weight makes", q, w.shape, (E4M3,), w.device, contiguous=True)
-    check_tensor(op, "q_t of the copy that quantise_weight makes", q_t, w.shape[::-1], (E4M3,), w.device)
-    check_number(op, "the scale of the copy that quantise_weight makes", scale, (torch.float32,), w.device)
-    if q_t.stride(1) != 1 or q_t.stride(0) % 16:
-        raise ValueError(f"{op}: q_t is {describe(q_t)}; expected rows that begin at multiples of 16 bytes (empty_fp8)")
 
 
 def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
@@ -718,7 +623,7 @@ def _fp8_inputs(make: Any, M: int, C: int, V: int) -> dict[str, Any]:
     args = _inputs(make, M, C, V)
     copy = empty_fp8(args["w"].detach())
     if not copy.q.is_meta:
-        quantise_weight_ref(args["w"].detach(), *copy)
+        fill_fp8(args["w"].detach(), copy)
     return args | {"fp8": copy}
 
 
@@ -731,30 +636,4 @@ lm_head_loss = Op(
     check=_check,
     backends={"ref": Backend(lm_head_loss_ref), "triton": Backend(_lm_head_loss_triton, needs_triton, _limits)},
     gradients_in_forward=True,
-)
-
-
-def _check_quantise(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> Problem:
-    if w.dim() != 2 or (w.stride(1) != 1 and w.size(1) > 1) or w.dtype not in (*DTYPES, torch.float64):
-        raise ValueError(f"quantise_weight: w is {describe(w)}; expected (V, C) bfloat16 or float32, the last stride 1")
-    _check_fp8("quantise_weight", w, q, q_t, scale)
-    return Problem(tuple(w.shape), w.dtype, w.device)
-
-
-def _quantise_inputs(make: Any, V: int, C: int) -> dict[str, Any]:
-    w = make(V, C).detach()
-    return {"w": w, **empty_fp8(w)._asdict()}
-
-
-quantise_weight = Op(
-    "quantise_weight",
-    dims=("V", "C"),
-    cases=sizes.cases(lambda size: (size.V, size.C)),
-    forms={"plain": _quantise_inputs},
-    cost=quantise_weight_cost,
-    check=_check_quantise,
-    backends={
-        "ref": Backend(quantise_weight_ref),
-        "triton": Backend(_quantise_weight_triton, needs_triton, takes_dtypes),
-    },
 )

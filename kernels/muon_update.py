@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
+from kernels.master import join_master, join_tile, split_master, split_tile
 from kernels.op import (
     DTYPES,
     Backend,
@@ -46,7 +47,7 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
-from kernels.tile import SAFETY, join_master, split_master
+from kernels.tile import SAFETY, launch
 
 BETA2 = 0.9  # nanochat 92d63d4, optim.py
 MAX_SIDE = 16384
@@ -97,7 +98,7 @@ def muon_apply_ref(
     wide = second.dtype
     master = p.to(wide)
     if low is not None:
-        master = ((p.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+        master = join_master(p, low)
     y = (x.mT if transposed else x).to(wide)
     rows, cols = y.shape[-2:]
     lr, weight_decay, _ = hyper.to(wide).unbind()
@@ -112,10 +113,9 @@ def muon_apply_ref(
     if low is None:
         p.copy_(master)
     else:
-        bits = master.view(torch.int32)
-        high = (bits + 0x8000) >> 16
-        p.copy_(high.to(torch.int16).view(torch.bfloat16))
-        low.copy_(bits - (high << 16))
+        high, rest = split_master(master)
+        p.copy_(high)
+        low.copy_(rest)
 
 
 # Triton
@@ -263,14 +263,14 @@ def _muon_apply_kernel(
         factor = tl.load(factor_ptr + k * C + offs_c, mask=mask_c, other=0.0)[None, :]
     z = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) * factor
     if MASTER:
-        p = join_master(tl.load(p_ptrs, mask=mask), tl.load(low_ptrs, mask=mask))
+        p = join_tile(tl.load(p_ptrs, mask=mask), tl.load(low_ptrs, mask=mask))
     else:
         p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
     # every fma is explicit: a master's bits must not depend on where the compiler fuses
     p = tl.fma(tl.where(z * p >= 0, -decay, 0.0), p, p)
     p = tl.fma(-lr, z, p)
     if MASTER:
-        high, low = split_master(p)
+        high, low = split_tile(p)
         tl.store(p_ptrs, high, mask=mask)
         tl.store(low_ptrs, low, mask=mask)
     else:
@@ -298,7 +298,7 @@ def _sum(parts: Tensor) -> Tensor:
     if n_parts == 1:
         return parts.view(K, n)
     sums = parts.new_empty(K, n)
-    _muon_sum_kernel[(triton.cdiv(n, 64), K)](parts, sums, n_parts, n, BLOCK_P=32, BLOCK_N=64, num_warps=4)
+    launch(_muon_sum_kernel, (triton.cdiv(n, 64), K), parts, sums, n_parts, n, BLOCK_P=32, BLOCK_N=64, num_warps=4)
     return sums
 
 
@@ -318,16 +318,17 @@ def _muon_momentum(
         return x, scale
     config = _config(C, "columns" if transposed else "rows", g.dtype, arch)
     parts = _parts(g, not transposed, config)
-    _muon_momentum_kernel[_grid(g, config)](
+    launch(
+        _muon_momentum_kernel, _grid(g, config),
         g, buf, x, parts, hyper, g.stride(0), g.stride(1), buf.stride(0), buf.stride(1), R, C,
         TRANSPOSED=transposed, **config,
     )  # fmt: skip
     squares = _sum(parts)
     n = squares.size(1)
-    _muon_scale_kernel[(K,)](squares, scale, n, float(n), safety, **_vector(n))
+    launch(_muon_scale_kernel, (K,), squares, scale, n, float(n), safety, **_vector(n))
     if transposed:
         config = _config(C, "map", out_dtype, arch)
-        _muon_columns_kernel[_grid(x, config)](x, squares, R, C, **config)
+        launch(_muon_columns_kernel, _grid(x, config), x, squares, R, C, **config)
     return x, scale
 
 
@@ -348,14 +349,15 @@ def _muon_apply(
     per_row = (rows >= cols) != transposed
     config = _config(C, "rows" if per_row else "columns", x.dtype, arch)
     parts = _parts(x, per_row, config)
-    _muon_squares_kernel[_grid(x, config)](x, parts, x.stride(0), x.stride(1), R, C, PER_ROW=per_row, **config)
+    launch(_muon_squares_kernel, _grid(x, config), x, parts, x.stride(0), x.stride(1), R, C, PER_ROW=per_row, **config)
     sums = _sum(parts)
     factor = torch.empty_like(sums)
     n, root = sums.size(1), min(rows, cols) ** 0.5
-    _muon_factor_kernel[(K,)](sums, second, factor, n, float(rows * cols // n), root, beta2, **_vector(n))
+    launch(_muon_factor_kernel, (K,), sums, second, factor, n, float(rows * cols // n), root, beta2, **_vector(n))
     low_strides = (0, 0) if low is None else (low.stride(0), low.stride(1))
     config = _config(C, "map", p.dtype, arch)
-    _muon_apply_kernel[_grid(p, config)](
+    launch(
+        _muon_apply_kernel, _grid(p, config),
         p, low, x, factor, hyper, p.stride(0), p.stride(1), *low_strides, x.stride(0), x.stride(1), R, C,
         max(1.0, rows / cols) ** 0.5, MASTER=low is not None, PER_ROW=per_row, **config,
     )  # fmt: skip

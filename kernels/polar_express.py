@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
+from kernels.gemm import for_descriptor, has_large_shared_memory, launch_persistent, num_programs
 from kernels.op import (
     DTYPES,
     Backend,
@@ -36,7 +37,7 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
-from kernels.tile import SAFETY, allow_descriptors, for_descriptor, has_large_shared_memory, num_programs
+from kernels.tile import SAFETY
 
 COEFFICIENTS = (
     # five steps, safety 2e-2, cushion 2 [arXiv 2505.16932, computed for these settings; as in nanochat and modded-nanogpt]
@@ -173,12 +174,11 @@ def _gemm(
     config = _config(M, N, left.dtype, capability(left.device))
     tiles_m, tiles_n = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
     tiles = K * (tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n)
-    programs = min(
-        tiles, num_programs(left.device) * (3 if config["num_warps"] == 4 else 1)
-    )  # as many as fit at a time
+    # small tiles leave room for three programs on a multiprocessor
+    programs = num_programs(left.device, tiles, per_sm=3 if config["num_warps"] == 4 else 1)
     out = left.new_empty(K, M, N)
-    allow_descriptors(left.device)
-    _gemm_kernel[(programs,)](
+    launch_persistent(
+        _gemm_kernel, programs,
         left, right, add, scale, out, K, alpha, beta,
         M=M, N=N, L=L, LEFT_T=left_t, RIGHT_T=right_t, ADD=add is not None, SYMMETRIC=symmetric,
         SCALE_POWER=scale_power if scale is not None else 0, **config,

@@ -25,6 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
+from kernels.fp8 import E4M3, E4M3_MAX
+from kernels.gemm import for_descriptor, halves, has_large_shared_memory, launch_persistent, num_programs, product
 from kernels.op import (
     DTYPES,
     Backend,
@@ -38,11 +40,6 @@ from kernels.op import (
     needs_triton,
     takes_dtypes,
 )
-from kernels.tile import allow_descriptors, for_descriptor, has_large_shared_memory, num_programs
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
-
 
 # reference
 
@@ -113,11 +110,9 @@ def _relu2_gemm_kernel(
     amax = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=False):
         m, n = (tile // tiles_n) * BLOCK_M, (tile % tiles_n) * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k in range(0, K, BLOCK_K):
-            acc = tl.dot(a_desc.load([m, k]), b_desc.load([n, k]).T, acc, input_precision="ieee")
+        acc = product(a_desc, b_desc, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K)
         if SPLIT == 2:
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART)), (0, 2, 1)))
+            left, right = halves(acc, BLOCK_M, PART)
             amax = _epilogue(
                 left, m, n, amax, factor_desc, out_desc, fp8_desc, fp8_t_desc, scale, fp8_max, BACKWARD, COPIES
             )
@@ -138,14 +133,14 @@ def _relu2_gemm(a: Tensor, b: Tensor, factor: Tensor | None, scale: Tensor | Non
     copies = scale is not None
     config = _config(a.dtype, capability(a.device), copies)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-    programs = min(num_programs(a.device), tiles)
+    programs = num_programs(a.device, tiles)
     out = a.new_empty(M, N)
-    fp8, fp8_t = ((a.new_empty(shape, dtype=FP8) if copies else None) for shape in ((M, N), (N, M)))
+    fp8, fp8_t = ((a.new_empty(shape, dtype=E4M3) if copies else None) for shape in ((M, N), (N, M)))
     amax = a.new_empty(programs, dtype=torch.float32) if copies else None
     if tiles:
-        allow_descriptors(a.device)
-        _relu2_gemm_kernel[(programs,)](
-            a, b, factor, out, fp8, fp8_t, scale, amax, M, FP8_MAX,
+        launch_persistent(
+            _relu2_gemm_kernel, programs,
+            a, b, factor, out, fp8, fp8_t, scale, amax, M, E4M3_MAX,
             N=N, K=K, BACKWARD=factor is not None, COPIES=copies, **config,
         )  # fmt: skip
     return (out, fp8, fp8_t, amax) if copies else (out,)

@@ -26,13 +26,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
+from kernels.fp8 import E4M3, E4M3_MAX, check_capability
 from kernels.op import (
     DTYPES,
     Backend,
     Op,
     Problem,
     Shape,
-    UserError,
     capability,
     check_number,
     check_tensor,
@@ -41,11 +41,9 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
+from kernels.tile import launch
 
 EPS = torch.finfo(torch.float32).eps
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
-FP8_CAPABILITY = (8, 9)
 MAX_N = 16384
 
 
@@ -81,9 +79,9 @@ def rms_norm_ref(
     if scale is None:
         return RMSNorm(y, mixed)
     wide_y = y.detach().to(torch.promote_types(y.dtype, torch.float32))
-    y_fp8 = (wide_y * (1 / scale)).clamp(-FP8_MAX, FP8_MAX)
+    y_fp8 = (wide_y * (1 / scale)).clamp(-E4M3_MAX, E4M3_MAX)
     if y.dtype != torch.float64:  # there it is the oracle of the rounded one
-        y_fp8 = y_fp8.to(FP8)
+        y_fp8 = y_fp8.to(E4M3)
     amax = wide_y.abs().nan_to_num(nan=torch.inf).amax() if y.numel() else wide_y.new_zeros(())
     return RMSNorm(y, mixed, y_fp8, amax)
 
@@ -207,15 +205,18 @@ def _rms_norm_fwd(
     x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, scale: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, h (empty without x0), rstd (M,), y_fp8 (empty without scale), amax."""
+    if scale is not None:
+        check_capability("rms_norm", x.device)
     rows, rows0 = _rows(x), None if x0 is None else _rows(x0)
     (M, N), fp8 = rows.shape, scale is not None
-    y, h, y_fp8 = _like(x, True), _like(x, x0 is not None), _like(x, fp8, FP8)
+    y, h, y_fp8 = _like(x, True), _like(x, x0 is not None), _like(x, fp8, E4M3)
     rstd, row_amax = rows.new_empty(M, dtype=torch.float32), rows.new_empty(M if fp8 else 0, dtype=torch.float32)
     config = _config(N, x.dtype, capability(x.device))
     if M:
-        _rms_norm_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
+        launch(
+            _rms_norm_fwd_kernel, (triton.cdiv(M, config["BLOCK_M"]),),
             rows, rows0, a, b, scale, y, h, rstd, y_fp8, row_amax,
-            rows.stride(0), 0 if rows0 is None else rows0.stride(0), M, eps, FP8_MAX,
+            rows.stride(0), 0 if rows0 is None else rows0.stride(0), M, eps, E4M3_MAX,
             N=N, MIX=x0 is not None, HAS_A=a is not None, HAS_B=b is not None, QUANTISE=fp8, **config,
         )  # fmt: skip
     return y, h, rstd, y_fp8, row_amax.amax() if row_amax.numel() else rstd.new_zeros(())
@@ -225,7 +226,7 @@ def _rms_norm_fwd(
 def _(x, x0, a, b, scale, eps):
     fp8 = scale is not None
     rstd = x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
-    return _like(x, True), _like(x, x0 is not None), rstd, _like(x, fp8, FP8), x.new_empty((), dtype=torch.float32)
+    return _like(x, True), _like(x, x0 is not None), rstd, _like(x, fp8, E4M3), x.new_empty((), dtype=torch.float32)
 
 
 @torch.library.custom_op("redline::rms_norm_bwd", mutates_args=())
@@ -254,7 +255,8 @@ def _rms_norm_bwd(
         return 0 if rows is None else rows.stride(0)
 
     if M:
-        _rms_norm_bwd_kernel[(programs,)](
+        launch(
+            _rms_norm_bwd_kernel, (programs,),
             dy_rows, dh_rows, h_rows, x_rows, x0_rows, a, b, rstd,
             dx, dx0, da, db,
             stride(dy_rows), stride(dh_rows), stride(h_rows), stride(x_rows), stride(x0_rows), M,
@@ -303,11 +305,6 @@ def _rms_norm_triton(
     scale: Tensor | None = None,
     eps: float = EPS,
 ) -> RMSNorm:
-    if scale is not None and capability(x.device) < FP8_CAPABILITY:
-        least, here = (".".join(map(str, version)) for version in (FP8_CAPABILITY, capability(x.device)))
-        raise UserError(
-            f"rms_norm: a copy in fp8 needs a GPU of compute capability {least} or newer, not {here}; leave scale out"
-        )
     y, h, _, y_fp8, amax = _rms_norm_fwd(x, x0, a, b, scale, eps)
     fp8 = (None, None) if scale is None else (y_fp8, amax)
     return RMSNorm(y, None if x0 is None else h, *fp8)

@@ -42,6 +42,7 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
+from kernels.tile import launch
 
 EPS = torch.finfo(torch.float32).eps
 MIN_HEAD, MAX_HEAD = 8, 256
@@ -266,7 +267,8 @@ def _rope_qk_norm_fwd(
     k, v = (qkv.new_empty(B, T, kv_heads, D) for _ in range(2))
     rstd = qkv.new_empty((B * T, heads + kv_heads) if norm else (0,), dtype=torch.float32)
     if B * T:
-        _rope_qk_norm_fwd_kernel[(B * T,)](
+        launch(
+            _rope_qk_norm_fwd_kernel, (B * T,),
             qkv, cos, sin, gate, ve, q, k, v, rstd,
             T, *_strides(qkv, 2), *_strides(cos, 2), *_strides(sin, 2), *_strides(gate, 3), *_strides(ve, 3), scale, eps,
             H=heads, G=kv_heads, D=D, ROPE=cos is not None, NORM=norm, VE=ve is not None,
@@ -307,7 +309,8 @@ def _rope_qk_norm_bwd(
     dqkv = q.new_empty(B, T, (heads + 2 * kv_heads) * D)
     dgate, dve = (q.new_empty(t.shape if t is not None else (0,)) for t in (gate, ve))
     if B * T:
-        _rope_qk_norm_bwd_kernel[(B * T,)](
+        launch(
+            _rope_qk_norm_bwd_kernel, (B * T,),
             dq, dk, dv, q, k, rstd, cos, sin, gate, ve,
             dqkv, dgate, dve,
             T, *_strides(dq, 3), *_strides(dk, 3), *_strides(dv, 3),

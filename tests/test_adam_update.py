@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels.adam_update as module
-from core.optim import join_master, split_master
-from kernels import tile
 from kernels.adam_update import ADAM_EPS, adam_hyper, adam_update, adam_update_cost
+from kernels.master import join_master, join_tile, split_master, split_tile
 from kernels.op import Backend, Op
 from tests.harness import DEVICE, Failed, check_op, guarded, kept, mutant, randn, unharmed
 
@@ -157,10 +156,10 @@ def test_a_master_is_the_fp32_run_bit_for_bit(backend):
 def _there_and_back(x_ptr, high_ptr, low_ptr, y_ptr, n, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
-    high, low = tile.split_master(tl.load(x_ptr + offs, mask=mask))
+    high, low = split_tile(tl.load(x_ptr + offs, mask=mask))
     tl.store(high_ptr + offs, high, mask=mask)
     tl.store(low_ptr + offs, low, mask=mask)
-    tl.store(y_ptr + offs, tile.join_master(high, low), mask=mask)
+    tl.store(y_ptr + offs, join_tile(high, low), mask=mask)
 
 
 def there_and_back(bits):
@@ -246,22 +245,22 @@ def test_cost():
     assert adam_update_cost((10,), torch.bfloat16, "master")[1] == 280
 
 
-TO_EVEN = """from kernels.tile import join_master
+TO_EVEN = """from kernels.master import join_master, join_tile, split_master
 
 @triton.jit
-def split_master(x):
+def split_tile(x):
     high = x.to(tl.bfloat16)
     bits = high.to(tl.int16, bitcast=True).to(tl.int32) << 16
     return high, (x.to(tl.int32, bitcast=True) - bits).to(tl.int16)
 """
-TRUNCATED = """from kernels.tile import join_master
+TRUNCATED = """from kernels.master import join_master, join_tile, split_master
 
 @triton.jit
-def split_master(x):
+def split_tile(x):
     bits = x.to(tl.int32, bitcast=True)
     return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), (bits & 0xFFFF).to(tl.int16)
 """
-IMPORT = "from kernels.tile import join_master, split_master"
+IMPORT = "from kernels.master import join_master, join_tile, split_master, split_tile"
 MUTATIONS = {
     "elements beyond n are written": {"mask = offs < n": "mask = offs < n + 1"},
     "the last element is missed": {"mask = offs < n": "mask = offs < n - 1"},

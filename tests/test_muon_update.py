@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kernels.muon_update as module
-from core.optim import join_master, split_master
+from kernels.master import join_master, split_master
 from kernels.muon_update import BETA2, MAX_SIDE, SAFETY, muon_apply, muon_apply_cost, muon_momentum, muon_momentum_cost
 from kernels.op import Backend
 from tests.harness import DEVICE, Failed, check_op, kept, mutant, randn, unharmed
@@ -381,10 +381,10 @@ def test_cost():
 
 
 MASK = "mask = mask_r[:, None] & mask_c[None, :]"
-TO_EVEN = """from kernels.tile import SAFETY, join_master
+TO_EVEN = """from kernels.master import join_master, join_tile, split_master
 
 @triton.jit
-def split_master(x):
+def split_tile(x):
     high = x.to(tl.bfloat16)
     bits = high.to(tl.int16, bitcast=True).to(tl.int32) << 16
     return high, (x.to(tl.int32, bitcast=True) - bits).to(tl.int16)
@@ -428,7 +428,7 @@ MUTATIONS = {
     "low has the strides of p": {"(low.stride(0), low.stride(1))": "(p.stride(0), p.stride(1))"},
     "x has the strides of p": {"*low_strides, x.stride(0), x.stride(1)": "*low_strides, p.stride(0), p.stride(1)"},
     "buf has the strides of g": {"buf.stride(0), buf.stride(1)": "g.stride(0), g.stride(1)"},
-    "a tie goes to even": {"from kernels.tile import SAFETY, join_master, split_master": TO_EVEN},
+    "a tie goes to even": {"from kernels.master import join_master, join_tile, split_master, split_tile": TO_EVEN},
     "x is truncated": {
         "    tl.store(x_ptr + (k * R":
         "    u = (u.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)\n    tl.store(x_ptr + (k * R"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels.polar_express as module
-from kernels import tile
+from kernels import gemm
 from kernels.polar_express import COEFFICIENTS, SAFETY, polar_express, polar_express_cost, polar_express_ref
 from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
 
@@ -197,7 +197,7 @@ MUTATIONS = {
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(tile, "PROGRAMS_WITHOUT_GPU", 2)  # of more tiles
+    monkeypatch.setattr(gemm, "PROGRAMS_WITHOUT_GPU", 2)  # of more tiles
     broken = mutant(module, MUTATIONS[name], tmp_path).polar_express
     with pytest.raises(Failed):
         check(randn(0, torch.bfloat16)(2, 136, 200), op=broken)
@@ -207,6 +207,6 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")
 def test_a_copy_that_is_not_broken_passes(tmp_path, monkeypatch):
-    monkeypatch.setattr(tile, "PROGRAMS_WITHOUT_GPU", 2)
+    monkeypatch.setattr(gemm, "PROGRAMS_WITHOUT_GPU", 2)
     same = mutant(module, {}, tmp_path).polar_express
     check(randn(0, torch.bfloat16)(2, 136, 200), op=same)

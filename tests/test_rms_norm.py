@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import kernels.rms_norm as module
-from kernels.rms_norm import EPS, FP8, FP8_MAX, MAX_N, rms_norm, rms_norm_cost
+from kernels.fp8 import E4M3, E4M3_MAX
+from kernels.rms_norm import EPS, MAX_N, rms_norm, rms_norm_cost
 from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
 
 triton_norm = rms_norm.backends["triton"]
@@ -107,7 +108,7 @@ def test_the_fp8_copy_is_y_rounded_to_nearest():
     args = inputs("mix_fp8", (40, 96), torch.bfloat16)
     for scale in (0.37, 3.0, 1e-3):  # the last saturates
         out = triton_norm(**{**args, "scale": torch.tensor(scale, device=DEVICE)})
-        want = (out.y.float() * (1 / torch.tensor(scale, device=DEVICE))).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+        want = (out.y.float() * (1 / torch.tensor(scale, device=DEVICE))).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
         assert torch.equal(out.y_fp8.view(torch.uint8), want.view(torch.uint8))
         assert out.amax == out.y.float().abs().max()
     assert not out.y_fp8.requires_grad and not out.amax.requires_grad

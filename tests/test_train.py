@@ -24,8 +24,9 @@ from core.config import from_dict
 from core.errors import TrainingError, user_errors
 from core.model import GPT
 from core.optim import Optimizer
-from kernels.lm_head_loss import empty_fp8, quantise_weight
+from kernels.fp8 import empty_fp8
 from kernels.ops import BY_NAME
+from kernels.quantise_weight import quantise_weight
 
 ROOT = Path(train.__file__).resolve().parent
 
