@@ -1,7 +1,7 @@
-"""Numbers in fp8, each tensor with one scale: x ~ x_fp8 * scale. What fp8 GEMMs need of their operands.
+"""Tensors in fp8, each with one scale: x ~ x_fp8 * scale. What fp8 GEMMs need of their operands.
 
-Tensor cores multiply fp8 operands only where both are stored with K, the summed dimension, last. A weight that takes part in
-a forward and a backward product is therefore kept twice, the second copy transposed.
+Tensor cores multiply fp8 operands only where both are stored with K, the summed dimension, last. A weight that takes
+part in a forward and a backward product is therefore kept twice, the second copy transposed.
 """
 
 import math
@@ -43,7 +43,8 @@ def amax_scale(t: Tensor, limit: float) -> Tensor:
     """The fp32 scale with which the largest |t| becomes the limit."""
     if t.numel() == 0:
         return torch.ones((), device=t.device)
-    return (torch.linalg.vector_norm(t, ord=math.inf).float() / limit).clamp_min(TINY_SCALE)
+    amax: Tensor = torch.linalg.vector_norm(t, ord=math.inf).float()
+    return (amax / limit).clamp_min(TINY_SCALE)
 
 
 def quantised(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

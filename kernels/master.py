@@ -1,8 +1,8 @@
-"""An exact fp32 master in two halves: a bf16 weight and the 16 bits that it lacks, for PyTorch and inside Triton kernels.
+"""An exact fp32 master in two halves: a bf16 weight and the 16 bits that it lacks. For PyTorch and inside kernels.
 
-The bf16 half is the master rounded to nearest, which keeps it unbiased: truncation would shrink every weight. The low half is
-the signed difference of the bit patterns. Ties go away from zero, because a tie towards zero would need a difference of
-+2^15, which 16 signed bits do not hold.
+The bf16 half is the master rounded to nearest, which keeps it unbiased: truncation would shrink every weight. The low
+half is the signed difference of the bit patterns. Ties go away from zero, because a tie towards zero would need a
+difference of +2^15, which 16 signed bits do not hold.
 """
 
 import torch

@@ -50,7 +50,7 @@ def _quantise_weight(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
 def quantise_weight_cost(
     shape: tuple[int, int], dtype: torch.dtype, form: str = "plain", backward: bool = False
 ) -> tuple[int, int]:
-    """(FLOPs, bytes) of the least: w read once for its largest number and once to be rounded, both copies written."""
+    """The least FLOPs and bytes: w is read once for its amax and once to be rounded; both copies are written."""
     V, C = shape
     return 3 * V * C, (2 * dtype.itemsize + 2) * V * C
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Polar Express starts from matrices of Frobenius norm 1 / SAFETY. That norm bounds the largest singular value; dividing by
-# 1.01 keeps it below 1 after rounding [nanochat 92d63d4, optim.py]
+# Polar Express starts from matrices of Frobenius norm 1 / SAFETY. That norm bounds the largest singular value; dividing
+# by 1.01 keeps it below 1 after rounding [nanochat 92d63d4, optim.py]
 SAFETY = 1.01
 
 Grid = tuple[int, ...]

@@ -1,4 +1,5 @@
-"""adam_update: the law in every mix of dtypes, against torch.optim.AdamW, masters bit for bit, what is refused, and mutations."""
+"""adam_update: the law in every mix of dtypes, against torch.optim.AdamW, masters bit for bit, what is refused, and
+mutations."""
 
 import dataclasses
 from typing import NamedTuple
@@ -136,7 +137,8 @@ def test_is_the_adamw_of_torch_in_float64(betas, backend):
 
 @pytest.mark.parametrize("backend", adam_update.backends)
 def test_a_master_is_the_fp32_run_bit_for_bit(backend):
-    """Sixty steps on weights of all sizes and signs: the two halves stay the fp32 weight, and its nearest bf16 number."""
+    """Sixty steps on weights of all sizes and signs: the two halves stay the fp32 weight, and its nearest bf16
+    number."""
     update = adam_update.backends[backend]
     p = torch.randn(2000, device=DEVICE) * 2.0 ** torch.arange(-20, 20, device=DEVICE).repeat(50)
     high, low = split_master(p)
@@ -265,8 +267,12 @@ MUTATIONS = {
     "elements beyond n are written": {"mask = offs < n": "mask = offs < n + 1"},
     "the last element is missed": {"mask = offs < n": "mask = offs < n - 1"},
     "programs overlap": {"tl.int64) * BLOCK + tl": "tl.int64) * (BLOCK - 1) + tl"},
-    "the betas are swapped": {"tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)": "tl.load(hyper_ptr + 2), tl.load(hyper_ptr + 1)"},
-    "the corrections are swapped": {"tl.load(hyper_ptr + 4), tl.load(hyper_ptr + 5)": "tl.load(hyper_ptr + 5), tl.load(hyper_ptr + 4)"},
+    "the betas are swapped": {
+        "tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)": "tl.load(hyper_ptr + 2), tl.load(hyper_ptr + 1)"
+    },
+    "the corrections are swapped": {
+        "tl.load(hyper_ptr + 4), tl.load(hyper_ptr + 5)": "tl.load(hyper_ptr + 5), tl.load(hyper_ptr + 4)"
+    },
     "the gradient is not squared": {"tl.fma((1.0 - beta2) * g, g,": "tl.fma((1.0 - beta2), g,"},
     "m is its old self": {"step = tl.div_rn(m,": "step = tl.div_rn(tl.load(m_ptr + offs, mask=mask).to(tl.float32),"},
     "eps is inside the root": {"tl.fma(tl.sqrt_rn(v), tl.sqrt_rn(c2), eps)": "tl.sqrt_rn(v * c2 + eps)"},
@@ -279,12 +285,14 @@ MUTATIONS = {
     "a tie goes to even": {IMPORT: TO_EVEN},
     "a master is truncated": {IMPORT: TRUNCATED},
     "p is truncated": {
-        "tl.store(p_ptr + offs, p.to(p_ptr.dtype.element_ty)":
-        "p = (p.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)\n"
+        "tl.store(p_ptr + offs, p.to(p_ptr.dtype.element_ty)": "p = (p.to(tl.int32, bitcast=True) & "
+        "-65536).to(tl.float32, bitcast=True)\n"
         "        tl.store(p_ptr + offs, p.to(p_ptr.dtype.element_ty)"
     },
-    "v is rounded before it is used": {"    step = ": "    v = v.to(v_ptr.dtype.element_ty).to(tl.float32)\n    step = "},
-}  # fmt: skip
+    "v is rounded before it is used": {
+        "    step = ": "    v = v.to(v_ptr.dtype.element_ty).to(tl.float32)\n    step = "
+    },
+}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")

@@ -1,6 +1,9 @@
-"""lm_head_loss: both backends against autograd on whole logits in float64, chunks, fp8, memory, what is refused, mutations."""
+"""lm_head_loss: both backends against autograd on whole logits in float64, chunks, fp8, memory, what is refused,
+mutations."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -441,7 +444,7 @@ def test_memory_at_64k_rows_and_50304_columns(backend, fp8, C, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: launched.append(grid)
 
-    for place, kernel in ((module, "_row_kernel"), (module, "_gemm_kernel"), (fp8_module, "_transpose_kernel")):
+    for place, kernel in ((module, "_row_kernel"), (gemm, "_gemm_kernel"), (fp8_module, "_transpose_kernel")):
         monkeypatch.setattr(place, kernel, Launch())
     monkeypatch.setattr(module, "for_descriptor", lambda t: t)
     with torch.device("meta"):
@@ -489,7 +492,8 @@ def test_cost():
 
 
 def test_the_fp8_loss_curve_follows_fp32():
-    """300 steps of a bigram model, its head in fp8 by rounding through the dtypes: within 1 % of fp32 at every tenth step."""
+    """300 steps of a bigram model, its head in fp8 by rounding through the dtypes: within 1 % of fp32 at every tenth
+    step."""
     V, C, M = 96, 32, 256
     g = torch.Generator().manual_seed(0)
     chain = torch.softmax(3 * torch.randn(V, V, generator=g), dim=1)
@@ -524,17 +528,23 @@ MUTATIONS = {
     "padded columns count": {"        inside = offs < vocab\n": "        inside = offs < columns\n"},
     "the gradient of padded columns stays": {"g = tl.where(offs < vocab, g, 0.0)": "g = g"},
     "no target": {" * S - tl.sum(same, axis=1)": " * S"},
-    "the last of equal targets only": {"t[:, None] == t[None, :]": "(t[:, None] == t[None, :]) & (ks[:, None] == ks[None, :])"},
+    "the last of equal targets only": {
+        "t[:, None] == t[None, :]": "(t[:, None] == t[None, :]) & (ks[:, None] == ks[None, :])"
+    },
     "weights are ones in the gradient": {"S = tl.sum(w, axis=0)": "S = tl.sum(tl.where(w == 0.0, 0.0, 1.0), axis=0)"},
     "weights are ones in the loss": {"w * (rest - (y_t - top))": "(rest - (y_t - top))"},
     "the softcap has no slope": {"slope = y * inv_width * (1.0 - y / height)": "slope = 1.0"},
     "the shift is left out": {"-(z + shift) * inv_width": "-z * inv_width"},
     "the largest number is not taken off": {"top = tl.max(y, axis=0)\n        y -= top": "top = 0.0\n        y -= top"},
-    "chunks overwrite dw": {"        acc += out_desc.load([m, n])": "        acc += 0.0"},
-    "dx of the first chunk everywhere": {"torch.mm(dz, w, out=dx[chunk])": "torch.mm(dz, w, out=dx[: len(dz)])"},
-    "the upstream gradient is one": {"return dx * dloss.to(dx.dtype), torch.mul(dw, dloss,": "return dx, torch.mul(dw, 1.0,"},
-    "the factor of the reduction is left out": {"factor, limit = scale, torch.finfo(x.dtype).max": "factor, limit = torch.ones_like(scale), torch.finfo(x.dtype).max"},
-}  # fmt: skip
+    "dx of the first chunk everywhere": {"dz, part, dx[chunk], dw)": "dz, part, dx[: len(dz)], dw)"},
+    "the upstream gradient is one": {
+        "return dx * dloss.to(dx.dtype), torch.mul(dw, dloss,": "return dx, torch.mul(dw, 1.0,"
+    },
+    "the factor of the reduction is left out": {
+        "factor, limit = scale, torch.finfo(x.dtype).max": "factor, limit = torch.ones_like(scale), "
+        "torch.finfo(x.dtype).max"
+    },
+}
 
 
 SMALL_CHUNKS = {"EXTRA_BYTES = 2**29": "EXTRA_BYTES = 0", "CHUNK_MULTIPLE = 128": "CHUNK_MULTIPLE = 16"}
@@ -554,6 +564,26 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     broken = mutant(module, SMALL_CHUNKS | MUTATIONS[name], tmp_path).lm_head_loss
     with pytest.raises(Failed):
         stress(broken, monkeypatch)
+
+
+GEMM_MUTATIONS = {
+    "chunks overwrite dw": {"        acc += out_desc.load([m, n])": "        acc += 0.0"},
+    "the sum starts at one": {"acc = tl.zeros(": "acc = 1.0 + tl.zeros("},
+    "the last rows of a chunk are left out": {"range(0, K, BLOCK_K)": "range(0, K - BLOCK_K + 1, BLOCK_K)"},
+    "all tiles are those of the first rows": {"a_desc.load([k, m])": "a_desc.load([k, 0])"},
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as above")
+@pytest.mark.parametrize("name", GEMM_MUTATIONS)
+def test_a_broken_gemm_is_noticed(name, tmp_path, monkeypatch):
+    path = Path(mutant(gemm, GEMM_MUTATIONS[name], tmp_path).__file__)
+    monkeypatch.syspath_prepend(tmp_path)
+    imported = {"from kernels.gemm import": f"from {path.stem} import"}
+    broken = mutant(module, SMALL_CHUNKS | imported, tmp_path).lm_head_loss
+    monkeypatch.setattr(sys.modules[path.stem], "PROGRAMS_WITHOUT_GPU", 2)
+    with pytest.raises(Failed):
+        check(case(M=40, C=144, dtype=torch.bfloat16), op=broken, softcap=CAPS["sigmoid"])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")

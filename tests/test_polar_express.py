@@ -177,8 +177,12 @@ def test_cost():
 MUTATIONS = {
     "mirrored tiles are not stored": {"            if i != j:\n": "            if False:\n"},
     "mirrored tiles are not transposed": {"out.T.reshape(1": "out.reshape(1"},
-    "the last tile of the triangle is left out": {"tiles_m * (tiles_m + 1) // 2 if SYM": "tiles_m * (tiles_m + 1) // 2 - 1 if SYM"},
-    "the row of a triangle is off by one": {"i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)": "i = i + 1 * (t == 1)"},
+    "the last tile of the triangle is left out": {
+        "tiles_m * (tiles_m + 1) // 2 if SYM": "tiles_m * (tiles_m + 1) // 2 - 1 if SYM"
+    },
+    "the row of a triangle is off by one": {
+        "i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)": "i = i + 1 * (t == 1)"
+    },
     "b is dropped": {"            acc += beta * add_desc": "            acc += 0.0 * add_desc"},
     "c is dropped": {"acc = acc * alpha": "pass"},
     "the scale enters once": {"scale * scale if SCALE_POWER == 2 else scale": "scale"},
@@ -186,12 +190,13 @@ MUTATIONS = {
     "all matrices are the first": {"k = tile // tiles\n": "k = 0\n"},
     "the sum goes on in the next tile": {
         "        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n        for l": "        for l",
-        "    for tile in tl.range(": "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n    for tile in tl.range(",
+        "    for tile in tl.range(": "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n"
+        "    for tile in tl.range(",
     },
     "one step too few": {"for i, (a, b, c) in enumerate(steps):": "for i, (a, b, c) in enumerate(steps[:-1]):"},
     "padding is returned": {"[:, :rows, :cols].contiguous()": "[:, -rows:, -cols:].contiguous()"},
     "the last columns of the inner size are left out": {"range(0, L, BLOCK_K)": "range(0, L - BLOCK_K + 1, BLOCK_K)"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")

@@ -1,6 +1,8 @@
-"""relu2_mlp against float64: ragged tiles, layouts, what is saved, the fp8 copies of the epilogue, refusals, and mutations."""
+"""relu2_mlp against float64: ragged tiles, layouts, what is saved, the fp8 copies of the epilogue, refusals, and
+mutations."""
 
 import gc
+import sys
 import weakref
 from pathlib import Path
 
@@ -72,7 +74,7 @@ def test_saves_the_input_and_the_squared_activation_only():
 def test_post_is_rounded_once():
     """The exact square of the exact sum, but for fp32 sums and one rounding to bf16."""
     x, up = randn(0, torch.bfloat16)(64, 520), randn(1, torch.bfloat16)(48, 520)
-    (post,) = module._relu2_gemm(x, up, None, None)
+    post, *_ = module._relu2_gemm(x, up, None, None)
     exact = torch.relu(x.double() @ up.double().T).square()
     assert error(post, exact) <= 1.02 * error(exact.bfloat16(), exact) + TINY
 
@@ -128,7 +130,8 @@ def test_dead_units_have_no_gradient():
 @pytest.mark.parametrize("shape", [(16, 32, 48), (144, 32, 272)], ids=str)
 @pytest.mark.parametrize("scale", [0.37, 0.01])
 def test_fp8_copies_of_the_epilogue(shape, dtype, scale, monkeypatch):
-    """Bit by bit what a pass over post would make; with the smaller scale the largest saturate. Few programs, many tiles."""
+    """Bit by bit what a pass over post would make; with the smaller scale the largest saturate. Few programs, many
+    tiles."""
     monkeypatch.setattr(gemm, "PROGRAMS_WITHOUT_GPU", 2)
     M, C, F = shape
     x, up = randn(0, dtype)(M, C), randn(1, dtype)(F, C) * 0.2
@@ -187,17 +190,23 @@ MUTATIONS = {
     "no ReLU": {"acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)\n": "pass\n"},
     "no square": {"        acc = acc * acc\n": ""},
     "the factor is not doubled": {"acc * (2.0 * tl.sqrt(": "acc * (1.0 * tl.sqrt("},
-    "the factor is post": {"tl.sqrt(factor_desc.load([m, n]).to(tl.float32))": "factor_desc.load([m, n]).to(tl.float32)"},
+    "the factor is post": {
+        "tl.sqrt(factor_desc.load([m, n]).to(tl.float32))": "factor_desc.load([m, n]).to(tl.float32)"
+    },
     "the halves are swapped": {"left, right = halves": "right, left = halves"},
     "ragged tiles are dropped": {"tl.cdiv(M, BLOCK_M) * tiles_n": "M // BLOCK_M * tiles_n"},
-    "the upstream gradient is one": {"dy, rows = _rows(dy), _rows(x)": "dy, rows = torch.ones_like(_rows(dy)), _rows(x)"},
-    "ddown has the wrong activation": {"post.T @ dy": "dpre.T @ dy"},
-    "pre is rounded": {"        acc = acc * acc\n": "        acc = acc.to(tl.bfloat16).to(tl.float32)\n        acc = acc * acc\n"},
-    "post is truncated": {
-        "    out = acc.to(out_desc.dtype)":
-        "    out = (acc.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True).to(out_desc.dtype)"
+    "the upstream gradient is one": {
+        "dy, rows = _rows(dy), _rows(x)": "dy, rows = torch.ones_like(_rows(dy)), _rows(x)"
     },
-}  # fmt: skip
+    "ddown has the wrong activation": {"post.T @ dy": "dpre.T @ dy"},
+    "pre is rounded": {
+        "        acc = acc * acc\n": "        acc = acc.to(tl.bfloat16).to(tl.float32)\n        acc = acc * acc\n"
+    },
+    "post is truncated": {
+        "    out = acc.to(out_desc.dtype)": "    out = (acc.to(tl.int32, bitcast=True) & -65536).to(tl.float32, "
+        "bitcast=True).to(out_desc.dtype)"
+    },
+}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
@@ -222,11 +231,12 @@ def test_a_broken_gemm_is_noticed(name, tmp_path, monkeypatch):
     """What relu2_mlp takes from kernels/gemm.py, which lm_head_loss takes as well."""
     path = Path(mutant(gemm, GEMM_MUTATIONS[name], tmp_path).__file__)
     monkeypatch.syspath_prepend(tmp_path)
-    fails(mutant(module, {"from kernels.gemm import": f"from {path.stem} import"}, tmp_path).relu2_mlp, monkeypatch)
+    broken = mutant(module, {"from kernels.gemm import": f"from {path.stem} import"}, tmp_path).relu2_mlp
+    fails(broken, monkeypatch, sys.modules[path.stem])
 
 
-def fails(broken, monkeypatch):
-    monkeypatch.setattr(gemm, "PROGRAMS_WITHOUT_GPU", 2)  # of more tiles
+def fails(broken, monkeypatch, its_gemm=gemm):
+    monkeypatch.setattr(its_gemm, "PROGRAMS_WITHOUT_GPU", 2)  # of more tiles
     with pytest.raises(Failed):
         check_op(broken, inputs((140, 24, 40), torch.bfloat16), factor=1.25)
         check_op(broken, inputs((200, 24, 264), torch.bfloat16), factor=1.25)
