@@ -67,6 +67,8 @@ def _transpose_kernel(
 ):  # fmt: skip
     """q_t (C, columns_t) = x (R, C) transposed, then zeros. QUANTISE: both q and q_t hold x / scale in fp8.
 
+    The division rounds to nearest, as PyTorch's: Triton's `/` is approximate, and decides ties otherwise.
+
     columns_t is R rounded up to a multiple of 16, which Triton can see, so that stores are wide.
     """
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -74,7 +76,7 @@ def _transpose_kernel(
     inside = (offs_r < R)[:, None] & (offs_c < C)[None, :]
     q = tl.load(x_ptr + offs_r[:, None] * stride_x + offs_c[None, :], mask=inside, other=0.0)
     if QUANTISE:
-        q = clamped(q.to(tl.float32) / tl.load(scale_ptr), limit).to(q_ptr.dtype.element_ty)
+        q = clamped(tl.div_rn(q.to(tl.float32), tl.load(scale_ptr)), limit).to(q_ptr.dtype.element_ty)
         tl.store(q_ptr + offs_r[:, None] * stride_q + offs_c[None, :], q, mask=inside)
     inside_t = (offs_c < C)[:, None] & (offs_r < columns_t)[None, :]
     tl.store(q_t_ptr + offs_c[:, None] * stride_t + offs_r[None, :], tl.trans(q), mask=inside_t)

@@ -22,7 +22,7 @@ fp8       with `fp8`, the copy of w that `quantise_weight` makes, x and w are mu
           is narrower on Hopper. dw is the gradient of the unrounded w
 Memory    one chunk of rows has logits at a time, and their gradient takes their place (in fp8: lies beside them).
           Forward takes at most EXTRA_BYTES beyond dx, dw and the inputs, unless dw in fp32 leaves no room for 128 rows;
-          backward takes a second dx, and dw in fp32
+          backward takes a second dx and, while it is scaled, one in fp32
 Backward  two scalings; no second-order gradient
 Targets   outside the vocabulary, other than ignore_index, are an error: the reference raises, the kernel's loss is NaN
 Limits    1 <= K <= 16; in the kernel C is a multiple of 16
@@ -197,8 +197,8 @@ class _Reference(torch.autograd.Function):
 
 
 def _scaled(dx: Tensor, dw: Tensor, dloss: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both gradients times the upstream one, dw rounded to its dtype on the way."""
-    return dx * dloss.to(dx.dtype), torch.mul(dw, dloss, out=torch.empty_like(dw, dtype=dtype))
+    """Both gradients times the upstream one, which is not rounded: each product is rounded to its dtype once."""
+    return (dx.to(wide(dx.dtype)) * dloss).to(dx.dtype), torch.mul(dw, dloss, out=torch.empty_like(dw, dtype=dtype))
 
 
 Prepared = tuple[Tensor, Tensor, Tensor, Softcap | None, str, int, Tensor | None, Tensor | None, Tensor | None]
@@ -302,6 +302,7 @@ def _row_kernel(
 ):  # fmt: skip
     """Loss of one row, and its gradient times a factor, over the logits or elsewhere in another dtype.
 
+    Loads are masked by columns, the padded vocabulary: a multiple of 16 where vocab need not be, so they are wide.
     Columns from vocab on are not part of the softmax; their gradient is 0. Only the gradients of targets are clamped to
     the limit: the others cannot exceed it.
     """
@@ -311,7 +312,7 @@ def _row_kernel(
     offs = tl.arange(0, BLOCK)
     if WHOLE:
         inside = offs < vocab
-        z = tl.load(z_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + offs, mask=offs < columns, other=0.0).to(tl.float32)
         y = tl.where(inside, _capped(z, height, shift, inv_width, CAP), float("-inf"))
         top = tl.max(y, axis=0)
         y -= top  # only y - max stays live
@@ -320,7 +321,7 @@ def _row_kernel(
         tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
         totals = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, vocab, BLOCK):
-            z = tl.load(z_ptr + start + offs, mask=start + offs < vocab, other=0.0).to(tl.float32)
+            z = tl.load(z_ptr + start + offs, mask=start + offs < columns, other=0.0).to(tl.float32)
             y = tl.where(start + offs < vocab, _capped(z, height, shift, inv_width, CAP), -1e30)
             larger = tl.maximum(tops, y, propagate_nan=tl.PropagateNan.ALL)
             totals = totals * tl.exp(tops - larger) + tl.exp(y - larger)
@@ -346,7 +347,7 @@ def _row_kernel(
         else:
             tl.debug_barrier()  # as above
             for start in range(0, columns, BLOCK):
-                z = tl.load(z_ptr + start + offs, mask=start + offs < vocab, other=0.0).to(tl.float32)
+                z = tl.load(z_ptr + start + offs, mask=start + offs < columns, other=0.0).to(tl.float32)
                 y = _capped(z, height, shift, inv_width, CAP)
                 g = tl.exp((y - top) - rest) * (S * factor) * _slope(y, height, inv_width, CAP)
                 g = tl.where(start + offs < vocab, g, 0.0)

@@ -20,13 +20,15 @@ def copies(w):
 
 @pytest.mark.parametrize("shape", [(112, 32), (101, 16), (70, 80)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_are_quantised_bit_by_bit_in_both_layouts(shape, dtype):
+@pytest.mark.parametrize("top", [7.0, 7.3125, 5.90625])
+def test_weights_are_quantised_bit_by_bit_in_both_layouts(shape, dtype, top):
+    """With scales that are a power of two, where every division is exact, and that are not."""
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
-    w[0, 0] = 7.0
+    w[0, 0] = top
     by_torch, by_triton = copies(w)
     bits = [t.contiguous().view(torch.uint8) for t in (by_torch.q, by_torch.q_t, by_triton.q, by_triton.q_t)]
     assert torch.equal(bits[0], bits[2]) and torch.equal(bits[1], bits[3]) and torch.equal(bits[0].T, bits[1])
-    assert by_torch.scale == by_triton.scale == torch.tensor(7.0 / E4M3_MAX)
+    assert by_torch.scale == by_triton.scale == torch.tensor(top, device=DEVICE) / E4M3_MAX
     assert error(by_torch.q.float() * by_torch.scale, w.double()) < 0.03
 
 
