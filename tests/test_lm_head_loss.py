@@ -593,7 +593,7 @@ def test_a_broken_gemm_is_noticed(name, tmp_path, monkeypatch):
     broken = mutant(module, SMALL_CHUNKS | imported, tmp_path).lm_head_loss
     monkeypatch.setattr(sys.modules[path.stem], "PROGRAMS_WITHOUT_GPU", 2)
     with pytest.raises(Failed):
-        check(case(M=40, C=144, dtype=torch.bfloat16), op=broken, softcap=CAPS["sigmoid"])
+        check(case(M=40, C=144, V=300, padded=304, dtype=torch.bfloat16), op=broken, softcap=CAPS["sigmoid"])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")
