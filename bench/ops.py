@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.peers import PEERS, Peer
 from bench.suite import Item
 from bench.timing import GraphSampler, HostSampler, Sampler
-from core.optim import join_master
+from kernels.master import join_master
 from kernels.op import Device, Op
 from tests.harness import FACTOR, TINY, error, named, poisoned_allocations
 

@@ -7,7 +7,7 @@ Shape of the code   each row of the parameter table belongs to one group. A step
                     Muon's three on each of its views; so a rank that owns a slice of a bank would call the same on it.
 Hyperparameters     go to the device as one tensor a step: nothing compiles again or waits for it.
 State               as `Param.states` lists it. Fp32 parameters are their own master; a bf16 matrix or head keeps the
-                    low 16 bits of its fp32 master beside it (`split_master`); embeddings in bf16 have no master.
+                    low 16 bits of its fp32 master beside it (`kernels/master.py`); embeddings in bf16 have no master.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,6 +22,7 @@ from core.config import OptimConfig
 from core.params import MUON, MuonView, Param, Table
 from kernels.adam_update import adam_hyper, adam_update
 from kernels.dispatch import Backends
+from kernels.master import split_master
 from kernels.muon_update import MuonMomentum, muon_apply, muon_momentum
 from kernels.polar_express import COEFFICIENTS, polar_express
 
@@ -52,25 +53,6 @@ def learning_rates(cfg: OptimConfig, d_model: int, batch: int) -> dict[str, floa
         "gates": cfg.gate_lr,  # never scaled: tuned once, a few numbers
         "matrices": cfg.matrix_lr * by_batch,
     }
-
-
-# masters ------------------------------------------------------------------
-
-
-def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 -> (bf16 nearest, ties away from zero; int16 difference of the bit patterns). Exact with `join_master`.
-
-    Rounding to nearest keeps the bf16 half unbiased: truncation would shrink every weight. Ties go away from zero
-    because the tie towards zero would need +2^15, which 16 signed bits do not hold.
-    """
-    bits = master.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
-
-
-def join_master(high: Tensor, low: Tensor) -> Tensor:
-    """Inverse of `split_master`: bf16 and int16 -> fp32."""
-    return ((high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
 
 
 # the optimizer ------------------------------------------------------------

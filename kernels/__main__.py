@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
     print(f"{where.name}{arch}, " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     for choice in backends.choices:
         print(choice)
-    for op, name, why in sorted({(c.op, name, why) for c in backends.choices for name, why in c.others.items()}):
-        print(f"{op}, {name}: {why}")
+    for op_name, name, why in sorted({(c.op, name, why) for c in backends.choices for name, why in c.others.items()}):
+        print(f"{op_name}, {name}: {why}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-"""One AdamW step on one tensor, in place, each state read and written once.
+"""One AdamW step on one tensor, in place: each state is read and written once.
 
-    m = m + (1 - beta1) (g - m),   v = beta2 v + (1 - beta2) g^2                     [Kingma & Ba 2015, algorithm 1]
-    p = p (1 - lr weight_decay) - lr c1 m / (sqrt(c2 v) + eps)                       [Loshchilov & Hutter 2019, algorithm 2]
+    m = m + (1 - beta1) (g - m),   v = beta2 v + (1 - beta2) g^2              [Kingma & Ba 2015, algorithm 1]
+    p = p (1 - lr weight_decay) - lr c1 m / (sqrt(c2 v) + eps)                [Loshchilov & Hutter 2019, algorithm 2]
 
-with c1 = 1/(1 - beta1^t), c2 = 1/(1 - beta2^t) in the t-th step, from 1. eps is 1e-10 as in nanochat 92d63d4.
+with c1 = 1/(1 - beta1^t) and c2 = 1/(1 - beta2^t) in step t, counted from 1. eps is 1e-10, as in nanochat 92d63d4.
 
-Shapes    p, g, exp_avg (m), exp_avg_sq (v), low: the same, any; contiguous
-          hyper (6,) fp32: lr, beta1, beta2, weight_decay, c1, c2, as `adam_hyper` makes them: on the device, so that a step
-          neither compiles again nor waits
-Dtypes    p fp32; bf16; or bf16 with low (int16), which together hold an fp32 master. g fp32 or bf16; m and v both fp32, or
-          both of p's dtype
-Rounding  everything in fp32, each state rounded once at its store, and p made of the unrounded m and v. A master is not
-          rounded: p is the bf16 number nearest to it, ties away from zero, low the difference of the bit patterns
+Shapes    p, g, exp_avg (m), exp_avg_sq (v) and low have one shape, any; contiguous. hyper (6,): lr, beta1, beta2,
+          weight_decay, c1, c2, as `adam_hyper` makes them; on the device, so that no step recompiles or waits
+Dtypes    p fp32; or bf16; or bf16 with low (int16), which together hold an fp32 master. g fp32 or bf16; m and v both
+          fp32, or both of p's dtype; hyper fp32
+Rounding  arithmetic in fp32; each state is rounded once, at its store; p is computed from the unrounded m and v. A
+          master is not rounded: kernels/master.py
 Backward  none
-Limits    none on size
-Bound     memory: `adam_update_cost`; 28 B an element for p, m, v, g in fp32 and for a master with fp32 moments, 16 B for p, m, v in bf16
+Bound     memory: `adam_update_cost`. 28 B an element for p, m, v, g in fp32, and for a master with fp32 moments; 16 B
+          for p, m, v in bf16
 """
 
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
+from kernels.master import join_master, join_tile, split_master, split_tile
 from kernels.op import (
     DTYPES,
     Backend,
@@ -37,15 +37,17 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
-from kernels.tile import join_master, split_master
+from kernels.tile import launch
 
 ADAM_EPS = 1e-10  # nanochat 92d63d4, optim.py
 
 
 def adam_hyper(lr: float, betas: tuple[float, float], weight_decay: float, t: int) -> list[float]:
-    """What `hyper` holds in the t-th step, from 1.
+    """What `hyper` holds in step t, counted from 1.
 
-    The bias corrections are those of the betas that fp32 holds: they undo what the kernel does, and 1 - 0.995 loses two digits."""
+    The betas are rounded to fp32 first, as the kernel does, or the bias corrections do not cancel: 1 - 0.995 loses two
+    digits.
+    """
     beta1, beta2 = torch.tensor(betas, dtype=torch.float32).tolist()
     return [lr, beta1, beta2, weight_decay, 1 / (1 - beta1**t), 1 / (1 - beta2**t)]
 
@@ -65,12 +67,12 @@ def adam_update_ref(
 ) -> None:
     wide = torch.promote_types(p.dtype, torch.float32)
     lr, beta1, beta2, weight_decay, c1, c2 = hyper.to(wide).unbind()
-    g, m, v = (t.to(wide) for t in (g, exp_avg, exp_avg_sq))  # states that are wide already change in place
+    g, m, v = (t.to(wide) for t in (g, exp_avg, exp_avg_sq))  # states that are fp32 already change in place
     m.lerp_(g, 1 - beta1)
     v.lerp_(g.square(), 1 - beta2)
     master = p.to(wide)
     if low is not None:
-        master = ((p.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+        master = join_master(p, low)
     change = m / v.sqrt().mul_(c2.sqrt()).add_(eps)
     master.mul_(1 - lr * weight_decay).sub_(change.mul_(lr * c1))
     exp_avg.copy_(m)
@@ -78,17 +80,19 @@ def adam_update_ref(
     if low is None:
         p.copy_(master)
     else:
-        bits = master.view(torch.int32)
-        high = (bits + 0x8000) >> 16
-        p.copy_(high.to(torch.int16).view(torch.bfloat16))
-        low.copy_(bits - (high << 16))
+        high, rest = split_master(master)
+        p.copy_(high)
+        low.copy_(rest)
 
 
 # Triton
 
 
 def _config(n: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
-    """Elements and warps of a program. Not measured on a GPU yet: 8 elements a thread are one 16-byte load of bf16, two of fp32."""
+    """Elements and warps of a program. Not measured on a GPU yet.
+
+    Each thread takes 8 elements: one 16-byte load of bf16, two of fp32.
+    """
     return {"BLOCK": 1024, "num_warps": 4}
 
 
@@ -109,12 +113,12 @@ def _adam_update_kernel(
     v = tl.fma((1.0 - beta2) * g, g, beta2 * v)
     step = tl.div_rn(m, tl.fma(tl.sqrt_rn(v), tl.sqrt_rn(c2), eps))
     if MASTER:
-        p = join_master(tl.load(p_ptr + offs, mask=mask), tl.load(low_ptr + offs, mask=mask))
+        p = join_tile(tl.load(p_ptr + offs, mask=mask), tl.load(low_ptr + offs, mask=mask))
     else:
         p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     p = tl.fma(step, -lr * c1, p * tl.fma(-lr, weight_decay, 1.0))
     if MASTER:
-        high, low = split_master(p)
+        high, low = split_tile(p)
         tl.store(p_ptr + offs, high, mask=mask)
         tl.store(low_ptr + offs, low, mask=mask)
     else:
@@ -133,9 +137,10 @@ def _adam_update(
     n = p.numel()
     config = _config(n, p.dtype, capability(p.device))
     if n:
-        _adam_update_kernel[(triton.cdiv(n, config["BLOCK"]),)](
-            p, low, g, exp_avg, exp_avg_sq, hyper, n, eps, MASTER=low is not None, **config
-        )
+        launch(
+            _adam_update_kernel, (triton.cdiv(n, config["BLOCK"]),),
+            p, low, g, exp_avg, exp_avg_sq, hyper, n, eps, MASTER=low is not None, **config,
+        )  # fmt: skip
 
 
 @_adam_update.register_fake
@@ -162,7 +167,7 @@ def _adam_update_triton(
 def adam_update_cost(
     shape: tuple[int], dtype: torch.dtype, form: str = "plain", backward: bool = False
 ) -> tuple[int, int]:
-    """(FLOPs, bytes) of one step: p, low, m, v read and written once, g (fp32) read once."""
+    """The least FLOPs and bytes of one step: p, low, m and v read and written once, g (fp32) read once."""
     (n,) = shape
     states = 3 * dtype.itemsize if form == "plain" else 2 + 2 + 4 + 4
     return 13 * n, (2 * states + 4) * n
@@ -182,9 +187,8 @@ def _check(
     eps: float = ADAM_EPS,
 ) -> Problem:
     if p.dtype not in (*DTYPES, torch.float64) or (low is not None and p.dtype != torch.bfloat16):
-        raise ValueError(
-            f"adam_update: p is {describe(p)}; expected {'bfloat16 or float32' if low is None else 'bfloat16, with low'}"
-        )
+        expected = "bfloat16 or float32" if low is None else "bfloat16, with low"
+        raise ValueError(f"adam_update: p is {describe(p)}; expected {expected}")
     moments = exp_avg.dtype if exp_avg.dtype in (p.dtype, wide(p.dtype)) else p.dtype
     for name, t, dtypes in (
         ("p", p, (p.dtype,)),
@@ -200,7 +204,7 @@ def _check(
 
 
 def _inputs(make: Callable[..., Tensor], n: int, master: bool) -> dict[str, Tensor]:
-    """plain: p and its moments of one dtype, as embeddings are. master: as the head is."""
+    """plain: p and its moments in one dtype, as for embeddings. master: with low and fp32 moments, as for the head."""
     p = make(n, dtype=torch.bfloat16) if master else make(n)
     moment = torch.float32 if master else p.dtype
     hyper = p.new_tensor(adam_hyper(0.01, (0.8, 0.96), 0.01, 3), dtype=torch.float32)

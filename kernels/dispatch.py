@@ -1,10 +1,10 @@
 """Which backend each op of a model runs on, and why.
 
-Whoever builds a model chooses a backend for each op and shape it will use, once, through `Backends`; the model keeps the
-functions and calls them without asking again.
+Whoever builds a model chooses a backend for each op and shape that it will use, once, through `Backends`; the model
+keeps the functions and calls them without asking again.
 
-auto      on a CPU the reference; on a GPU the fastest backend by the committed measurements for its architecture, and where
-          there are none the Triton kernel ("unmeasured here"), if it takes this GPU, shape and dtype
+auto      on a CPU the reference; on a GPU the fastest backend by the committed measurements for its architecture, and
+          without measurements the Triton kernel ("unmeasured here"), if it takes this GPU, shape and dtype
 forced    `triton`, or `rms_norm=triton` for one op; a request that cannot be honoured is a UserError that says what can
 
 The choice follows from facts about the device, the shape and the dtype, never from trying and catching.
@@ -68,8 +68,8 @@ def decide(op: Op, shape: Shape, dtype: torch.dtype, device: Device, wanted: str
 def parse(request: str) -> dict[str, str]:
     """`--kernels` as {op: backend}, where "*" stands for the ops that are not named.
 
-    The request is auto, a backend, op=backend pairs, or several of these separated by commas. UserError on an unknown op, and
-    on a backend that the op, or every op, lacks.
+    The request is auto, a backend, op=backend pairs, or several of these separated by commas. UserError on an unknown
+    op, and on a backend that the op, or every op, lacks.
     """
     names = list(dict.fromkeys(name for op in OPS for name in op.backends))
     wanted = {"*": "auto"}

@@ -4,29 +4,31 @@
     dz_ij = (S_i p_ij - sum_k weights_ik [targets_ik = j]) y'(z_ij),  p = softmax(y),  S_i = sum_k weights_ik,
     y' = A / C s (1 - s) with s = y / A;  dx = dz w,  dw = dz^T x
 
-The softcap c tanh(z / c) is this one with A = 2 c, B = 0, C = c / 2, but for a constant that a softmax does not see (`tanh_cap`).
-Several weighted targets per row: multi-token prediction. Because the loss is one number, its gradients are known up to the
-upstream factor when forward ends, and backward multiplies by it [modded-nanogpt f411b3d fuses both too, but ignores the factor].
+The softcap c tanh(z / c) is A = 2c, B = 0, C = c / 2 up to a constant, which the softmax cancels (`tanh_cap`). Several
+weighted targets per row serve multi-token prediction. The loss is one number, so forward computes its gradients up to
+the upstream factor, and backward multiplies by that factor [modded-nanogpt f411b3d fuses both too, but ignores the
+factor].
 
-Shapes    x (M, C); w (V', C), of which the first V = vocab_size rows are the vocabulary; targets (M,) or (M, K) integers, weights like
-          targets. Loss a number, or (M,) with reduction "none"
-Reduction "sum", "mean" (over the weights that count), or "none", which has no gradient. A target equal to ignore_index counts nothing
-Dtypes    x, w, dx, dw bf16 or fp32, the same; targets int64; weights and loss fp32
-Rounding  z and dz are rounded to the dtype of x, between them fp32; dw is summed over chunks in fp32 and rounded once (the reference
-          in bf16 rounds each chunk's share first)
-fp8       with `fp8` (w as `quantise_weight` made it), x and w in e4m3, dz in e5m2, each with one scale, in all three products. dx and
-          dw are summed in fp32; for z the sums stay in the tensor core, whose accumulator for fp8 is narrower on Hopper. x has the
-          scale max |x| / 448, or x_scale; dz that of the largest it can be, sum |weights| max y'. dw counts as the gradient of the
-          unrounded w
-Memory    rows in chunks: one chunk of logits exists, whose gradient takes its place (in fp8: stands beside it). Beyond dx, dw and the
-          inputs forward takes at most EXTRA_BYTES, as long as dw in fp32 leaves room for 128 rows; backward dx once more and dw in fp32
+Shapes    x (M, C); w (V', C), whose first V = vocab_size rows are the vocabulary; targets (M,) or (M, K), weights
+          alike. The loss is a number, or (M,) with reduction "none"
+Reduction "sum", "mean" (over the weights of targets that count), or "none", which has no gradient. A target equal to
+          ignore_index does not count
+Dtypes    x, w, dx, dw bf16 or fp32, all the same; targets int64; weights and loss fp32
+Rounding  z and dz are rounded to the dtype of x, everything between them is fp32. dw is summed over chunks in fp32 and
+          rounded once (the reference in bf16 rounds each chunk's share first)
+fp8       with `fp8`, the copy of w that `quantise_weight` makes, x and w are multiplied in e4m3 and dz in e5m2, each
+          with one scale: that of x is max |x| / 448, or x_scale; that of dz is the largest dz there can be, sum
+          |weights| max y'. dx and dw are summed in fp32; the sums of z stay in the tensor core, whose fp8 accumulator
+          is narrower on Hopper. dw is the gradient of the unrounded w
+Memory    one chunk of rows has logits at a time, and their gradient takes their place (in fp8: lies beside them).
+          Forward takes at most EXTRA_BYTES beyond dx, dw and the inputs, unless dw in fp32 leaves no room for 128 rows;
+          backward takes a second dx and, while it is scaled, one in fp32
 Backward  two scalings; no second-order gradient
-Targets   that are neither ignore_index nor of the vocabulary are an error: the reference raises, in the kernel the loss is NaN
-Limits    1 <= K <= 16; Triton: C a multiple of 16
+Targets   outside the vocabulary, other than ignore_index, are an error: the reference raises, the kernel's loss is NaN
+Limits    1 <= K <= 16; in the kernel C is a multiple of 16
 Bound     arithmetic: `lm_head_loss_cost`
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -36,14 +38,30 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
+from kernels.fp8 import (
+    E4M3,
+    E4M3_MAX,
+    E5M2,
+    E5M2_MAX,
+    TINY_SCALE,
+    Fp8Weight,
+    aligned_empty,
+    amax_scale,
+    check_capability,
+    check_fp8_weight,
+    clamped,
+    empty_fp8,
+    fill_fp8,
+    quantised,
+    transpose,
+)
+from kernels.gemm import for_descriptor, gemm
 from kernels.op import (
     DTYPES,
     Backend,
     Op,
     Problem,
     Shape,
-    UserError,
-    capability,
     check_number,
     check_tensor,
     describe,
@@ -51,21 +69,16 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
-from kernels.tile import allow_descriptors, for_descriptor, has_large_shared_memory, num_programs
+from kernels.tile import launch
 
-FP8_CAPABILITY = (8, 9)
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-E4M3_MAX, E5M2_MAX = torch.finfo(E4M3).max, torch.finfo(E5M2).max
-EXTRA_BYTES = 2**29
+EXTRA_BYTES = 2**29  # memory that forward may take beyond its inputs and results
+SMALL_BYTES = 2**25  # of EXTRA_BYTES, reserved for O(M) and O(V) buffers
 CHUNK_MULTIPLE = 128  # rows: a chunk is made of whole tiles
-SMALL_BYTES = 2**25  # of them for all that grows with rows alone, or columns alone
-REFERENCE_COPIES = 5  # of a chunk in fp32 that the reference has at a time
-CACHED_LOGITS = 2**20  # of a chunk on a CPU: 4 MiB stay in its caches
-ROW_IN_REGISTERS = 16384  # columns
-TILE = 64  # rows and columns that are transposed at a time
+REFERENCE_COPIES = 5  # fp32 copies of a chunk's logits that the reference holds at a time
+CACHED_LOGITS = 2**20  # logits of a chunk on a CPU: 4 MiB stay in its caches
+ROW_IN_REGISTERS = 16384  # columns up to which a program holds a whole row
 MAX_TARGETS = 16
 REDUCTIONS = ("mean", "sum", "none")
-TINY_SCALE = 1e-12  # of something that is zero everywhere
 
 
 class Softcap(NamedTuple):
@@ -81,38 +94,23 @@ class Softcap(NamedTuple):
 
 
 def tanh_cap(cap: float) -> Softcap | None:
-    """c * tanh(z / c) less a constant; None, which is no cap, for 0."""
+    """c * tanh(z / c) up to a constant; None, which is no softcap, for 0."""
     return Softcap(2 * cap, 0.0, cap / 2) if cap else None
 
 
-class Fp8Weight(NamedTuple):
-    """w of (V', C) in e4m3, the same transposed, and their scale: w ~ scale * q."""
-
-    q: Tensor
-    q_t: Tensor
-    scale: Tensor
-
-
-def amax_scale(t: Tensor, limit: float) -> Tensor:
-    """The fp32 number by which t must be divided to fit."""
-    if t.numel() == 0:
-        return torch.ones((), device=t.device)
-    return (torch.linalg.vector_norm(t, ord=math.inf).float() / limit).clamp_min(TINY_SCALE)
-
-
 def chunk_rows(V: int, C: int, bytes_per_logit: int) -> int:
-    """Rows whose logits exist at a time on a GPU, beside dw in fp32."""
+    """Rows of a chunk on a GPU: what EXTRA_BYTES leaves beside dw in fp32."""
     rows = (EXTRA_BYTES - SMALL_BYTES - 4 * V * C) // (bytes_per_logit * V)
     return max(CHUNK_MULTIPLE, rows // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
 
 
 def reference_rows(V: int, C: int, device_type: str) -> int:
-    """The same of the reference, which on a CPU fits its caches."""
+    """Rows of a chunk in the reference: on a CPU, as many as keep its logits in cache."""
     return max(1, CACHED_LOGITS // V) if device_type == "cpu" else chunk_rows(V, C, REFERENCE_COPIES * 4)
 
 
 def reference_bytes(M: int, C: int, V: int, device_type: str) -> int:
-    """Memory that the reference needs in fp32 beyond dx and dw."""
+    """Memory that the reference needs beyond dx and dw."""
     return 4 * V * (REFERENCE_COPIES * min(M, reference_rows(V, C, device_type)) + C)
 
 
@@ -140,24 +138,28 @@ class _Reference(torch.autograd.Function):
         x_scale: Tensor | None,
         need_grad: bool,
     ) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        losses = torch.empty(x.size(0), dtype=wide, device=x.device)
+        acc_dtype = wide(x.dtype)
+        losses = torch.empty(x.size(0), dtype=acc_dtype, device=x.device)
         dx = torch.empty_like(x) if need_grad else None
-        dw = torch.zeros_like(w, dtype=wide) if need_grad else None
-        weights = weights.to(wide)
+        dw = torch.zeros_like(w, dtype=acc_dtype) if need_grad else None
+        weights = weights.to(acc_dtype)
         S = weights.sum(1, keepdim=True)
         head, given = w[:vocab_size], x
-        factor, steepest = scale.to(wide), 1.0
+        factor, steepest = scale.to(acc_dtype), 1.0
         if softcap is not None:
             factor, steepest = factor * (softcap.height / softcap.width), softcap.steepest
-        if q is not None:  # numbers of fp8 are multiplied in fp32, as they are, and the products scaled
-            head = q[:vocab_size].to(wide)
+        z_scale = dx_scale = dw_scale = g_scale = scale  # of the products in fp8
+        if (
+            q is not None and w_scale is not None
+        ):  # fp8 numbers are multiplied in fp32, unscaled, and the products scaled
+            head = q[:vocab_size].to(acc_dtype)
             x_scale = amax_scale(x, E4M3_MAX) if x_scale is None else x_scale
-            x = _rounded(x, x_scale, E4M3).to(wide)
+            x = quantised(x, x_scale, E4M3).to(acc_dtype)
             g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * steepest).clamp_min(TINY_SCALE) * scale
-        for chunk in chunks(x.size(0), reference_rows(*w.shape, x.device.type)):
+            z_scale, dx_scale, dw_scale = x_scale * w_scale, g_scale * w_scale, g_scale * x_scale
+        for chunk in chunks(x.size(0), reference_rows(w.size(0), w.size(1), x.device.type)):
             z = x[chunk] @ head.T
-            z = z.to(wide) if q is None else (z * (x_scale * w_scale)).to(given.dtype).to(wide)
+            z = z.to(acc_dtype) if q is None else (z * z_scale).to(given.dtype).to(acc_dtype)
             s = None
             if softcap is not None:
                 z = z.add_(softcap.shift) if softcap.shift else z
@@ -174,9 +176,9 @@ class _Reference(torch.autograd.Function):
                 dz.mul_(s)
                 dz.addcmul_(dz, s, value=-1)
             if q is not None:
-                dz = _rounded(dz, g_scale, E5M2).to(wide)
-                dx[chunk] = (dz @ head) * (g_scale * w_scale)
-                dw[:vocab_size].addmm_(dz.T, x[chunk] * (g_scale * x_scale))
+                dz = quantised(dz, g_scale, E5M2).to(acc_dtype)
+                dx[chunk] = (dz @ head) * dx_scale
+                dw[:vocab_size].addmm_(dz.T, x[chunk] * dw_scale)
                 continue
             dz = dz.to(x.dtype)
             torch.mm(dz, head, out=dx[chunk])
@@ -190,18 +192,13 @@ class _Reference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scaled(*ctx.saved_tensors, grads[0], ctx.dtype), *(None,) * 10
-
-
-def _rounded(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """t / scale in an fp8 type, saturated."""
-    limit = torch.finfo(dtype).max
-    return (t.float() / scale).clamp(-limit, limit).to(dtype)
+        dx, dw = ctx.saved_tensors
+        return *_scaled(dx, dw, grads[0], ctx.dtype), *(None,) * 10
 
 
 def _scaled(dx: Tensor, dw: Tensor, dloss: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both gradients times the upstream one, dw rounded to its dtype on the way."""
-    return dx * dloss.to(dx.dtype), torch.mul(dw, dloss, out=torch.empty_like(dw, dtype=dtype))
+    """Both gradients times the upstream one, which is not rounded: each product is rounded to its dtype once."""
+    return (dx.to(wide(dx.dtype)) * dloss).to(dx.dtype), torch.mul(dw, dloss, out=torch.empty_like(dw, dtype=dtype))
 
 
 Prepared = tuple[Tensor, Tensor, Tensor, Softcap | None, str, int, Tensor | None, Tensor | None, Tensor | None]
@@ -219,7 +216,8 @@ def _prepared(
     fp8: Fp8Weight | None,
     x_scale: Tensor | None,
 ) -> Prepared:
-    """targets and weights (M, K) where what is ignored has target 0 and weight 0, the factor of the reduction, and the rest."""
+    """The arguments in one form: targets and weights (M, K), where an ignored target is 0 with weight 0, the factor of
+    the reduction, and the rest."""
     V = w.size(0) if vocab_size is None else vocab_size
     weights = weights if weights is None or weights.dim() == 2 else weights[:, None]
     targets = targets if targets.dim() == 2 else targets[:, None]
@@ -250,13 +248,14 @@ def lm_head_loss_ref(
     fp8: Fp8Weight | None = None,
     x_scale: Tensor | None = None,
 ) -> Tensor:
-    """Not one expression for autograd, since that would keep the logits: the same chunks, in PyTorch."""
+    """By chunks, as the kernel: one expression for autograd would keep all logits."""
     given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
-    return _Reference.apply(x, w, *given, _needs_gradients(x, w, reduction))
+    loss: Tensor = _Reference.apply(x, w, *given, _needs_gradients(x, w, reduction))
+    return loss
 
 
 def softcapped_logits(x: Tensor, w: Tensor, softcap: Softcap | None, vocab_size: int) -> Tensor:
-    """(..., vocab_size) fp32 capped logits of x (..., C), for inference: around 0 for a cap without shift."""
+    """(..., vocab_size) fp32 softcapped logits of x (..., C), for inference. Without shift they are centred on 0."""
     z = (x @ w.T)[..., :vocab_size].float()
     if softcap is None:
         return z
@@ -267,32 +266,15 @@ def softcapped_logits(x: Tensor, w: Tensor, softcap: Softcap | None, vocab_size:
 
 
 def _row_config(V: int) -> dict[str, int]:
-    """Columns of a tile and warps. Up to ROW_IN_REGISTERS columns a row stays in registers; a longer one is read from memory once,
-    tile by tile, and once more out of the caches (twice as many columns in registers spill with Triton 3.6). Not measured on a GPU
-    yet."""
+    """Columns of a tile and warps. Not measured on a GPU yet.
+
+    Up to ROW_IN_REGISTERS columns a row stays in registers; twice as many spill with Triton 3.6. A longer row is read
+    tile by tile, first from memory and then, for its gradient, from the caches.
+    """
     if V <= ROW_IN_REGISTERS:
         block = max(16, triton.next_power_of_2(V))
         return {"BLOCK": block, "num_warps": min(32, max(1, block // 1024))}
     return {"BLOCK": 4096, "num_warps": 8}
-
-
-def _gemm_config(dtype: torch.dtype, gradient: bool, arch: tuple[int, int]) -> dict[str, int]:
-    """Tiles, warps and stages; smaller tiles where sums leave the tensor core in between, or dw is added to. Of what fits an SM of sm_90 without a spill; not measured on a GPU yet."""
-    if dtype.itemsize == 4:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "SPLIT": 1, "num_warps": 8, "num_stages": 2}
-    k = 128 // dtype.itemsize
-    if not has_large_shared_memory(arch):
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": k, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
-    if gradient or arch == (8, 0):
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": k, "SPLIT": 2, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": k, "SPLIT": 2, "num_warps": 8, "num_stages": 3}
-
-
-@triton.jit
-def _clamped(x, limit):
-    """A NaN stays one."""
-    x = tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
-    return tl.maximum(x, -limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -315,37 +297,42 @@ def _slope(y, height, inv_width, CAP: tl.constexpr):
 def _row_kernel(
     z_ptr, out_ptr, losses_ptr, targets_ptr, weights_ptr, factor_ptr,
     vocab, columns, height, shift, inv_width, limit, stride_z, stride_out,
-    K: tl.constexpr, TARGETS: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, TARGETS: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss of a row, and its gradient times a factor: in the place of the logits, or elsewhere in another type. Columns from
-    vocab on are no part of the softmax and get the gradient 0. Gradients beside those of targets cannot exceed the limit."""
+    """Loss of one row, and its gradient times a factor, over the logits or elsewhere in another dtype.
+
+    Loads are masked by columns, the padded vocabulary: a multiple of 16 where vocab need not be, so they are wide.
+    Columns from vocab on are not part of the softmax; their gradient is 0. Only the gradients of targets are clamped to
+    the limit: the others cannot exceed it.
+    """
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_z
     out_ptr += row * stride_out
     offs = tl.arange(0, BLOCK)
     if WHOLE:
         inside = offs < vocab
-        z = tl.load(z_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + offs, mask=offs < columns, other=0.0).to(tl.float32)
         y = tl.where(inside, _capped(z, height, shift, inv_width, CAP), float("-inf"))
         top = tl.max(y, axis=0)
-        y -= top  # of all that a row is, this alone stays in registers
+        y -= top  # only y - max stays live
         total = tl.sum(tl.exp(y), axis=0)
     else:
         tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
         totals = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, vocab, BLOCK):
-            z = tl.load(z_ptr + start + offs, mask=start + offs < vocab, other=0.0).to(tl.float32)
+            z = tl.load(z_ptr + start + offs, mask=start + offs < columns, other=0.0).to(tl.float32)
             y = tl.where(start + offs < vocab, _capped(z, height, shift, inv_width, CAP), -1e30)
             larger = tl.maximum(tops, y, propagate_nan=tl.PropagateNan.ALL)
             totals = totals * tl.exp(tops - larger) + tl.exp(y - larger)
             tops = larger
         top = tl.max(tops, axis=0)
         total = tl.sum(totals * tl.exp(tops - top), axis=0)
-    rest = tl.log(total)  # of lse = top + rest: that sum would round away what a confident row is about
+    rest = tl.log(total)  # lse = top + rest, kept apart: their sum rounds rest away when the row is confident
     ks = tl.arange(0, TARGETS)
     t = tl.load(targets_ptr + row * K + ks, mask=ks < K, other=0)
     w = tl.load(weights_ptr + row * K + ks, mask=ks < K, other=0.0)
-    known = (t >= 0) & (t < vocab) & (ks < K)  # a target that does not exist makes the loss NaN, and is no address
+    known = (t >= 0) & (t < vocab) & (ks < K)  # others make the loss NaN and are not addressed
     y_t = _capped(tl.load(z_ptr + t, mask=known, other=0.0).to(tl.float32), height, shift, inv_width, CAP)
     y_t = tl.where(known | (ks >= K), y_t, float("nan"))
     tl.store(losses_ptr + row, tl.sum(tl.where(w == 0.0, 0.0, w * (rest - (y_t - top))), axis=0))
@@ -353,130 +340,75 @@ def _row_kernel(
         factor = tl.load(factor_ptr)
         S = tl.sum(w, axis=0)
         if WHOLE:
-            tl.debug_barrier()  # every thread has read the logits of the targets
+            tl.debug_barrier()  # without it a store below overwrites a target's logit before another warp has read it
             g = tl.exp(y - rest) * (S * factor) * _slope(y + top, height, inv_width, CAP)
             g = tl.where(offs < vocab, g, 0.0)
             tl.store(out_ptr + offs, g.to(out_ptr.dtype.element_ty), mask=offs < columns)
         else:
-            tl.debug_barrier()
+            tl.debug_barrier()  # as above
             for start in range(0, columns, BLOCK):
-                z = tl.load(z_ptr + start + offs, mask=start + offs < vocab, other=0.0).to(tl.float32)
+                z = tl.load(z_ptr + start + offs, mask=start + offs < columns, other=0.0).to(tl.float32)
                 y = _capped(z, height, shift, inv_width, CAP)
                 g = tl.exp((y - top) - rest) * (S * factor) * _slope(y, height, inv_width, CAP)
                 g = tl.where(start + offs < vocab, g, 0.0)
                 tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), mask=start + offs < columns)
-        tl.debug_barrier()  # the columns of targets are written after all others
+        tl.debug_barrier()  # without it another warp's store of the same column could land after the target's
         same = tl.where(t[:, None] == t[None, :], w[None, :], 0.0)
         g = (tl.exp((y_t - top) - rest) * S - tl.sum(same, axis=1)) * factor * _slope(y_t, height, inv_width, CAP)
-        g = _clamped(g, limit)
+        g = clamped(g, limit)
         tl.store(out_ptr + t, g.to(out_ptr.dtype.element_ty), mask=known)
 
 
-@triton.jit
-def _finish(acc, m, n, out_desc, alpha, ACCUMULATE: tl.constexpr):
-    acc *= alpha
-    if ACCUMULATE:
-        acc += out_desc.load([m, n])
-    out_desc.store([m, n], acc.to(out_desc.dtype))
+class _Products:
+    """The three products of a chunk in bf16 or fp32. The gradient of the logits takes their place."""
 
+    def __init__(self, w: Tensor) -> None:
+        self.w = w
 
-@triton.jit(do_not_specialize=["M", "K"])
-def _gemm_kernel(
-    a_ptr, b_ptr, out_ptr, alpha_ptr, other_alpha_ptr, M, N, K, stride_a, stride_b, stride_out,
-    TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, SCALED: tl.constexpr, IMPRECISE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """out (M, N) = or += alpha a b^T with a (M, K), b (N, K), or both TRANSPOSED in memory. Programs take tiles in turn. Hopper's
-    tensor cores add fp8 products with fewer bits than fp32 has: after IMPRECISE of them the sum goes on in fp32."""
-    PART: tl.constexpr = BLOCK_N // SPLIT
-    if TRANSPOSED:
-        a_desc = tl.make_tensor_descriptor(a_ptr, [K, M], [stride_a, 1], [BLOCK_K, BLOCK_M])
-        b_desc = tl.make_tensor_descriptor(b_ptr, [K, N], [stride_b, 1], [BLOCK_K, BLOCK_N])
-    else:
-        a_desc = tl.make_tensor_descriptor(a_ptr, [M, K], [stride_a, 1], [BLOCK_M, BLOCK_K])
-        b_desc = tl.make_tensor_descriptor(b_ptr, [N, K], [stride_b, 1], [BLOCK_N, BLOCK_K])
-    out_desc = tl.make_tensor_descriptor(out_ptr, [M, N], [stride_out, 1], [BLOCK_M, PART])
-    alpha = 1.0
-    if SCALED:
-        alpha = tl.load(alpha_ptr) * tl.load(other_alpha_ptr)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=False):
-        m, n = (tile // tiles_n) * BLOCK_M, (tile % tiles_n) * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k in range(0, K, BLOCK_K):
-            if TRANSPOSED:
-                acc = tl.dot(a_desc.load([k, m]).T, b_desc.load([k, n]), acc, input_precision="ieee")
-            else:
-                a, b = a_desc.load([m, k]), b_desc.load([n, k]).T
-                acc = tl.dot(a, b, acc, input_precision="ieee", max_num_imprecise_acc=IMPRECISE)
-        if SPLIT == 2:
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART)), (0, 2, 1)))
-            _finish(left, m, n, out_desc, alpha, ACCUMULATE)
-            _finish(right, m, n + PART, out_desc, alpha, ACCUMULATE)
+    def logits(self, x: Tensor, z: Tensor) -> None:
+        torch.mm(x, self.w.T, out=z)
+
+    def room_for_gradient(self, z: Tensor) -> Tensor:
+        return z
+
+    def add_gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor) -> None:
+        """Fills dx and adds to dw."""
+        torch.mm(dz, self.w, out=dx)
+        if x.dtype == torch.float32:
+            dw.addmm_(dz.T, x)
         else:
-            _finish(acc, m, n, out_desc, alpha, ACCUMULATE)
+            gemm(dz, x, dw, transposed=True, accumulate=True)
 
 
-@triton.jit(do_not_specialize=["R"])
-def _transpose_kernel(
-    x_ptr, q_ptr, q_t_ptr, scale_ptr, R, columns_t, C, limit, stride_x, stride_q, stride_t,
-    QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """q_t (C, columns_t) = x (R, C) transposed, and zeros; QUANTISE: both q and q_t hold x / scale in fp8. columns_t is R rounded up
-    to a number that is known to be a multiple of 16, so that stores are wide."""
-    offs_r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    offs_c = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = (offs_r < R)[:, None] & (offs_c < C)[None, :]
-    q = tl.load(x_ptr + offs_r[:, None] * stride_x + offs_c[None, :], mask=inside, other=0.0)
-    if QUANTISE:
-        q = _clamped(q.to(tl.float32) / tl.load(scale_ptr), limit).to(q_ptr.dtype.element_ty)
-        tl.store(q_ptr + offs_r[:, None] * stride_q + offs_c[None, :], q, mask=inside)
-    inside_t = (offs_c < C)[:, None] & (offs_r < columns_t)[None, :]
-    tl.store(q_t_ptr + offs_c[:, None] * stride_t + offs_r[None, :], tl.trans(q), mask=inside_t)
+class _Fp8Products:
+    """The three products of a chunk in fp8: scales of x, w and dz, and room for the operands of `rows` rows."""
 
+    def __init__(
+        self, x: Tensor, w: Fp8Weight, scales: tuple[Tensor, Tensor, Tensor], rows: int, need_grad: bool
+    ) -> None:
+        (C, V), self.w = w.q_t.shape, w
+        self.x_scale, self.w_scale, self.g_scale = scales
+        self.x, self.x_t = x.new_empty(rows, C, dtype=E4M3), aligned_empty(x, C, rows, E4M3)
+        if need_grad:
+            self.dz, self.dz_t = aligned_empty(x, rows, V, E5M2), aligned_empty(x, V, rows, E5M2)
 
-def _gemm(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    alphas: tuple[Tensor, Tensor] | None = None,
-    *,
-    transposed: bool = False,
-    accumulate: bool = False,
-) -> None:
-    """out (M, N) = or += alpha a b^T; a (M, K), b (N, K), or transposed (K, M), (K, N). Rows may have gaps."""
-    M, N = out.shape
-    K = a.size(0) if transposed else a.size(1)
-    gradient = a.dtype == E5M2
-    config = _gemm_config(a.dtype, accumulate or gradient, capability(a.device))
-    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-    allow_descriptors(a.device)
-    _gemm_kernel[(min(num_programs(a.device), tiles),)](
-        a, b, out, *(alphas or (None, None)), M, N, K, a.stride(0), b.stride(0), out.stride(0),
-        TRANSPOSED=transposed, ACCUMULATE=accumulate, SCALED=alphas is not None,
-        IMPRECISE=config["BLOCK_K"] if gradient else None, **config,
-    )  # fmt: skip
+    def logits(self, x: Tensor, z: Tensor) -> None:
+        n = x.size(0)
+        transpose(x, self.x[:n], self.x_t[:, :n], self.x_scale)
+        gemm(self.x[:n], self.w.q, z, (self.x_scale, self.w_scale))
 
+    def room_for_gradient(self, z: Tensor) -> Tensor:
+        return self.dz[: z.size(0)]
 
-def _transpose(x: Tensor, q: Tensor | None, q_t: Tensor, scale: Tensor | None) -> None:
-    R, C = x.shape
-    grid = (triton.cdiv(R, TILE), triton.cdiv(C, TILE))
-    _transpose_kernel[grid](
-        x, q, q_t, scale, R, _up(R), C, E4M3_MAX, x.stride(0), 0 if q is None else q.stride(0), q_t.stride(0),
-        QUANTISE=q is not None, BLOCK=TILE, num_warps=4,
-    )  # fmt: skip
+    def add_gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor) -> None:
+        """Fills dx and adds to dw; x is the chunk that `logits` has quantised."""
+        n = x.size(0)
+        transpose(dz, None, self.dz_t[:, :n], None)
+        gemm(dz, self.w.q_t, dx, (self.g_scale, self.w_scale))
+        gemm(self.dz_t[:, :n], self.x_t[:, :n], dw, (self.g_scale, self.x_scale), accumulate=True)
 
 
 # torch ops
-
-
-def _up(n: int) -> int:
-    """A row of so many elements, of which each next one begins at a multiple of 16 bytes in every dtype."""
-    return -(-n // 16) * 16
-
-
-def _rows_apart(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return like.new_empty(rows, _up(columns), dtype=dtype)[:, :columns]
 
 
 @torch.library.custom_op("redline::lm_head_loss", mutates_args=())
@@ -494,7 +426,7 @@ def _lm_head_loss(
     w_scale: Tensor | None,
     x_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, losses (M,), dx like x and dw like w but fp32 (of no element without need_grad). softcap: three numbers, or none."""
+    """Loss, losses (M,), dx like x and dw like w in fp32, empty without need_grad. softcap: three numbers, or none."""
     (M, C), V = x.shape, w.size(0)
     height, shift, width = softcap or (1.0, 0.0, 1.0)
     x, targets, weights = for_descriptor(x), targets.contiguous(), weights.contiguous()
@@ -502,51 +434,32 @@ def _lm_head_loss(
     dx = x.new_empty((M, C) if need_grad else (0,))
     dw = x.new_zeros((V, C) if need_grad else (0,), dtype=torch.float32)
     factor, limit = scale, torch.finfo(x.dtype).max
-    if q is not None:
-        _needs_fp8(x.device)
+    rows = min(M, chunk_rows(V, C, x.dtype.itemsize + (0 if q is None else E5M2.itemsize + 1)))
+    products: _Products | _Fp8Products = _Products(w)
+    if q is not None and q_t is not None and w_scale is not None:
+        check_capability("lm_head_loss", x.device)
         x_scale = amax_scale(x, E4M3_MAX) if x_scale is None else x_scale
-        # the largest gradient there can be, which no value exceeds
-        g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * (height / (4 * width) if softcap else 1.0)).clamp_min(
-            TINY_SCALE
-        )
+        # the scale of the largest gradient that there can be: none saturates
+        steepest = height / (4 * width) if softcap else 1.0
+        g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * steepest).clamp_min(TINY_SCALE)
         factor, limit = 1 / g_scale, E5M2_MAX
-        g_scale = g_scale * scale
-    rows = min(M, chunk_rows(V, C, x.dtype.itemsize + (0 if q is None else 2)))
-    z_all = _rows_apart(x, rows, V, x.dtype)
-    if q is not None:
-        part_q_all, part_q_t_all = x.new_empty(rows, C, dtype=E4M3), _rows_apart(x, C, rows, E4M3)
-        if need_grad:
-            dz_all, dz_t_all = _rows_apart(x, rows, V, E5M2), _rows_apart(x, V, rows, E5M2)
+        scales = x_scale, w_scale, g_scale * scale
+        products = _Fp8Products(x, Fp8Weight(q, q_t, w_scale), scales, rows, need_grad)
+    z_all = aligned_empty(x, rows, V, x.dtype)
     for chunk in chunks(M, rows):
-        part = x[chunk]
-        n = part.size(0)
-        z = dz = z_all[:n]
-        if q is None:
-            torch.mm(part, w.T, out=z)
-        else:
-            part_q, part_q_t = part_q_all[:n], part_q_t_all[:, :n]
-            _transpose(part, part_q, part_q_t, x_scale)
-            _gemm(part_q, q, z, (x_scale, w_scale))
-            dz = dz_all[:n] if need_grad else z
+        part, z = x[chunk], z_all[: chunk.stop - chunk.start]
+        products.logits(part, z)
+        dz = products.room_for_gradient(z) if need_grad else z
         config = _row_config(V)
-        _row_kernel[(n,)](
-            z, dz, losses[chunk], targets[chunk], weights[chunk], factor, vocab_size, V, height, shift, 1 / width, limit,
-            z.stride(0), dz.stride(0), K=targets.size(1), TARGETS=triton.next_power_of_2(targets.size(1)),
+        launch(
+            _row_kernel, (z.size(0),),
+            z, dz, losses[chunk], targets[chunk], weights[chunk], factor,
+            vocab_size, V, height, shift, 1 / width, limit, z.stride(0), dz.stride(0),
+            K=targets.size(1), TARGETS=triton.next_power_of_2(targets.size(1)),
             CAP=bool(softcap), GRAD=need_grad, WHOLE=config["BLOCK"] >= V, **config,
         )  # fmt: skip
-        if not need_grad:
-            continue
-        if q is not None:
-            dz_t = dz_t_all[:, :n]
-            _transpose(dz, None, dz_t, None)
-            _gemm(dz, q_t, dx[chunk], (g_scale, w_scale))
-            _gemm(dz_t, part_q_t, dw, (g_scale, x_scale), accumulate=True)
-        else:
-            torch.mm(dz, w, out=dx[chunk])
-            if x.dtype == torch.float32:
-                dw.addmm_(dz.T, part)
-            else:
-                _gemm(dz, part, dw, transposed=True, accumulate=True)
+        if need_grad:
+            products.add_gradients(dz, part, dx[chunk], dw)
     return losses.sum() * scale, losses, dx, dw
 
 
@@ -557,7 +470,7 @@ def _(x, w, targets, weights, scale, softcap, vocab_size, need_grad, q, q_t, w_s
     return losses.new_empty(()), losses, dx, dw
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, losses, dx, dw = output
     ctx.mark_non_differentiable(losses, dx, dw)
     ctx.set_materialize_grads(False)
@@ -566,8 +479,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients = (None, None) if dloss is None else _scaled(*ctx.saved_tensors, dloss, ctx.dtype)
-    return *gradients, *(None,) * 10
+    if dloss is None:
+        return (None,) * 12
+    dx, dw = ctx.saved_tensors
+    return *_scaled(dx, dw, dloss, ctx.dtype), *(None,) * 10
 
 
 _lm_head_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -594,39 +509,8 @@ def _lm_head_loss_triton(
     loss, losses, *_ = _lm_head_loss(
         x, w, targets, weights.float(), scale.float(), cap, vocab_size, need_grad, q, q_t, w_scale, x_scale
     )
-    return losses if reduction == "none" else loss
-
-
-def empty_fp8(w: Tensor) -> Fp8Weight:
-    """Room for a copy of w (V, C) in fp8."""
-    q_t = _rows_apart(w, w.size(1), w.size(0), E4M3)
-    return Fp8Weight(w.new_empty(w.shape, dtype=E4M3), q_t, w.new_empty((), dtype=torch.float32))
-
-
-def quantise_weight_ref(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
-    """Fills a copy, as `empty_fp8` makes it, from w."""
-    scale.copy_(amax_scale(w, E4M3_MAX))
-    q.copy_(_rounded(w, scale, E4M3))
-    q_t.copy_(q.T)
-
-
-@torch.library.custom_op("redline::quantise_weight", mutates_args=("q", "q_t", "scale"))
-def _quantise_weight(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
-    scale.copy_(amax_scale(w, E4M3_MAX))
-    _transpose(w, q, q_t, scale)
-
-
-def _quantise_weight_triton(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
-    _needs_fp8(w.device)
-    _quantise_weight(w, q, q_t, scale)
-
-
-def _needs_fp8(device: torch.device) -> None:
-    if (here := capability(device)) < FP8_CAPABILITY:
-        least, here = (".".join(map(str, version)) for version in (FP8_CAPABILITY, here))
-        raise UserError(
-            f"lm_head_loss: fp8 needs a GPU of compute capability {least} or newer, not {here}; leave it out"
-        )
+    result: Tensor = losses if reduction == "none" else loss
+    return result
 
 
 # cost
@@ -635,19 +519,11 @@ def _needs_fp8(device: torch.device) -> None:
 def lm_head_loss_cost(
     shape: tuple[int, int, int], dtype: torch.dtype, form: str = "mean", backward: bool = False
 ) -> tuple[int, int]:
-    """(FLOPs, bytes) of the least: one product forward, three with gradients; x, w, targets, weights read, dx, dw written once; the
-    logits need not exist."""
+    """The least FLOPs and bytes: one product forward, three with gradients; x, w, targets and weights are read and dx
+    and dw written once; the logits need not exist."""
     M, C, V = shape
     tensors = (M + V) * C * dtype.itemsize * (2 if backward else 1)
     return (6 if backward else 2) * M * C * V, tensors + 12 * M
-
-
-def quantise_weight_cost(
-    shape: tuple[int, int], dtype: torch.dtype, form: str = "plain", backward: bool = False
-) -> tuple[int, int]:
-    """(FLOPs, bytes) of the least: w read once for its largest number and once to be rounded, both copies written."""
-    V, C = shape
-    return 3 * V * C, (2 * dtype.itemsize + 2) * V * C
 
 
 # interface
@@ -688,18 +564,10 @@ def _check(
     if x_scale is not None:
         check_number("lm_head_loss", "x_scale", x_scale, (torch.float32,), x.device)
     if fp8 is not None:
-        _check_fp8("lm_head_loss", w, *fp8)
+        check_fp8_weight("lm_head_loss", w, fp8)
     if _needs_gradients(x, w, "sum") and reduction == "none":
         raise ValueError('lm_head_loss: reduction "none" is forward only; use "sum" with weights, or torch.no_grad()')
     return Problem((M, C, V), x.dtype, x.device)
-
-
-def _check_fp8(op: str, w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
-    check_tensor(op, "q of the copy that quantise_weight makes", q, w.shape, (E4M3,), w.device, contiguous=True)
-    check_tensor(op, "q_t of the copy that quantise_weight makes", q_t, w.shape[::-1], (E4M3,), w.device)
-    check_number(op, "the scale of the copy that quantise_weight makes", scale, (torch.float32,), w.device)
-    if q_t.stride(1) != 1 or q_t.stride(0) % 16:
-        raise ValueError(f"{op}: q_t is {describe(q_t)}; expected rows that begin at multiples of 16 bytes (empty_fp8)")
 
 
 def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
@@ -718,7 +586,7 @@ def _fp8_inputs(make: Any, M: int, C: int, V: int) -> dict[str, Any]:
     args = _inputs(make, M, C, V)
     copy = empty_fp8(args["w"].detach())
     if not copy.q.is_meta:
-        quantise_weight_ref(args["w"].detach(), *copy)
+        fill_fp8(args["w"].detach(), copy)
     return args | {"fp8": copy}
 
 
@@ -731,30 +599,4 @@ lm_head_loss = Op(
     check=_check,
     backends={"ref": Backend(lm_head_loss_ref), "triton": Backend(_lm_head_loss_triton, needs_triton, _limits)},
     gradients_in_forward=True,
-)
-
-
-def _check_quantise(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> Problem:
-    if w.dim() != 2 or (w.stride(1) != 1 and w.size(1) > 1) or w.dtype not in (*DTYPES, torch.float64):
-        raise ValueError(f"quantise_weight: w is {describe(w)}; expected (V, C) bfloat16 or float32, the last stride 1")
-    _check_fp8("quantise_weight", w, q, q_t, scale)
-    return Problem(tuple(w.shape), w.dtype, w.device)
-
-
-def _quantise_inputs(make: Any, V: int, C: int) -> dict[str, Any]:
-    w = make(V, C).detach()
-    return {"w": w, **empty_fp8(w)._asdict()}
-
-
-quantise_weight = Op(
-    "quantise_weight",
-    dims=("V", "C"),
-    cases=sizes.cases(lambda size: (size.V, size.C)),
-    forms={"plain": _quantise_inputs},
-    cost=quantise_weight_cost,
-    check=_check_quantise,
-    backends={
-        "ref": Backend(quantise_weight_ref),
-        "triton": Backend(_quantise_weight_triton, needs_triton, takes_dtypes),
-    },
 )

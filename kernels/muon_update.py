@@ -1,31 +1,34 @@
 """Muon's step without the orthogonalisation, on a bank of matrices: `muon_momentum` before it, `muon_apply` after it.
 
-muon_momentum   buf = buf + (1 - momentum) (g - buf),   u = g + momentum (buf - g)       Nesterov          [nanochat 92d63d4]
-                w_i = u_i / max(r_i, 1e-6),  r_i = ||u_i||, row by row                   equilibration     [MuonEq]
+muon_momentum   buf = buf + (1 - momentum) (g - buf),   u = g + momentum (buf - g)    Nesterov [nanochat 92d63d4]
+                w_i = u_i / max(r_i, 1e-6),  r_i = ||u_i||, row by row                equilibration [MuonEq]
                 x = w,  scale = t / (safety t ||w||_F + 1e-6),  t = sqrt(sum r_i^2 / rows):
-                scale x is where Polar Express starts: rows of one length, Frobenius norm just below 1  [arXiv 2505.16932]
-muon_apply      y = x sqrt(min(rows, cols)) / max(||x||_F, 1e-6)                         Muon+
-                v = mean of y^2 over cols if rows >= cols, else over rows,  second = second + (1 - beta2) (v - second)
-                z = y s ||y||_F / max(||y s||_F, 1e-10),  s = max(second, 1e-10)^-1/2    NorMuon           [arXiv 2510.05491]
-                p = p - lr' weight_decay p [z p >= 0] - lr' z,  lr' = lr sqrt(max(1, rows / cols))  cautious decay
+                Polar Express starts at scale x, whose rows have one length and whose Frobenius norm is just below 1
+muon_apply      y = x sqrt(min(rows, cols)) / max(||x||_F, 1e-6)                      Muon+
+                v = mean of y^2 over cols if rows >= cols, else over rows,
+                second = second + (1 - beta2) (v - second),  s = max(second, 1e-10)^-1/2
+                z = y s ||y||_F / max(||y s||_F, 1e-10)                               NorMuon [arXiv 2510.05491]
+                p = p - lr' weight_decay p [z p >= 0] - lr' z                         cautious decay
+                lr' = lr sqrt(max(1, rows / cols))
 
-Shapes      g, buf, x, p, low (K, R, C) as stored. Muon's (rows, cols) are (R, C), or (C, R) if transposed: the MLP's second
-            matrix lies (4C, C) in memory. scale (K,); second in Muon's orientation, (K, rows, 1) if rows >= cols else
-            (K, 1, cols); hyper (3,): lr, weight_decay, momentum, on the device, so that a step neither compiles again nor waits
-Dtypes      g bf16 or fp32; buf, scale, second, hyper fp32; x bf16 or fp32; p fp32, or bf16 with low (int16), which together
-            hold an fp32 master
-Rounding    everything in fp32; x is rounded once, transposed once more (u is, before its columns' norms are known). A master
-            is not rounded: p is the bf16 number nearest to it, ties away from zero, low the difference of the bit patterns
+Shapes      g, buf, x, p, low (K, R, C) as stored. Muon's (rows, cols) are (R, C), or (C, R) if transposed: the second
+            matrix of the MLP lies (4C, C) in memory. scale (K,); second (K, rows, 1) if rows >= cols, else (K, 1,
+            cols); hyper (3,): lr, weight_decay, momentum, on the device, so that no step recompiles or waits
+Dtypes      g bf16 or fp32; buf, scale, second, hyper fp32; x bf16 or fp32; p fp32, or bf16 with low (int16), which
+            together hold an fp32 master
+Rounding    arithmetic in fp32. x is rounded once, or twice if transposed: u is stored before its column norms are
+            known. A master is not rounded: kernels/master.py
 In place    buf; p, second, low. x and scale are new
 Backward    none
-Sums        in parts of fixed order, no atomics: bitwise repeatable
-Limits      K <= 65535, 1 <= R, C <= 16384. Elements of a row lie side by side, rows and matrices any stride apart (but for second)
-Bound       memory: `muon_momentum_cost`, `muon_apply_cost`. Bytes an element moved, with g in fp32 and x in bf16:
-            momentum 14, transposed 18 (u is written, read, and written again as w); apply 12 (x is read twice)
+Sums        partial sums are added in a fixed order, without atomics: bitwise repeatable
+Limits      in the kernels K <= 65535 and 1 <= R, C <= 16384. Elements of a row are adjacent; rows and matrices may be
+            any stride apart, except for second
+Bound       memory: `muon_momentum_cost`, `muon_apply_cost`. Bytes moved per element, with g in fp32 and x in bf16:
+            momentum 14, transposed 18 (u is written, read, and written again as w), apply 12 (x is read twice)
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
+from kernels.master import join_master, join_tile, split_master, split_tile
 from kernels.op import (
     DTYPES,
     Backend,
@@ -46,7 +50,7 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
-from kernels.tile import SAFETY, join_master, split_master
+from kernels.tile import SAFETY, launch
 
 BETA2 = 0.9  # nanochat 92d63d4, optim.py
 MAX_SIDE = 16384
@@ -54,7 +58,7 @@ MAX_MATRICES = 65535  # of the third dimension of a grid
 
 
 class MuonMomentum(NamedTuple):
-    """What muon_momentum returns: scale[k] * x[k] is where the orthogonalisation starts."""
+    """What muon_momentum returns. The orthogonalisation starts at scale[k] * x[k]."""
 
     x: Tensor
     scale: Tensor
@@ -97,7 +101,7 @@ def muon_apply_ref(
     wide = second.dtype
     master = p.to(wide)
     if low is not None:
-        master = ((p.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+        master = join_master(p, low)
     y = (x.mT if transposed else x).to(wide)
     rows, cols = y.shape[-2:]
     lr, weight_decay, _ = hyper.to(wide).unbind()
@@ -112,10 +116,9 @@ def muon_apply_ref(
     if low is None:
         p.copy_(master)
     else:
-        bits = master.view(torch.int32)
-        high = (bits + 0x8000) >> 16
-        p.copy_(high.to(torch.int16).view(torch.bfloat16))
-        low.copy_(bits - (high << 16))
+        high, rest = split_master(master)
+        p.copy_(high)
+        low.copy_(rest)
 
 
 # Triton
@@ -138,7 +141,7 @@ def _config(C: int, work: str, dtype: torch.dtype, arch: tuple[int, int]) -> dic
 
 @triton.jit
 def _tile(R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Where this program's tile lies: matrix, block of rows, rows, columns, and which of them exist."""
+    """This program's tile: matrix, block of rows, rows, columns, and the masks of those that exist."""
     block_c, block_r, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_r = block_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_c = block_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -174,7 +177,7 @@ def _muon_momentum_kernel(
 
 @triton.jit
 def _muon_columns_kernel(x_ptr, squares_ptr, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """u to w in place, where Muon's rows are columns."""
+    """Divides u by its column norms, in place, where Muon's rows are columns."""
     k, _, offs_r, offs_c, mask_r, mask_c = _tile(R, C, BLOCK_R, BLOCK_C)
     mask = mask_r[:, None] & mask_c[None, :]
     x_ptrs = x_ptr + (k * R + offs_r[:, None]) * C + offs_c[None, :]
@@ -186,7 +189,7 @@ def _muon_columns_kernel(x_ptr, squares_ptr, R, C, BLOCK_R: tl.constexpr, BLOCK_
 
 @triton.jit
 def _muon_scale_kernel(squares_ptr, scale_ptr, n, rows, safety, BLOCK: tl.constexpr):
-    """scale of one matrix, from r^2 of its n rows (rows is n as a float). A row of w has length 1, or r / 1e-6 if that is less."""
+    """scale of one matrix, from r^2 of its n rows (rows is n as a float). Rows of w have length min(1, r / 1e-6)."""
     k = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     squares = tl.load(squares_ptr + k * n + offs, mask=offs < n, other=0.0)
@@ -214,7 +217,7 @@ def _muon_squares_kernel(
 
 @triton.jit
 def _muon_sum_kernel(parts_ptr, sums_ptr, n_parts, n, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Parts (K, n_parts, n) to sums (K, n), each program some columns of one matrix, in a fixed order."""
+    """Adds parts (K, n_parts, n) to sums (K, n) in a fixed order; a program takes some columns of one matrix."""
     k = tl.program_id(1).to(tl.int64)
     offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -228,7 +231,7 @@ def _muon_sum_kernel(parts_ptr, sums_ptr, n_parts, n, BLOCK_P: tl.constexpr, BLO
 
 @triton.jit
 def _muon_factor_kernel(sums_ptr, second_ptr, factor_ptr, n, n_other, root, beta2, BLOCK: tl.constexpr):
-    """second and z / x of one matrix, from sums of x^2 over the n_other numbers of each; root is sqrt(min(rows, cols))."""
+    """second and factor = z / x of one matrix, from n sums of n_other squares. root is sqrt(min(rows, cols))."""
     offs = tl.program_id(0).to(tl.int64) * n + tl.arange(0, BLOCK)
     mask = tl.arange(0, BLOCK) < n
     sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)
@@ -263,14 +266,14 @@ def _muon_apply_kernel(
         factor = tl.load(factor_ptr + k * C + offs_c, mask=mask_c, other=0.0)[None, :]
     z = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) * factor
     if MASTER:
-        p = join_master(tl.load(p_ptrs, mask=mask), tl.load(low_ptrs, mask=mask))
+        p = join_tile(tl.load(p_ptrs, mask=mask), tl.load(low_ptrs, mask=mask))
     else:
         p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
     # every fma is explicit: a master's bits must not depend on where the compiler fuses
     p = tl.fma(tl.where(z * p >= 0, -decay, 0.0), p, p)
     p = tl.fma(-lr, z, p)
     if MASTER:
-        high, low = split_master(p)
+        high, low = split_tile(p)
         tl.store(p_ptrs, high, mask=mask)
         tl.store(low_ptrs, low, mask=mask)
     else:
@@ -286,7 +289,7 @@ def _grid(t: Tensor, config: dict[str, int]) -> tuple[int, int, int]:
 
 
 def _parts(t: Tensor, per_row: bool, config: dict[str, int]) -> Tensor:
-    """Room for the sums of squares that tiles of t leave: (K, parts, rows or columns)."""
+    """Room for the partial sums of squares of each tile of t: (K, parts, rows or columns)."""
     K, R, C = t.shape
     shape = (K, 1, R) if per_row else (K, triton.cdiv(R, config["BLOCK_R"]), C)
     return t.new_empty(shape, dtype=torch.float32)
@@ -298,12 +301,12 @@ def _sum(parts: Tensor) -> Tensor:
     if n_parts == 1:
         return parts.view(K, n)
     sums = parts.new_empty(K, n)
-    _muon_sum_kernel[(triton.cdiv(n, 64), K)](parts, sums, n_parts, n, BLOCK_P=32, BLOCK_N=64, num_warps=4)
+    launch(_muon_sum_kernel, (triton.cdiv(n, 64), K), parts, sums, n_parts, n, BLOCK_P=32, BLOCK_N=64, num_warps=4)
     return sums
 
 
 def _vector(n: int) -> dict[str, int]:
-    """For a program with a whole vector in registers."""
+    """Block and warps of a program that holds a whole vector in registers."""
     block = max(16, triton.next_power_of_2(n))
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
 
@@ -318,16 +321,17 @@ def _muon_momentum(
         return x, scale
     config = _config(C, "columns" if transposed else "rows", g.dtype, arch)
     parts = _parts(g, not transposed, config)
-    _muon_momentum_kernel[_grid(g, config)](
+    launch(
+        _muon_momentum_kernel, _grid(g, config),
         g, buf, x, parts, hyper, g.stride(0), g.stride(1), buf.stride(0), buf.stride(1), R, C,
         TRANSPOSED=transposed, **config,
     )  # fmt: skip
     squares = _sum(parts)
     n = squares.size(1)
-    _muon_scale_kernel[(K,)](squares, scale, n, float(n), safety, **_vector(n))
+    launch(_muon_scale_kernel, (K,), squares, scale, n, float(n), safety, **_vector(n))
     if transposed:
         config = _config(C, "map", out_dtype, arch)
-        _muon_columns_kernel[_grid(x, config)](x, squares, R, C, **config)
+        launch(_muon_columns_kernel, _grid(x, config), x, squares, R, C, **config)
     return x, scale
 
 
@@ -344,18 +348,19 @@ def _muon_apply(
     if not K:
         return
     rows, cols = (C, R) if transposed else (R, C)
-    # variances lie along Muon's rows if rows >= cols, else along its columns: along which axis of the storage is that?
+    # second has one number per row of Muon's matrix if rows >= cols, else per column; find that axis in the storage
     per_row = (rows >= cols) != transposed
     config = _config(C, "rows" if per_row else "columns", x.dtype, arch)
     parts = _parts(x, per_row, config)
-    _muon_squares_kernel[_grid(x, config)](x, parts, x.stride(0), x.stride(1), R, C, PER_ROW=per_row, **config)
+    launch(_muon_squares_kernel, _grid(x, config), x, parts, x.stride(0), x.stride(1), R, C, PER_ROW=per_row, **config)
     sums = _sum(parts)
     factor = torch.empty_like(sums)
     n, root = sums.size(1), min(rows, cols) ** 0.5
-    _muon_factor_kernel[(K,)](sums, second, factor, n, float(rows * cols // n), root, beta2, **_vector(n))
+    launch(_muon_factor_kernel, (K,), sums, second, factor, n, float(rows * cols // n), root, beta2, **_vector(n))
     low_strides = (0, 0) if low is None else (low.stride(0), low.stride(1))
     config = _config(C, "map", p.dtype, arch)
-    _muon_apply_kernel[_grid(p, config)](
+    launch(
+        _muon_apply_kernel, _grid(p, config),
         p, low, x, factor, hyper, p.stride(0), p.stride(1), *low_strides, x.stride(0), x.stride(1), R, C,
         max(1.0, rows / cols) ** 0.5, MASTER=low is not None, PER_ROW=per_row, **config,
     )  # fmt: skip
@@ -397,7 +402,7 @@ def _muon_apply_triton(
 def muon_momentum_cost(
     shape: tuple[int, int, int], dtype: torch.dtype, form: str = "rows", backward: bool = False
 ) -> tuple[int, int]:
-    """(FLOPs, bytes) of the least: g (fp32) and buf read, buf and x (of dtype) written once."""
+    """The least FLOPs and bytes: g (fp32) and buf read once, buf and x (of dtype) written once."""
     K, R, C = shape
     return 9 * K * R * C, (12 + dtype.itemsize) * K * R * C
 
@@ -405,7 +410,7 @@ def muon_momentum_cost(
 def muon_apply_cost(
     shape: tuple[int, int, int], dtype: torch.dtype, form: str = "rows", backward: bool = False
 ) -> tuple[int, int]:
-    """(FLOPs, bytes) of the least: x (of dtype) read once, the four bytes of a weight read and written once."""
+    """The least FLOPs and bytes: x (of dtype) read once, the four bytes of a weight read and written once."""
     K, R, C = shape
     return 8 * K * R * C, (8 + dtype.itemsize) * K * R * C
 
@@ -472,13 +477,13 @@ def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
     return None if K <= MAX_MATRICES else f"takes up to {MAX_MATRICES} matrices, not {K}"
 
 
-def _momentum_inputs(make: Callable[..., Tensor], K: int, R: int, C: int, transposed: bool) -> dict:
+def _momentum_inputs(make: Callable[..., Tensor], K: int, R: int, C: int, transposed: bool) -> dict[str, Any]:
     g, buf = (make(K, R, C, dtype=torch.float32).detach() for _ in range(2))
     hyper = g.new_tensor([0.02, 0.1, 0.95])
     return {"g": g, "buf": buf, "hyper": hyper, "transposed": transposed, "out_dtype": make(0).dtype}
 
 
-def _apply_inputs(make: Callable[..., Tensor], K: int, R: int, C: int, transposed: bool) -> dict:
+def _apply_inputs(make: Callable[..., Tensor], K: int, R: int, C: int, transposed: bool) -> dict[str, Any]:
     """In bf16 a weight has low bits."""
     p, x = make(K, R, C).detach(), make(K, R, C).detach()
     rows, cols = (C, R) if transposed else (R, C)

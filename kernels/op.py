@@ -1,7 +1,7 @@
 """What an op is: one computation, the backends that can run it, and the check in front of all of them.
 
-`ref` is PyTorch and runs everywhere. Every other backend is a kernel that names what it needs of a device and which shapes and
-dtypes it takes. Calling an op checks the arguments and runs the backend that `auto` picks for them:
+`ref` is PyTorch and runs everywhere. Every other backend is a kernel that names what it needs of a device and which
+shapes and dtypes it takes. Calling an op checks the arguments and runs the backend that `auto` picks for them:
 
     from kernels.rms_norm import rms_norm
     y = rms_norm(x).y
@@ -133,7 +133,7 @@ class Op:
 
     dims      names of the numbers that make a shape, such as ("M", "N")
     cases     label -> shape, the sizes of the tracks
-    forms     label -> function of (make, *shape) that returns keyword arguments; make(*size, dtype=None) returns a tensor
+    forms     label -> function of (make, *shape) that returns keyword arguments; make(*size, dtype=…) returns a tensor
     cost      function of (shape, dtype, form, backward) that returns the least FLOPs and bytes
     check     function of the op's arguments that raises ValueError where they do not fit together
     backends  by name; `ref` is one of them
@@ -180,8 +180,7 @@ class Op:
         return self.backends[backend].needs(device) or self.backends[backend].limits(shape, dtype)
 
     def pick(self, shape: Shape, dtype: torch.dtype, device: Device) -> tuple[str, str]:
-        """The backend that `auto` means, and the reason: the fastest by the measurements, else Triton, else the first that
-        can run."""
+        """The backend that `auto` means, and why: the fastest as measured, else Triton, else the first that can run."""
         if device.type != "cuda":
             return "ref", "PyTorch, on a CPU"
         obstacles = {name: self.obstacle(name, shape, dtype, device) for name in self.backends if name != "ref"}
@@ -242,7 +241,7 @@ def check_tensor(
     *,
     contiguous: bool = False,
 ) -> None:
-    """ValueError, with what is there and what is expected, unless t has the shape, one of the dtypes, and the device."""
+    """ValueError, with what is there and what is expected, unless t has the shape, a dtype of those, and the device."""
     fits = isinstance(t, Tensor) and t.shape == shape and t.dtype in dtypes and t.device == device
     if not fits or (contiguous and not t.is_contiguous()):
         kinds = " or ".join(dict.fromkeys(map(dtype_name, dtypes)))

@@ -1,10 +1,11 @@
 """Every op of this package."""
 
 from kernels.adam_update import adam_update
-from kernels.lm_head_loss import lm_head_loss, quantise_weight
+from kernels.lm_head_loss import lm_head_loss
 from kernels.muon_update import muon_apply, muon_momentum
 from kernels.op import Op
 from kernels.polar_express import polar_express
+from kernels.quantise_weight import quantise_weight
 from kernels.relu2_mlp import relu2_mlp
 from kernels.rms_norm import rms_norm
 from kernels.rope_qk_norm import rope_qk_norm

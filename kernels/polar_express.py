@@ -1,19 +1,20 @@
 """Muon's orthogonalisation: the nearest semi-orthogonal matrices to a batch, by five odd quintic polynomials.
 
-    X = x / (safety |x|_F + 1e-6);  five times  A = X X^T,  B = b A + c A A,  X = a X + B X     [Amsel 2025, arXiv 2505.16932]
-    tall matrices (rows > cols)                 A = X^T X,  B = b A + c A A,  X = a X + X B
-Singular values s become p(s), p(s) = a s + b s^3 + c s^5 each time; singular vectors stay. Zero stays zero.
+    X = x / (safety |x|_F + 1e-6),  then five times                           [Amsel 2025, arXiv 2505.16932]
+        wide matrices (rows <= cols)    A = X X^T,  B = b A + c A A,  X = a X + B X
+        tall matrices                   A = X^T X,  B = b A + c A A,  X = a X + X B
+Each step maps a singular value s to a s + b s^3 + c s^5 and keeps the singular vectors. Zero stays zero.
 
-Shapes    x (K, rows, cols) -> (K, rows, cols); scale (K,) fp32 instead of 1 / (safety |x|_F + 1e-6), when the caller has it
-Dtypes    bf16 or fp32; A, B and X are kept in that type between products
-Rounding  sums of products in fp32; A, B and X are each rounded once. x is not rescaled in memory: scale^2 enters the first A,
-          scale the first new X
+Shapes    x (K, rows, cols) -> (K, rows, cols); scale (K,) fp32, if given, replaces 1 / (safety |x|_F + 1e-6)
+Dtypes    bf16 or fp32; A, B and X are stored in that dtype between products
+Rounding  products are summed in fp32; A, B and X are each rounded once. x is not rescaled in memory: scale^2 multiplies
+          the first A, scale the first new X
 Kernels   one GEMM, out = alpha left right + beta add, in five uses. A and B are symmetric: only tiles on and below the
-          diagonal are computed, and stored a second time transposed (those on it once). Tall matrices need no copy: the
-          transposes are read by the products
-Limits    any rows and cols of at least 1; where cols, or the shorter side, is no multiple of 16 bytes the batch is copied
-          with zeros around it, which change nothing. x without gaps between rows, else copied
-Bound     arithmetic: `polar_express_cost`, with half of each symmetric product
+          diagonal are computed, and those below it are stored a second time, transposed. The products read transposes
+          in place, so tall matrices need no copy
+Limits    rows and cols are at least 1. Where cols, or the shorter side, is no multiple of 16 bytes, the batch is copied
+          and padded with zeros, which change nothing; an x with gaps between its rows is copied too
+Bound     arithmetic: `polar_express_cost`, which counts half of each symmetric product
 """
 
 from typing import Any
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
+from kernels.gemm import for_descriptor, has_large_shared_memory, launch_persistent, num_programs
 from kernels.op import (
     DTYPES,
     Backend,
@@ -36,10 +38,10 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
-from kernels.tile import SAFETY, allow_descriptors, for_descriptor, has_large_shared_memory, num_programs
+from kernels.tile import SAFETY
 
 COEFFICIENTS = (
-    # five steps, safety 2e-2, cushion 2 [arXiv 2505.16932, computed for these settings; as in nanochat and modded-nanogpt]
+    # five steps, safety 2e-2, cushion 2 [computed by the method of arXiv 2505.16932; as in nanochat and modded-nanogpt]
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -74,8 +76,11 @@ def polar_express_ref(
 
 
 def _config(rows: int, cols: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
-    """Tile sizes, warps and stages for a result of rows x cols. Symmetric results have square tiles. Of those that fit an SM
-    of sm_90 without a spill; small results take small tiles, so that there are enough. Not measured on a GPU yet."""
+    """Tile sizes, warps and stages for a result of rows x cols. Not measured on a GPU yet.
+
+    Tiles are square, as mirroring needs. They fit an SM of sm_90 without spills; small results take small tiles, so
+    that there are enough for all SMs.
+    """
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
     if not has_large_shared_memory(arch):
@@ -100,9 +105,12 @@ def _gemm_kernel(
     ADD: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_POWER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (K, M, N) = scale^SCALE_POWER (alpha left (K, M, L) right (K, L, N) + beta add (K, M, N)), with left and right stored
-    transposed where the flag says so. SYMMETRIC: out is (M = N), tiles above the diagonal are mirrored, not computed."""
-    # sizes one by one: Triton 3.6 knows no constant lists
+    """out (K, M, N) = scale^SCALE_POWER (alpha left (K, M, L) right (K, L, N) + beta add (K, M, N)).
+
+    LEFT_T, RIGHT_T: the operand is stored transposed. SYMMETRIC: M = N, and tiles above the diagonal are mirrored, not
+    computed.
+    """
+    # one constant a size: Triton 3.6 has no constant lists
     left_rows: tl.constexpr = L if LEFT_T else M
     left_cols: tl.constexpr = M if LEFT_T else L
     LEFT_ROWS: tl.constexpr = BLOCK_K if LEFT_T else BLOCK_M
@@ -128,7 +136,7 @@ def _gemm_kernel(
         k = tile // tiles
         t = tile % tiles
         if SYMMETRIC:
-            # the t-th of the lower triangle, row by row: i (i + 1) / 2 <= t; the root is corrected where it was rounded
+            # tile t of the lower triangle, row by row: row i begins at i (i + 1) / 2; the fp32 root may be off by one
             i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
             i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
             i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
@@ -167,18 +175,17 @@ def _gemm(
     scale: Tensor | None = None,
     scale_power: int = 0,
 ) -> Tensor:
-    """scale^scale_power (alpha left right + beta add) for batches of matrices, left and right transposed first if asked."""
+    """scale^scale_power (alpha left right + beta add) for each matrix of a batch; left_t, right_t transpose first."""
     K, M, L = (left.mT if left_t else left).shape
     N = (right.mT if right_t else right).size(2)
     config = _config(M, N, left.dtype, capability(left.device))
     tiles_m, tiles_n = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
     tiles = K * (tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n)
-    programs = min(
-        tiles, num_programs(left.device) * (3 if config["num_warps"] == 4 else 1)
-    )  # as many as fit at a time
+    # small tiles leave room for three programs on a multiprocessor
+    programs = num_programs(left.device, tiles, per_sm=3 if config["num_warps"] == 4 else 1)
     out = left.new_empty(K, M, N)
-    allow_descriptors(left.device)
-    _gemm_kernel[(programs,)](
+    launch_persistent(
+        _gemm_kernel, programs,
         left, right, add, scale, out, K, alpha, beta,
         M=M, N=N, L=L, LEFT_T=left_t, RIGHT_T=right_t, ADD=add is not None, SYMMETRIC=symmetric,
         SCALE_POWER=scale_power if scale is not None else 0, **config,
@@ -218,12 +225,14 @@ def _polar_express_triton(
     scale = scale.contiguous()
     flat = [float(number) for step in coefficients for number in step]
     unit, (_, rows, cols) = 16 // x.dtype.itemsize, x.shape
-    small = min(rows, cols) % unit  # the side of A; the other is that of x
+    small = min(rows, cols) % unit  # A is square with the shorter side
     if small or cols % unit:
         padded = x.new_zeros(x.size(0), _up(rows, unit), _up(cols, unit))
         padded[:, :rows, :cols] = x
-        return _polar_express(padded, scale, flat)[:, :rows, :cols].contiguous()
-    return _polar_express(x, scale, flat)
+        y: Tensor = _polar_express(padded, scale, flat)
+        return y[:, :rows, :cols].contiguous()
+    y = _polar_express(x, scale, flat)
+    return y
 
 
 def _up(n: int, unit: int) -> int:
@@ -236,7 +245,7 @@ def _up(n: int, unit: int) -> int:
 def polar_express_cost(
     shape: tuple[int, int, int], dtype: torch.dtype, form: str = "plain", backward: bool = False
 ) -> tuple[int, int]:
-    """(FLOPs, bytes) of five steps: each symmetric product counts half. Bytes: x read and written, once each."""
+    """The least FLOPs and bytes of five steps: half of each symmetric product; x is read and written once."""
     K, rows, cols = shape
     n, m = min(rows, cols), max(rows, cols)
     products = n * n * m + n * n * n + 2 * n * n * m  # A (half), A A (half), B X

@@ -3,16 +3,18 @@
     pre = x up^T,   post = relu(pre)^2,   y = post down                       [So et al. 2021, Primer, section 4]
 
 Shapes    x, y (..., C); up, down (F, C), both stored with the channels last. M is the product of the leading sizes of x
-Dtypes    bf16 or fp32, the same for all
-Rounding  sums of products in fp32; ReLU and square in fp32, post is rounded once, y once (its product by torch.mm)
-Backward  dpre = 2 sqrt(post) (dy down^T), since relu(pre) = sqrt(post);  dx = dpre up,  dup = dpre^T x,  ddown = post^T dy
-          The factor is taken from post as it was rounded, with half its relative error. dpre is rounded once
-Saves     x and post: pre never reaches memory, in either direction
-Kernels   one persistent GEMM a b^T whose epilogue squares (forward) or scales by 2 sqrt(post) (backward); the others are
-          torch.mm. Forward can also leave an e4m3 copy of post, its transpose, and one max |post| per program, from the same
-          registers: post ~ post_fp8 * scale (`_relu2_up`; nothing calls for it yet)
-Limits    C and F multiples of 16 bytes (8 in bf16, 4 in fp32; 16 for an fp8 copy, whose transpose wants M a multiple of 16)
-          Where post overflows to inf, so does dx; an infinite dy gives NaN for units that are off
+Dtypes    bf16 or fp32, all the same
+Rounding  products are summed in fp32; ReLU and square in fp32; post is rounded once, y once (by torch.mm)
+Backward  dpre = 2 sqrt(post) (dy down^T), since relu(pre) = sqrt(post);
+          dx = dpre up,  dup = dpre^T x,  ddown = post^T dy.  dpre is rounded once; the root of the rounded post has
+          half its relative error
+Saves     x and post: pre reaches memory in neither direction
+Kernels   one persistent GEMM a b^T whose epilogue squares (forward) or scales by 2 sqrt(post) (backward); the other
+          products are torch.mm. `_relu2_up` also stores post in e4m3 and transposed, post ~ post_fp8 * scale, and one
+          max |post| per program, from the same registers; no op calls it yet
+Limits    in the kernel rows of C and of F elements are multiples of 16 bytes: 8 in bf16, 4 in fp32, 16 for an fp8 copy,
+          which also needs M to be a multiple of 16. Where post overflows to inf, so does dx; an infinite dy gives NaN
+          for units that are off
 Bound     arithmetic: `relu2_mlp_cost`
 """
 
@@ -25,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
+from kernels.fp8 import E4M3, E4M3_MAX
+from kernels.gemm import for_descriptor, halves, has_large_shared_memory, launch_persistent, num_programs, product
 from kernels.op import (
     DTYPES,
     Backend,
@@ -38,11 +42,6 @@ from kernels.op import (
     needs_triton,
     takes_dtypes,
 )
-from kernels.tile import allow_descriptors, for_descriptor, has_large_shared_memory, num_programs
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
-
 
 # reference
 
@@ -55,8 +54,11 @@ def relu2_mlp_ref(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def _config(dtype: torch.dtype, arch: tuple[int, int], copies: bool) -> dict[str, int]:
-    """Tile sizes, warps and stages. Of the configurations that fit an SM of sm_90 without a spill, those with the least work
-    in the epilogue for each product; not measured on a GPU yet. Older GPUs have less shared memory."""
+    """Tile sizes, warps and stages. Not measured on a GPU yet.
+
+    Among the configurations that fit an SM of sm_90 without spills, these have the shortest epilogue for each product.
+    Other GPUs have less shared memory.
+    """
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "SPLIT": 1, "num_warps": 8, "num_stages": 2}
     if not has_large_shared_memory(arch):
@@ -71,7 +73,7 @@ def _epilogue(
     acc, m, n, amax, factor_desc, out_desc, fp8_desc, fp8_t_desc, scale, fp8_max,
     BACKWARD: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
-    """Stores one part of a tile at row m, column n; returns the largest number so far of each row."""
+    """Stores one part of a tile at row m, column n; returns the running maximum of each row."""
     if BACKWARD:
         acc = acc * (2.0 * tl.sqrt(factor_desc.load([m, n]).to(tl.float32)))
     else:
@@ -89,15 +91,18 @@ def _epilogue(
     return amax
 
 
-# the extent of a batch changes from call to call; it decides no address
+# M changes from call to call and enters no address: one kernel for all values of it
 @triton.jit(do_not_specialize=["M"])
 def _relu2_gemm_kernel(
     a_ptr, b_ptr, factor_ptr, out_ptr, fp8_ptr, fp8_t_ptr, scale_ptr, amax_ptr, M, fp8_max,
     N: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr, COPIES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = f(a (M, K) b (N, K)^T). Programs take tiles in turn along a row of tiles: a comes from memory once, b,
-    which all need, out of the L2 cache. A tile goes out in SPLIT parts, so that few registers hold results."""
+    """out (M, N) = f(a (M, K) b (N, K)^T).
+
+    Programs take consecutive tiles of a row of tiles: they share a's rows, and b stays in the L2 cache. A tile is
+    stored in SPLIT parts, which keeps registers free.
+    """
     PART: tl.constexpr = BLOCK_N // SPLIT
     a_desc = tl.make_tensor_descriptor(a_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
     b_desc = tl.make_tensor_descriptor(b_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
@@ -113,11 +118,9 @@ def _relu2_gemm_kernel(
     amax = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=False):
         m, n = (tile // tiles_n) * BLOCK_M, (tile % tiles_n) * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k in range(0, K, BLOCK_K):
-            acc = tl.dot(a_desc.load([m, k]), b_desc.load([n, k]).T, acc, input_precision="ieee")
+        acc = product(a_desc, b_desc, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K)
         if SPLIT == 2:
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART)), (0, 2, 1)))
+            left, right = halves(acc, BLOCK_M, PART)
             amax = _epilogue(
                 left, m, n, amax, factor_desc, out_desc, fp8_desc, fp8_t_desc, scale, fp8_max, BACKWARD, COPIES
             )
@@ -133,22 +136,27 @@ def _relu2_gemm_kernel(
 
 
 def _relu2_gemm(a: Tensor, b: Tensor, factor: Tensor | None, scale: Tensor | None) -> tuple[Tensor, ...]:
-    """relu(a b^T)^2, or with a factor 2 sqrt(factor) (a b^T): (M, N); with a scale also fp8, its transpose, amax (programs,)."""
+    """relu(a b^T)^2, or with a factor 2 sqrt(factor) (a b^T), as (M, N).
+
+    With a scale also its e4m3 copy, the transpose of that copy, and amax (programs,).
+    """
     (M, K), N = a.shape, b.size(0)
-    copies = scale is not None
-    config = _config(a.dtype, capability(a.device), copies)
+    config = _config(a.dtype, capability(a.device), copies=scale is not None)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-    programs = min(num_programs(a.device), tiles)
+    programs = num_programs(a.device, tiles)
     out = a.new_empty(M, N)
-    fp8, fp8_t = ((a.new_empty(shape, dtype=FP8) if copies else None) for shape in ((M, N), (N, M)))
-    amax = a.new_empty(programs, dtype=torch.float32) if copies else None
+    copies = []
+    if scale is not None:
+        copies = [a.new_empty(shape, dtype=E4M3) for shape in ((M, N), (N, M))]
+        copies.append(a.new_empty(programs, dtype=torch.float32))
+    fp8, fp8_t, amax = copies or (None, None, None)
     if tiles:
-        allow_descriptors(a.device)
-        _relu2_gemm_kernel[(programs,)](
-            a, b, factor, out, fp8, fp8_t, scale, amax, M, FP8_MAX,
-            N=N, K=K, BACKWARD=factor is not None, COPIES=copies, **config,
+        launch_persistent(
+            _relu2_gemm_kernel, programs,
+            a, b, factor, out, fp8, fp8_t, scale, amax, M, E4M3_MAX,
+            N=N, K=K, BACKWARD=factor is not None, COPIES=bool(copies), **config,
         )  # fmt: skip
-    return (out, fp8, fp8_t, amax) if copies else (out,)
+    return out, *copies
 
 
 # torch ops
@@ -184,7 +192,7 @@ def _(dy, x, up, down, post):
     return x.new_empty(x.shape), up.new_empty(up.shape), down.new_empty(down.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, up, down = inputs
     _, post = output
     ctx.mark_non_differentiable(post)
@@ -192,22 +200,24 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(x, up, down, post)
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
         return None, None, None
-    return _relu2_mlp_bwd(dy, *ctx.saved_tensors)
+    dx, dup, ddown = _relu2_mlp_bwd(dy, *ctx.saved_tensors)
+    return dx, dup, ddown
 
 
 _relu2_mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _relu2_mlp_triton(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return _relu2_mlp_fwd(x, up, down)[0]
+    y: Tensor = _relu2_mlp_fwd(x, up, down)[0]
+    return y
 
 
-def _relu2_up(x: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """post (M, F) of x (M, C) and up (F, C) with its e4m3 copies for `scale` (one fp32 number): post, fp8 (M, F), fp8 transposed (F, M),
-    amax per program. M and F are multiples of 16."""
+def _relu2_up(x: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """post (M, F) of x (M, C) and up (F, C), with its e4m3 copy for `scale` (one fp32 number), the copy transposed (F,
+    M), and amax per program. M and F are multiples of 16."""
     if x.dim() != 2 or up.dim() != 2 or x.size(1) != up.size(1) or x.size(0) % 16 or up.size(0) % 16:
         raise ValueError(
             f"relu2_mlp: x {describe(x)}, up {describe(up)}; expected (M, C), (F, C), M and F multiples of 16"
@@ -222,7 +232,7 @@ def _relu2_up(x: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Ten
 def relu2_mlp_cost(
     shape: tuple[int, int, int], dtype: torch.dtype, form: str = "plain", backward: bool = False
 ) -> tuple[int, int]:
-    """(FLOPs, bytes): two products forward and four backward; x, weights and y read or written once, post once each time."""
+    """The least FLOPs and bytes: two products forward, four backward; each product reads its operands once."""
     M, C, F_ = shape
     products = 4 if backward else 2
     # forward: x, y, post written and read; backward: dy, x, dx, post read twice, dpre written and read twice

@@ -1,18 +1,19 @@
 """RMSNorm without gain, alone or at the end of a sum of two streams.
 
-    h = a x + b x0                               when x0 is given; a and b are 1 when left out: residual add and norm
+    h = a x + b x0                               when x0 is given; a and b default to 1: residual add and norm
     y = h rstd,  rstd = (mean_N(h^2) + eps)^-1/2                                    [Zhang & Sennrich 2019, eq. 4]
     y_fp8 = e4m3(y (1 / scale)),  amax = max |y| when scale is given; y ~ y_fp8 * scale
 
 Shapes    x, x0, h, y, y_fp8 (..., N); a, b, scale, amax: one element. M is the product of the leading sizes
-Dtypes    x, x0, h, y bf16 or fp32, the same for all; a, b, scale, amax fp32
-Rounding  everything in fp32. h is rounded to its dtype, and y is the norm of that rounded h; y is rounded once; y_fp8 is made
-          of the rounded y and saturates at the largest e4m3 number. amax is inf where y is not a number
+Dtypes    x, x0, h, y bf16 or fp32, all the same; a, b, scale, amax fp32
+Rounding  arithmetic in fp32. h is rounded to its dtype, y is the norm of the rounded h and rounded once; y_fp8 is made
+          from the rounded y and saturates at 448, the largest e4m3 number. amax is inf where y is NaN
 Backward  g = dh + rstd (dy - xhat mean_N(dy xhat)),  xhat = h rstd:
-          dx = a g,  dx0 = b g,  da = sum(g x),  db = sum(g x0); one rounding each; dy is a gradient of y alone, y_fp8 and amax
-          have none. da and db are sums of one partial sum per program in a fixed order: bitwise repeatable, no atomics
-Saves     rstd (4 B a row) and h; with a or b the inputs x and x0 instead, of which h is computed again as it was rounded
-Limits    1 <= N <= 16384. Rows may be any stride apart, elements of a row lie side by side; other strides are copied first
+          dx = a g,  dx0 = b g,  da = sum(g x),  db = sum(g x0), each rounded once; y_fp8 and amax have no gradient.
+          da and db add one partial sum per program in a fixed order: bitwise repeatable, no atomics
+Saves     rstd (4 B a row) and h; with a or b instead the inputs x and x0, from which backward recomputes the rounded h
+Limits    1 <= N <= 16384 in the kernel. Rows may be any stride apart; where the elements of a row are not adjacent, x
+          is copied first
 Bound     memory: `rms_norm_cost`
 """
 
@@ -26,13 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
+from kernels.fp8 import E4M3, E4M3_MAX, check_capability
 from kernels.op import (
     DTYPES,
     Backend,
     Op,
     Problem,
     Shape,
-    UserError,
     capability,
     check_number,
     check_tensor,
@@ -41,11 +42,9 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
+from kernels.tile import launch
 
 EPS = torch.finfo(torch.float32).eps
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
-FP8_CAPABILITY = (8, 9)
 MAX_N = 16384
 
 
@@ -81,9 +80,9 @@ def rms_norm_ref(
     if scale is None:
         return RMSNorm(y, mixed)
     wide_y = y.detach().to(torch.promote_types(y.dtype, torch.float32))
-    y_fp8 = (wide_y * (1 / scale)).clamp(-FP8_MAX, FP8_MAX)
+    y_fp8 = (wide_y * (1 / scale)).clamp(-E4M3_MAX, E4M3_MAX)
     if y.dtype != torch.float64:  # there it is the oracle of the rounded one
-        y_fp8 = y_fp8.to(FP8)
+        y_fp8 = y_fp8.to(E4M3)
     amax = wide_y.abs().nan_to_num(nan=torch.inf).amax() if y.numel() else wide_y.new_zeros(())
     return RMSNorm(y, mixed, y_fp8, amax)
 
@@ -92,8 +91,11 @@ def rms_norm_ref(
 
 
 def _config(N: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
-    """Rows and columns of a program's tile, and warps. Not measured on a GPU yet: up to 1024 columns a warp holds whole rows,
-    so that the reduction needs no barrier, and its lanes have 16-byte loads to keep in flight."""
+    """Rows and columns of a program's tile, and warps. Not measured on a GPU yet.
+
+    Up to 1024 columns a warp holds whole rows, so that the reduction needs no barrier, and each lane has several
+    16-byte loads in flight.
+    """
     block_n = max(16, triton.next_power_of_2(N))
     return {
         "BLOCK_M": max(1, 1024 // block_n),
@@ -104,7 +106,7 @@ def _config(N: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]
 
 @triton.jit
 def _mix(x, x0, a_ptr, b_ptr, HAS_A: tl.constexpr, HAS_B: tl.constexpr):
-    """a x + b x0 in fp32, where a coefficient that is not there is 1. The fma is explicit: backward must round h as forward did."""
+    """a x + b x0 in fp32; a missing coefficient is 1. The fma is explicit: backward must round h as forward did."""
     if HAS_B:
         b = tl.load(b_ptr)
         h = tl.fma(x, tl.load(a_ptr), b * x0) if HAS_A else tl.fma(x0, b, x)
@@ -113,7 +115,7 @@ def _mix(x, x0, a_ptr, b_ptr, HAS_A: tl.constexpr, HAS_B: tl.constexpr):
     return h
 
 
-# one element of a bank of scalars lies anywhere: one kernel for all, not one for each alignment
+# a scalar may be an element of a larger tensor, at any alignment: one kernel for all, not one for each alignment
 @triton.jit(do_not_specialize_on_alignment=["a_ptr", "b_ptr", "scale_ptr"])
 def _rms_norm_fwd_kernel(
     x_ptr, x0_ptr, a_ptr, b_ptr, scale_ptr,
@@ -196,7 +198,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _like(t: Tensor, wanted: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor like t, of another dtype if given; without elements if it is not wanted (a torch op returns no None)."""
+    """An uninitialised tensor like t; an empty one if it is not wanted, since a torch op cannot return None."""
     if not wanted:
         return t.new_empty(0)
     return torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device)
@@ -207,15 +209,18 @@ def _rms_norm_fwd(
     x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, scale: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, h (empty without x0), rstd (M,), y_fp8 (empty without scale), amax."""
+    if scale is not None:
+        check_capability("rms_norm", x.device)
     rows, rows0 = _rows(x), None if x0 is None else _rows(x0)
     (M, N), fp8 = rows.shape, scale is not None
-    y, h, y_fp8 = _like(x, True), _like(x, x0 is not None), _like(x, fp8, FP8)
+    y, h, y_fp8 = _like(x, True), _like(x, x0 is not None), _like(x, fp8, E4M3)
     rstd, row_amax = rows.new_empty(M, dtype=torch.float32), rows.new_empty(M if fp8 else 0, dtype=torch.float32)
     config = _config(N, x.dtype, capability(x.device))
     if M:
-        _rms_norm_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
+        launch(
+            _rms_norm_fwd_kernel, (triton.cdiv(M, config["BLOCK_M"]),),
             rows, rows0, a, b, scale, y, h, rstd, y_fp8, row_amax,
-            rows.stride(0), 0 if rows0 is None else rows0.stride(0), M, eps, FP8_MAX,
+            rows.stride(0), 0 if rows0 is None else rows0.stride(0), M, eps, E4M3_MAX,
             N=N, MIX=x0 is not None, HAS_A=a is not None, HAS_B=b is not None, QUANTISE=fp8, **config,
         )  # fmt: skip
     return y, h, rstd, y_fp8, row_amax.amax() if row_amax.numel() else rstd.new_zeros(())
@@ -225,7 +230,7 @@ def _rms_norm_fwd(
 def _(x, x0, a, b, scale, eps):
     fp8 = scale is not None
     rstd = x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
-    return _like(x, True), _like(x, x0 is not None), rstd, _like(x, fp8, FP8), x.new_empty((), dtype=torch.float32)
+    return _like(x, True), _like(x, x0 is not None), rstd, _like(x, fp8, E4M3), x.new_empty((), dtype=torch.float32)
 
 
 @torch.library.custom_op("redline::rms_norm_bwd", mutates_args=())
@@ -240,7 +245,8 @@ def _rms_norm_bwd(
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dx0 (empty without a and b: it is dx), da, db (fp32, one element; empty without a, b). h, or x and x0."""
-    like = h if x is None else x
+    like = x if x is not None else h
+    assert like is not None, "backward needs h, or x and x0"
     dy_rows = _rows(dy)
     dh_rows, h_rows, x_rows, x0_rows = (None if t is None else _rows(t) for t in (dh, h, x, x0))
     M, N = dy_rows.shape
@@ -254,13 +260,14 @@ def _rms_norm_bwd(
         return 0 if rows is None else rows.stride(0)
 
     if M:
-        _rms_norm_bwd_kernel[(programs,)](
+        launch(
+            _rms_norm_bwd_kernel, (programs,),
             dy_rows, dh_rows, h_rows, x_rows, x0_rows, a, b, rstd,
             dx, dx0, da, db,
             stride(dy_rows), stride(dh_rows), stride(h_rows), stride(x_rows), stride(x0_rows), M,
             N=N, HAS_DH=dh is not None, HAS_A=a is not None, HAS_B=b is not None, **config,
         )  # fmt: skip
-    return dx, dx0, *(partial if t is None else partial.sum() for partial, t in ((da, a), (db, b)))
+    return dx, dx0, da if a is None else da.sum(), db if b is None else db.sum()
 
 
 @_rms_norm_bwd.register_fake
@@ -269,7 +276,7 @@ def _(dy, dh, h, x, x0, a, b, rstd):
     return _like(like, True), _like(like, x is not None), *(rstd.new_empty((0,) if t is None else ()) for t in (a, b))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, x0, a, b, _, _ = inputs
     _, h, rstd, y_fp8, amax = output
     ctx.mark_non_differentiable(rstd, y_fp8, amax)
@@ -281,7 +288,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(h if ctx.mixed else x, None, None, None, None, rstd)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple:
+def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     h, x, x0, a, b, rstd = ctx.saved_tensors
     like = h if x is None else x
     dy = torch.zeros_like(like) if dy is None else dy
@@ -303,11 +310,6 @@ def _rms_norm_triton(
     scale: Tensor | None = None,
     eps: float = EPS,
 ) -> RMSNorm:
-    if scale is not None and capability(x.device) < FP8_CAPABILITY:
-        least, here = (".".join(map(str, version)) for version in (FP8_CAPABILITY, capability(x.device)))
-        raise UserError(
-            f"rms_norm: a copy in fp8 needs a GPU of compute capability {least} or newer, not {here}; leave scale out"
-        )
     y, h, _, y_fp8, amax = _rms_norm_fwd(x, x0, a, b, scale, eps)
     fp8 = (None, None) if scale is None else (y_fp8, amax)
     return RMSNorm(y, None if x0 is None else h, *fp8)
@@ -319,7 +321,7 @@ def _rms_norm_triton(
 def rms_norm_cost(
     shape: tuple[int, int], dtype: torch.dtype, form: str = "plain", backward: bool = False
 ) -> tuple[int, int]:
-    """(FLOPs, bytes) of the least that forward or backward of a form can do: each tensor of (M, N) read or written once."""
+    """The least FLOPs and bytes of forward or backward: each (M, N) tensor of the form is read or written once."""
     M, N = shape
     # tensors: x | x x0 -> h y;  backward: dy h -> dx | dy dh h -> dx (x0 has the same) | dy dh x x0 -> dx dx0
     tensors = {"plain": (2, 3), "add": (4, 4), "mix": (4, 6), "mix_fp8": (4, 6)}[form][backward]

@@ -1,21 +1,23 @@
-"""From the packed projection to q, k and v as attention takes them: rotary positions, norm per head, scale, value embeddings.
+"""Splits the packed projection into q, k and v: rotary positions, norm per head, scale, value embeddings, in one pass.
 
-For each token and each head of q and k, with halves z1, z2 of its D channels:
-    r1 = z1 cos + z2 sin,  r2 = z2 cos - z1 sin               rotation by minus the position's angle [Su et al. 2021, eq. 34]
-    out = scale * r rstd,  rstd = (mean_D(r^2) + eps)^-1/2    QK-norm after the rotation [nanochat 92d63d4, gpt.py]
-For each token and head of v:  out = v + gate ve
+Each head of q and k, with z1 and z2 the two halves of its D channels:
+    r1 = z1 cos + z2 sin,  r2 = z2 cos - z1 sin             rotation by minus the position's angle [Su et al. 2021, eq.
+    34] out = scale * r rstd,  rstd = (mean_D(r^2) + eps)^-1/2  QK-norm after the rotation [nanochat 92d63d4, gpt.py]
+Each head of v:  out = v + gate ve
 
-Shapes    qkv (B, T, (H + 2G) D): H heads of q, then G of k, then G of v; cos, sin (T, D/2), or (B, T, D/2) where rows have
-          positions of their own; gate (B, T, G), ve (B, T, G, D) -> q (B, T, H, D), k and v (B, T, G, D) without gaps
-Dtypes    qkv, gate, ve and the results bf16 or fp32, the same for all; cos, sin fp32
+Shapes    qkv (B, T, (H + 2G) D): H heads of q, then G of k, then G of v; cos, sin (T, D/2), or (B, T, D/2) where each
+          row has its own positions; gate (B, T, G), ve (B, T, G, D) -> q (B, T, H, D), k and v (B, T, G, D), contiguous
+Dtypes    qkv, gate, ve and the results bf16 or fp32, all the same; cos, sin fp32
 Switches  without cos and sin no rotation; norm=False neither norm nor scale; without gate and ve v is copied
-Rounding  everything in fp32, each result rounded once
-Backward  with x = q / scale (normalised r) and g = scale dq: dr = rstd (g - x mean_D(g x)), rotated back; the same for k
-          dv goes to its place in dqkv; cos and sin have no gradient;  dgate = sum_D(dv ve),  dve = gate dv. dqkv is written once, whole
-Saves     q and k, which attention keeps anyway, and rstd (4 B per head and token): not the projection; gate and ve
-          The gradient is orthogonal to x, which q gives as rounded: against keeping the projection that costs 20 % of
-          error at D = 8, 9 % at 16, 1 % at 128 (bf16), and more below
-Limits    D even, 8 to 256; H + G at most 128; the elements of a head lie side by side, other gaps may be any
+Rounding  arithmetic in fp32, each result rounded once
+Backward  with x = q / scale (the normalised r) and g = scale dq:  dr = rstd (g - x mean_D(g x)), rotated back; k alike.
+          dgate = sum_D(dv ve),  dve = gate dv;  dv goes to its place in dqkv, which is written once, whole; cos and sin
+          have no gradient
+Saves     q and k, which attention keeps anyway, rstd (4 B per head and token), gate and ve; not the projection.
+          Backward recovers x from rounded q; against saving the projection this adds 20 % gradient error at D = 8, 9 %
+          at 16, 1 % at 128 (bf16), because the gradient is orthogonal to x
+Limits    in the kernel D is even, 8 to 256, and H + G at most 128. The channels of a head are adjacent, other strides
+          free
 Bound     memory: `rope_qk_norm_cost`
 """
 
@@ -42,6 +44,7 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
+from kernels.tile import launch
 
 EPS = torch.finfo(torch.float32).eps
 MIN_HEAD, MAX_HEAD = 8, 256
@@ -92,8 +95,10 @@ def rope_qk_norm_ref(
 
 
 def _config(heads: int, d_head: int, arch: tuple[int, int]) -> dict[str, int]:
-    """Tile of one program, which takes one token with all its heads: the angles are read once for all of them. Not measured
-    on a GPU yet: warps such that a thread holds 16 numbers of each half."""
+    """Tile and warps of a program, which takes one token with all its heads, so that the angles are read once.
+
+    Not measured on a GPU yet: as many warps as give a thread 16 numbers of each half.
+    """
     block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(d_head // 2)
     return {"BLOCK_H": block_h, "BLOCK_D": block_d, "num_warps": min(8, max(1, block_h * block_d // 512))}
 
@@ -167,8 +172,9 @@ def _rope_qk_norm_fwd_kernel(
 def _rope_qk_norm_bwd_kernel(
     dq_ptr, dk_ptr, dv_ptr, q_ptr, k_ptr, rstd_ptr, cos_ptr, sin_ptr, gate_ptr, ve_ptr,
     dqkv_ptr, dgate_ptr, dve_ptr,
-    T, stride_dq_b, stride_dq_t, stride_dq_h, stride_dk_b, stride_dk_t, stride_dk_h, stride_dv_b, stride_dv_t, stride_dv_h,
-    stride_cos_b, stride_cos_t, stride_sin_b, stride_sin_t, stride_gate_b, stride_gate_t, stride_gate_h, stride_ve_b, stride_ve_t, stride_ve_h, scale,
+    T, stride_dq_b, stride_dq_t, stride_dq_h, stride_dk_b, stride_dk_t, stride_dk_h,
+    stride_dv_b, stride_dv_t, stride_dv_h, stride_cos_b, stride_cos_t, stride_sin_b, stride_sin_t,
+    stride_gate_b, stride_gate_t, stride_gate_h, stride_ve_b, stride_ve_t, stride_ve_h, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, VE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +192,7 @@ def _rope_qk_norm_bwd_kernel(
     offs_dk = b * stride_dk_b + t * stride_dk_t + (wide_h - H) * stride_dk_h + offs_d[None, :]
     dq1, dq2 = _two_halves(dq_ptr, offs_dq, HALF, is_q)
     dk1, dk2 = _two_halves(dk_ptr, offs_dk, HALF, is_k)
-    g1, g2 = dq1 + dk1, dq2 + dk2  # of each pair one is 0
+    g1, g2 = dq1 + dk1, dq2 + dk2  # a head is of q or of k: the masked load of the other gave 0
     if NORM:
         q1, q2 = _two_halves(q_ptr, token * (H * D) + offs, HALF, is_q)
         k1, k2 = _two_halves(k_ptr, token * (G * D) + offs - H * D, HALF, is_k)
@@ -228,17 +234,17 @@ def _rope_qk_norm_bwd_kernel(
 
 
 def _dense_last(t: Tensor) -> Tensor:
-    """t with the elements of a head side by side; a copy only where they are not."""
+    """t with the elements of a head adjacent; a copy only where they are not."""
     return t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()
 
 
 def _strides(t: Tensor | None, count: int) -> tuple[int, ...]:
-    """Strides of the first `count` sizes; zeros for a tensor that is not there."""
+    """Strides of the first `count` sizes; zeros for a missing tensor."""
     return t.stride()[:count] if t is not None else (0,) * count
 
 
 def _batched(table: Tensor | None, batch: int) -> Tensor | None:
-    """cos or sin as (B, T, D/2), without copying one that all rows share."""
+    """cos or sin as (B, T, D/2), without copying a table that all rows share."""
     if table is None:
         return None
     return _dense_last(table).expand(batch, *table.shape[-2:])
@@ -257,7 +263,7 @@ def _rope_qk_norm_fwd(
     norm: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, rstd (B T, H + G) fp32 (without elements if norm is off)."""
+    """q, k, v, rstd (B T, H + G) fp32 (empty if norm is off)."""
     B, T, width = qkv.shape
     D = width // (heads + 2 * kv_heads)
     qkv, cos, sin = _dense_last(qkv), _batched(cos, B), _batched(sin, B)
@@ -266,9 +272,11 @@ def _rope_qk_norm_fwd(
     k, v = (qkv.new_empty(B, T, kv_heads, D) for _ in range(2))
     rstd = qkv.new_empty((B * T, heads + kv_heads) if norm else (0,), dtype=torch.float32)
     if B * T:
-        _rope_qk_norm_fwd_kernel[(B * T,)](
+        launch(
+            _rope_qk_norm_fwd_kernel, (B * T,),
             qkv, cos, sin, gate, ve, q, k, v, rstd,
-            T, *_strides(qkv, 2), *_strides(cos, 2), *_strides(sin, 2), *_strides(gate, 3), *_strides(ve, 3), scale, eps,
+            T, *_strides(qkv, 2), *_strides(cos, 2), *_strides(sin, 2), *_strides(gate, 3), *_strides(ve, 3),
+            scale, eps,
             H=heads, G=kv_heads, D=D, ROPE=cos is not None, NORM=norm, VE=ve is not None,
             **_config(heads + kv_heads, D, capability(qkv.device)),
         )  # fmt: skip
@@ -299,7 +307,7 @@ def _rope_qk_norm_bwd(
     scale: float,
     norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dqkv, dgate, dve (the last two without elements if there is no ve)."""
+    """dqkv, dgate, dve (the last two empty without ve)."""
     B, T, heads, D = q.shape
     kv_heads = k.size(2)
     dq, dk, dv, cos, sin = _dense_last(dq), _dense_last(dk), _dense_last(dv), _batched(cos, B), _batched(sin, B)
@@ -307,7 +315,8 @@ def _rope_qk_norm_bwd(
     dqkv = q.new_empty(B, T, (heads + 2 * kv_heads) * D)
     dgate, dve = (q.new_empty(t.shape if t is not None else (0,)) for t in (gate, ve))
     if B * T:
-        _rope_qk_norm_bwd_kernel[(B * T,)](
+        launch(
+            _rope_qk_norm_bwd_kernel, (B * T,),
             dq, dk, dv, q, k, rstd, cos, sin, gate, ve,
             dqkv, dgate, dve,
             T, *_strides(dq, 3), *_strides(dk, 3), *_strides(dv, 3),
@@ -325,7 +334,7 @@ def _(dq, dk, dv, q, k, rstd, cos, sin, gate, ve, scale, norm):
     return q.new_empty(B, T, (heads + 2 * k.size(2)) * D), dgate, dve
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, cos, sin, gate, ve, _, _, ctx.scale, ctx.norm, _ = inputs
     q, k, _, rstd = output
     ctx.mark_non_differentiable(rstd)
@@ -333,7 +342,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(q, k, rstd, cos, sin, gate, ve)
 
 
-def _backward(ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, _: Any) -> tuple:
+def _backward(ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     q, k, rstd, cos, sin, gate, ve = ctx.saved_tensors
     dq, dk, dv = (torch.zeros_like(like) if t is None else t for t, like in ((dq, q), (dk, k), (dv, k)))
     dqkv, dgate, dve = _rope_qk_norm_bwd(dq, dk, dv, q, k, rstd, cos, sin, gate, ve, ctx.scale, ctx.norm)
@@ -367,8 +376,9 @@ def _rope_qk_norm_triton(
 def rope_qk_norm_cost(
     shape: tuple[int, int, int, int, int], dtype: torch.dtype, form: str = "plain", backward: bool = False
 ) -> tuple[int, int]:
-    """(FLOPs, bytes) of the least: forward reads the projection and writes q, k, v; backward reads their gradients, q and k, and
-    writes that of the projection; ve is read each time, its gradient written. The angles stay in the caches."""
+    """The least FLOPs and bytes. Forward reads the projection and writes q, k and v; backward reads their gradients, q
+    and k and writes the projection's gradient. ve is read in both, its gradient written; the angles stay in the
+    caches."""
     B, T, H, G, D = shape
     packed, values = (H + 2 * G) * D, G * D
     elements = 2 * packed + (H + G) * D * backward

@@ -1,4 +1,4 @@
-"""The sizes of the tracks' models, from which each op derives the shapes that it is compiled, tested and measured at."""
+"""The sizes of the tracks' models, from which each op derives the shapes that it is compiled and measured at."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ BANK_LAYERS = 4  # layers whose matrices share a bank
 
 
 def _gpt2(depth: int, rows: int) -> Size:
-    """nanochat's model of that depth, with the largest batch that it trains with on 80 GB [facts of nanochat 92d63d4]."""
+    """nanochat's model of that depth, with its rows per forward pass on an 80 GB H100 [nanochat 92d63d4]."""
     D, width = 128, 64 * depth
     C = -(-width // D) * D
     return Size(B=rows, T=2048, C=C, H=C // D, G=C // D, D=D, F=4 * C, V=32768, L=depth)
@@ -53,7 +53,7 @@ def cases(shape: Callable[[Size], tuple[int, ...]]) -> dict[str, tuple[int, ...]
 
 
 def muon_cases() -> dict[str, tuple[int, int, int]]:
-    """Label -> (matrices, rows, columns) of the banks that Muon updates: q, k and v of an attention layer, and the MLP's."""
+    """Label -> (matrices, rows, columns) of the banks that Muon updates: q, k and v of attention, and the MLP's."""
     first = SIZES["quickstart"]
     found = {"quickstart": (first.bank(3), first.C, first.C)}
     for label, size in SIZES.items():

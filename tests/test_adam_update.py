@@ -1,4 +1,5 @@
-"""adam_update: the law in every mix of dtypes, against torch.optim.AdamW, masters bit for bit, what is refused, and mutations."""
+"""adam_update: the law in every mix of dtypes, against torch.optim.AdamW, masters bit for bit, what is refused, and
+mutations."""
 
 import dataclasses
 from typing import NamedTuple
@@ -12,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels.adam_update as module
-from core.optim import join_master, split_master
-from kernels import tile
 from kernels.adam_update import ADAM_EPS, adam_hyper, adam_update, adam_update_cost
+from kernels.master import join_master, join_tile, split_master, split_tile
 from kernels.op import Backend, Op
 from tests.harness import DEVICE, Failed, check_op, guarded, kept, mutant, randn, unharmed
 
@@ -137,7 +137,8 @@ def test_is_the_adamw_of_torch_in_float64(betas, backend):
 
 @pytest.mark.parametrize("backend", adam_update.backends)
 def test_a_master_is_the_fp32_run_bit_for_bit(backend):
-    """Sixty steps on weights of all sizes and signs: the two halves stay the fp32 weight, and its nearest bf16 number."""
+    """Sixty steps on weights of all sizes and signs: the two halves stay the fp32 weight, and its nearest bf16
+    number."""
     update = adam_update.backends[backend]
     p = torch.randn(2000, device=DEVICE) * 2.0 ** torch.arange(-20, 20, device=DEVICE).repeat(50)
     high, low = split_master(p)
@@ -157,10 +158,10 @@ def test_a_master_is_the_fp32_run_bit_for_bit(backend):
 def _there_and_back(x_ptr, high_ptr, low_ptr, y_ptr, n, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
-    high, low = tile.split_master(tl.load(x_ptr + offs, mask=mask))
+    high, low = split_tile(tl.load(x_ptr + offs, mask=mask))
     tl.store(high_ptr + offs, high, mask=mask)
     tl.store(low_ptr + offs, low, mask=mask)
-    tl.store(y_ptr + offs, tile.join_master(high, low), mask=mask)
+    tl.store(y_ptr + offs, join_tile(high, low), mask=mask)
 
 
 def there_and_back(bits):
@@ -246,28 +247,32 @@ def test_cost():
     assert adam_update_cost((10,), torch.bfloat16, "master")[1] == 280
 
 
-TO_EVEN = """from kernels.tile import join_master
+TO_EVEN = """from kernels.master import join_master, join_tile, split_master
 
 @triton.jit
-def split_master(x):
+def split_tile(x):
     high = x.to(tl.bfloat16)
     bits = high.to(tl.int16, bitcast=True).to(tl.int32) << 16
     return high, (x.to(tl.int32, bitcast=True) - bits).to(tl.int16)
 """
-TRUNCATED = """from kernels.tile import join_master
+TRUNCATED = """from kernels.master import join_master, join_tile, split_master
 
 @triton.jit
-def split_master(x):
+def split_tile(x):
     bits = x.to(tl.int32, bitcast=True)
     return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), (bits & 0xFFFF).to(tl.int16)
 """
-IMPORT = "from kernels.tile import join_master, split_master"
+IMPORT = "from kernels.master import join_master, join_tile, split_master, split_tile"
 MUTATIONS = {
     "elements beyond n are written": {"mask = offs < n": "mask = offs < n + 1"},
     "the last element is missed": {"mask = offs < n": "mask = offs < n - 1"},
     "programs overlap": {"tl.int64) * BLOCK + tl": "tl.int64) * (BLOCK - 1) + tl"},
-    "the betas are swapped": {"tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)": "tl.load(hyper_ptr + 2), tl.load(hyper_ptr + 1)"},
-    "the corrections are swapped": {"tl.load(hyper_ptr + 4), tl.load(hyper_ptr + 5)": "tl.load(hyper_ptr + 5), tl.load(hyper_ptr + 4)"},
+    "the betas are swapped": {
+        "tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)": "tl.load(hyper_ptr + 2), tl.load(hyper_ptr + 1)"
+    },
+    "the corrections are swapped": {
+        "tl.load(hyper_ptr + 4), tl.load(hyper_ptr + 5)": "tl.load(hyper_ptr + 5), tl.load(hyper_ptr + 4)"
+    },
     "the gradient is not squared": {"tl.fma((1.0 - beta2) * g, g,": "tl.fma((1.0 - beta2), g,"},
     "m is its old self": {"step = tl.div_rn(m,": "step = tl.div_rn(tl.load(m_ptr + offs, mask=mask).to(tl.float32),"},
     "eps is inside the root": {"tl.fma(tl.sqrt_rn(v), tl.sqrt_rn(c2), eps)": "tl.sqrt_rn(v * c2 + eps)"},
@@ -280,12 +285,14 @@ MUTATIONS = {
     "a tie goes to even": {IMPORT: TO_EVEN},
     "a master is truncated": {IMPORT: TRUNCATED},
     "p is truncated": {
-        "tl.store(p_ptr + offs, p.to(p_ptr.dtype.element_ty)":
-        "p = (p.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)\n"
+        "tl.store(p_ptr + offs, p.to(p_ptr.dtype.element_ty)": "p = (p.to(tl.int32, bitcast=True) & "
+        "-65536).to(tl.float32, bitcast=True)\n"
         "        tl.store(p_ptr + offs, p.to(p_ptr.dtype.element_ty)"
     },
-    "v is rounded before it is used": {"    step = ": "    v = v.to(v_ptr.dtype.element_ty).to(tl.float32)\n    step = "},
-}  # fmt: skip
+    "v is rounded before it is used": {
+        "    step = ": "    v = v.to(v_ptr.dtype.element_ty).to(tl.float32)\n    step = "
+    },
+}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")

@@ -1,6 +1,7 @@
-"""Every Triton kernel at every size of the tracks compiles for sm_90: nothing spilled, within its shared memory, wide loads.
+"""Every Triton kernel at every size of the tracks compiles for sm_90: nothing spilled, within its shared memory,
+wide loads.
 
-`bench/aot.py` compiles in processes of its own, once for all these tests and for `bench/static.py`, which keeps the facts.
+`bench/aot.py` compiles in its own processes, once for all these tests and for `bench/static.py`, which keeps the facts.
 """
 
 import json
@@ -51,7 +52,8 @@ def test_shared_memory_fits(kernels):
 
 
 def test_rms_norm_moves_16_bytes_at_a_time(kernels):
-    """Each tensor that a thread reads or writes goes in the fewest possible instructions: N / (lanes * 8) of them in bf16."""
+    """Each tensor that a thread reads or writes goes in the fewest possible instructions: N / (lanes * 8) of them in
+    bf16."""
     tensors = {"plain": (1, 1, 2, 1), "add": (2, 2, 3, 1), "mix": (2, 2, 4, 2)}  # forward reads, writes; backward
     for k in kernels:
         if k["op"] != "rms_norm" or k["dtype"] != "bfloat16" or k["form"] not in tensors:
@@ -66,7 +68,8 @@ def test_rms_norm_moves_16_bytes_at_a_time(kernels):
 
 
 def test_relu2_mlp_multiplies_in_tensor_cores_fed_by_bulk_copies(kernels):
-    """One loop over K whose body is BLOCK_K / 16 warp-group products, tiles loaded and stored in bulk, none by threads."""
+    """One loop over K whose body is BLOCK_K / 16 warp-group products, tiles loaded and stored in bulk, none by
+    threads."""
     of_mlp = [k for k in kernels if k["op"] == "relu2_mlp" and k["dtype"] == "bfloat16"]
     assert len(of_mlp) == 2 * len(BY_NAME["relu2_mlp"].cases)
     for k in of_mlp:
@@ -127,7 +130,8 @@ def test_muon_update_moves_16_bytes_at_a_time(kernels):
     of_muon = [k for k in kernels if k["op"] in ("muon_momentum", "muon_apply")]
     narrow = {  # loads, stores
         "_muon_momentum_kernel": (1, 1), "_muon_columns_kernel": (1, 0), "_muon_squares_kernel": (0, 1),
-        "_muon_sum_kernel": (0, 1), "_muon_scale_kernel": (0, 1), "_muon_factor_kernel": (0, 0), "_muon_apply_kernel": (4, 0),
+        "_muon_sum_kernel": (0, 1), "_muon_scale_kernel": (0, 1), "_muon_factor_kernel": (0, 0),
+        "_muon_apply_kernel": (4, 0),
     }  # fmt: skip
     assert {k["kernel"] for k in of_muon} == set(narrow)
     for k in of_muon:

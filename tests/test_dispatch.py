@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import dispatch, sizes
+from kernels import dispatch, sizes, tile
 from kernels.dispatch import Backends, decide
 from kernels.op import Backend, Device, Measurement, Op, Problem, UserError, needs_gpu, needs_nothing, needs_triton
 from kernels.ops import BY_NAME, OPS
@@ -205,6 +207,27 @@ def test_the_sizes_are_those_of_the_models():
         assert mine == (
             d.seq_len, d.d_model, d.n_head, d.n_kv_head, d.d_head, d.d_ff, d.padded_vocab, d.n_layer
         ), label  # fmt: skip
+
+
+def test_every_launch_is_on_the_device_of_its_first_argument(monkeypatch):
+    for file in (ROOT / "kernels").glob("*.py"):
+        assert not re.search(r"_kernel\[", file.read_text()), f"{file.name} launches past kernels/tile.py"
+    log = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: log.append((grid, args, options))
+
+    @contextmanager
+    def device_of(t):
+        log.append(t)
+        yield
+        log.append("restored")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x, y = torch.ones(2), torch.ones(3)
+    tile.launch(Kernel(), (4,), x, y, BLOCK=16)
+    assert log[0] is x and log[1] == ((4,), (x, y), {"BLOCK": 16}) and log[2] == "restored"
 
 
 # calls ----------------------------------------------------------------------

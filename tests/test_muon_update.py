@@ -1,4 +1,5 @@
-"""muon_update: both ops against float64 on square, tall, wide and transposed banks, masters, mutations. The whole rule is in test_optim.py."""
+"""muon_update: both ops against float64 on square, tall, wide and transposed banks, masters, mutations. The whole
+rule is in test_optim.py."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels.muon_update as module
-from core.optim import join_master, split_master
+from kernels.master import join_master, split_master
 from kernels.muon_update import BETA2, MAX_SIDE, SAFETY, muon_apply, muon_apply_cost, muon_momentum, muon_momentum_cost
 from kernels.op import Backend
 from tests.harness import DEVICE, Failed, check_op, kept, mutant, randn, unharmed
@@ -43,7 +44,8 @@ class Applied(NamedTuple):
 
 
 def numbers(hyper, dtype):
-    """The fp32 numbers that the kernel gets. Not an input to check_op, which would take three numbers for a noisy result."""
+    """The fp32 numbers that the kernel gets. Not an input to check_op, which would take three numbers for a noisy
+    result."""
     return torch.tensor(hyper, device=DEVICE).to(dtype)
 
 
@@ -157,7 +159,8 @@ def test_rows_apart(transposed, layout):
 
 
 def test_a_slice_of_a_bank():
-    """k of a packed bank with grouped heads: gaps between the matrices of every state, which are worked on where they are."""
+    """k of a packed bank with grouped heads: gaps between the matrices of every state, which are worked on where
+    they are."""
     bank = {name: torch.randn(3, 40, 24, device=DEVICE) for name in ("g", "buf", "p", "x")}
     before = {name: t.clone() for name, t in bank.items()}
     low = torch.zeros(3, 40, 24, dtype=torch.int16, device=DEVICE)
@@ -355,7 +358,8 @@ LOW = ONES.to(torch.int16)
         (muon_apply, bad_apply(p=ONES.bfloat16(), low=LOW.int()), "low is .*expected .*int16"),
         (muon_apply, bad_apply(x=ONES.half()), "x is .*float16"),
         (muon_apply, bad_apply(x=ONES.mT.contiguous().mT), "x is .*last stride 1"),
-        (muon_apply, bad_apply(second=torch.ones(2, 4, 1, device=DEVICE)), r"second is .*expected contiguous \(2, 1, 6\)"),
+        (muon_apply, bad_apply(second=torch.ones(2, 4, 1, device=DEVICE)), r"second is .*expected contiguous \(2, "
+        r"1, 6\)"),
         (muon_apply, bad_apply(transposed=True), r"second is .*expected contiguous \(2, 6, 1\)"),
         (muon_apply, bad_apply(hyper=torch.ones(3, device=DEVICE).double()), "hyper is"),
     ],
@@ -381,10 +385,10 @@ def test_cost():
 
 
 MASK = "mask = mask_r[:, None] & mask_c[None, :]"
-TO_EVEN = """from kernels.tile import SAFETY, join_master
+TO_EVEN = """from kernels.master import join_master, join_tile, split_master
 
 @triton.jit
-def split_master(x):
+def split_tile(x):
     high = x.to(tl.bfloat16)
     bits = high.to(tl.int16, bitcast=True).to(tl.int32) << 16
     return high, (x.to(tl.int32, bitcast=True) - bits).to(tl.int16)
@@ -397,16 +401,23 @@ MUTATIONS = {
     "the momentum is that of the gradient": {"rest = 1.0 - tl.load(hyper_ptr + 2)": "rest = tl.load(hyper_ptr + 2)"},
     "no Nesterov": {"u = tl.fma(g - buf, rest, buf)": "u = buf"},
     "Nesterov's ends are swapped": {"u = tl.fma(g - buf, rest, buf)": "u = tl.fma(buf - g, rest, g)"},
-    "the momentum buffer is u": {"    u = tl.fma(g - buf, rest, buf)\n": "    u = tl.fma(g - buf, rest, buf)\n    tl.store(buf_ptr + offs_buf, u, mask=mask)\n"},
+    "the momentum buffer is u": {
+        "    u = tl.fma(g - buf, rest, buf)\n": "    u = tl.fma(g - buf, rest, buf)\n"
+        "    tl.store(buf_ptr + offs_buf, u, mask=mask)\n"
+    },
     "rows are not divided by their length": {"tl.maximum(tl.sqrt_rn(squares), 1e-6))[:, None]": "1.0)"},
-    "rows are divided by the square": {"tl.maximum(tl.sqrt_rn(squares), 1e-6))[:, None]": "tl.maximum(squares, 1e-6))[:, None]"},
+    "rows are divided by the square": {
+        "tl.maximum(tl.sqrt_rn(squares), 1e-6))[:, None]": "tl.maximum(squares, 1e-6))[:, None]"
+    },
     "columns are not divided": {"tl.maximum(tl.sqrt_rn(squares), 1e-6))[None, :]": "1.0)"},
     "short rows are not clamped": {"tl.maximum(tl.sqrt_rn(squares), 1e-6)": "tl.sqrt_rn(squares)"},
     "short rows count whole": {"tl.minimum(squares * 1e12, 1.0)": "tl.where(squares > 0, 1.0, 0.0)"},
     "scale forgets safety": {"safety * target * norm + 1e-6": "target * norm + 1e-6"},
     "scale forgets 1e-6": {"safety * target * norm + 1e-6": "safety * target * norm"},
     "scale takes a mean over columns": {"n, float(n), safety": "n, float(R * C // n), safety"},
-    "only the first partial sums count": {"for start in range(0, n_parts, BLOCK_P):": "for start in range(0, BLOCK_P, BLOCK_P):"},
+    "only the first partial sums count": {
+        "for start in range(0, n_parts, BLOCK_P):": "for start in range(0, BLOCK_P, BLOCK_P):"
+    },
     "the last partial sum is dropped": {"(offs_p < n_parts)[:, None]": "(offs_p < n_parts - 1)[:, None]"},
     "parts of one matrix for all": {"(k * n_parts + offs_p[:, None]) * n": "offs_p[:, None] * n"},
     "statistics lie along the wrong axis": {"(rows >= cols) != transposed": "rows >= cols"},
@@ -415,7 +426,10 @@ MUTATIONS = {
     "beta2 is the rate": {"second, 1.0 - beta2, second)": "second, beta2, second)"},
     "second is a sum": {"tl.div_rn(squares, n_other)": "squares"},
     "second is not written": {"tl.store(second_ptr + offs, second, mask=mask)": "pass"},
-    "second is used before it is updated": {"    tl.store(second_ptr + offs, second, mask=mask)\n": "    tl.store(second_ptr + offs, second, mask=mask)\n    second = (second - (1.0 - beta2) * tl.div_rn(squares, n_other)) / beta2\n"},
+    "second is used before it is updated": {
+        "    tl.store(second_ptr + offs, second, mask=mask)\n": "    tl.store(second_ptr + offs, second, "
+        "mask=mask)\n    second = (second - (1.0 - beta2) * tl.div_rn(squares, n_other)) / beta2\n"
+    },
     "the norm is not preserved": {"* tl.sqrt_rn(inverse) * keep": "* tl.sqrt_rn(inverse)"},
     "x is not rescaled": {"factor_ptr + offs, rescale * tl": "factor_ptr + offs, tl"},
     "decay where it disagrees": {"z * p >= 0": "z * p <= 0"},
@@ -428,12 +442,12 @@ MUTATIONS = {
     "low has the strides of p": {"(low.stride(0), low.stride(1))": "(p.stride(0), p.stride(1))"},
     "x has the strides of p": {"*low_strides, x.stride(0), x.stride(1)": "*low_strides, p.stride(0), p.stride(1)"},
     "buf has the strides of g": {"buf.stride(0), buf.stride(1)": "g.stride(0), g.stride(1)"},
-    "a tie goes to even": {"from kernels.tile import SAFETY, join_master, split_master": TO_EVEN},
+    "a tie goes to even": {"from kernels.master import join_master, join_tile, split_master, split_tile": TO_EVEN},
     "x is truncated": {
-        "    tl.store(x_ptr + (k * R":
-        "    u = (u.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)\n    tl.store(x_ptr + (k * R"
+        "    tl.store(x_ptr + (k * R": "    u = (u.to(tl.int32, bitcast=True) & -65536).to(tl.float32, "
+        "bitcast=True)\n    tl.store(x_ptr + (k * R"
     },
-}  # fmt: skip
+}
 
 
 def everything(momentum, apply):

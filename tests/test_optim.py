@@ -16,11 +16,10 @@ from core.optim import (
     Gradients,
     Optimizer,
     choose_muon,
-    join_master,
-    split_master,
 )
 from kernels.adam_update import ADAM_EPS, adam_hyper, adam_update_ref
 from kernels.dispatch import Backends
+from kernels.master import join_master, split_master
 from kernels.muon_update import BETA2
 from kernels.polar_express import COEFFICIENTS, SAFETY
 from tests.harness import DEVICE

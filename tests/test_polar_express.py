@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels.polar_express as module
-from kernels import tile
+from kernels import gemm
 from kernels.polar_express import COEFFICIENTS, SAFETY, polar_express, polar_express_cost, polar_express_ref
 from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
 
@@ -177,8 +177,12 @@ def test_cost():
 MUTATIONS = {
     "mirrored tiles are not stored": {"            if i != j:\n": "            if False:\n"},
     "mirrored tiles are not transposed": {"out.T.reshape(1": "out.reshape(1"},
-    "the last tile of the triangle is left out": {"tiles_m * (tiles_m + 1) // 2 if SYM": "tiles_m * (tiles_m + 1) // 2 - 1 if SYM"},
-    "the row of a triangle is off by one": {"i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)": "i = i + 1 * (t == 1)"},
+    "the last tile of the triangle is left out": {
+        "tiles_m * (tiles_m + 1) // 2 if SYM": "tiles_m * (tiles_m + 1) // 2 - 1 if SYM"
+    },
+    "the row of a triangle is off by one": {
+        "i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)": "i = i + 1 * (t == 1)"
+    },
     "b is dropped": {"            acc += beta * add_desc": "            acc += 0.0 * add_desc"},
     "c is dropped": {"acc = acc * alpha": "pass"},
     "the scale enters once": {"scale * scale if SCALE_POWER == 2 else scale": "scale"},
@@ -186,18 +190,19 @@ MUTATIONS = {
     "all matrices are the first": {"k = tile // tiles\n": "k = 0\n"},
     "the sum goes on in the next tile": {
         "        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n        for l": "        for l",
-        "    for tile in tl.range(": "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n    for tile in tl.range(",
+        "    for tile in tl.range(": "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n"
+        "    for tile in tl.range(",
     },
     "one step too few": {"for i, (a, b, c) in enumerate(steps):": "for i, (a, b, c) in enumerate(steps[:-1]):"},
     "padding is returned": {"[:, :rows, :cols].contiguous()": "[:, -rows:, -cols:].contiguous()"},
     "the last columns of the inner size are left out": {"range(0, L, BLOCK_K)": "range(0, L - BLOCK_K + 1, BLOCK_K)"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(tile, "PROGRAMS_WITHOUT_GPU", 2)  # of more tiles
+    monkeypatch.setattr(gemm, "PROGRAMS_WITHOUT_GPU", 2)  # of more tiles
     broken = mutant(module, MUTATIONS[name], tmp_path).polar_express
     with pytest.raises(Failed):
         check(randn(0, torch.bfloat16)(2, 136, 200), op=broken)
@@ -207,6 +212,6 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")
 def test_a_copy_that_is_not_broken_passes(tmp_path, monkeypatch):
-    monkeypatch.setattr(tile, "PROGRAMS_WITHOUT_GPU", 2)
+    monkeypatch.setattr(gemm, "PROGRAMS_WITHOUT_GPU", 2)
     same = mutant(module, {}, tmp_path).polar_express
     check(randn(0, torch.bfloat16)(2, 136, 200), op=same)

@@ -1,14 +1,18 @@
-"""relu2_mlp against float64: ragged tiles, layouts, what is saved, the fp8 copies of the epilogue, refusals, and mutations."""
+"""relu2_mlp against float64: ragged tiles, layouts, what is saved, the fp8 copies of the epilogue, refusals, and
+mutations."""
 
 import gc
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 import kernels.relu2_mlp as module
-from kernels import tile
-from kernels.relu2_mlp import FP8, FP8_MAX, _relu2_up, relu2_mlp, relu2_mlp_cost
+from kernels import gemm
+from kernels.fp8 import E4M3, E4M3_MAX
+from kernels.relu2_mlp import _relu2_up, relu2_mlp, relu2_mlp_cost
 from tests.harness import DEVICE, LAYOUTS, TINY, Failed, check_op, error, mutant, poisoned_allocations, randn
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -52,7 +56,7 @@ def test_leading_sizes_and_no_rows():
 
 def test_more_tiles_than_programs(monkeypatch):
     """Programs go on to further tiles, each from a clean sum."""
-    monkeypatch.setattr(tile, "PROGRAMS_WITHOUT_GPU", 3)
+    monkeypatch.setattr(gemm, "PROGRAMS_WITHOUT_GPU", 3)
     check_op(relu2_mlp, inputs((300, 16, 264)), factor=1.25)
     check_op(relu2_mlp, inputs((300, 16, 520), torch.bfloat16), factor=1.25)
 
@@ -70,7 +74,7 @@ def test_saves_the_input_and_the_squared_activation_only():
 def test_post_is_rounded_once():
     """The exact square of the exact sum, but for fp32 sums and one rounding to bf16."""
     x, up = randn(0, torch.bfloat16)(64, 520), randn(1, torch.bfloat16)(48, 520)
-    (post,) = module._relu2_gemm(x, up, None, None)
+    post, *_ = module._relu2_gemm(x, up, None, None)
     exact = torch.relu(x.double() @ up.double().T).square()
     assert error(post, exact) <= 1.02 * error(exact.bfloat16(), exact) + TINY
 
@@ -126,15 +130,16 @@ def test_dead_units_have_no_gradient():
 @pytest.mark.parametrize("shape", [(16, 32, 48), (144, 32, 272)], ids=str)
 @pytest.mark.parametrize("scale", [0.37, 0.01])
 def test_fp8_copies_of_the_epilogue(shape, dtype, scale, monkeypatch):
-    """Bit by bit what a pass over post would make; with the smaller scale the largest saturate. Few programs, many tiles."""
-    monkeypatch.setattr(tile, "PROGRAMS_WITHOUT_GPU", 2)
+    """Bit by bit what a pass over post would make; with the smaller scale the largest saturate. Few programs, many
+    tiles."""
+    monkeypatch.setattr(gemm, "PROGRAMS_WITHOUT_GPU", 2)
     M, C, F = shape
     x, up = randn(0, dtype)(M, C), randn(1, dtype)(F, C) * 0.2
     saturates, scale = scale == 0.01, torch.tensor(scale, device=DEVICE)
     with poisoned_allocations():
         post, fp8, fp8_t, amax = _relu2_up(x, up, scale)
-    want = (post.float() * (1 / scale)).clamp(max=FP8_MAX).to(FP8)
-    assert (post.float() / scale > FP8_MAX).any() == saturates
+    want = (post.float() * (1 / scale)).clamp(max=E4M3_MAX).to(E4M3)
+    assert (post.float() / scale > E4M3_MAX).any() == saturates
     assert torch.equal(fp8.view(torch.uint8), want.view(torch.uint8))
     assert torch.equal(fp8_t.view(torch.uint8), want.view(torch.uint8).T)
     assert amax.max() == post.float().max() and amax.isfinite().all()
@@ -185,29 +190,53 @@ MUTATIONS = {
     "no ReLU": {"acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)\n": "pass\n"},
     "no square": {"        acc = acc * acc\n": ""},
     "the factor is not doubled": {"acc * (2.0 * tl.sqrt(": "acc * (1.0 * tl.sqrt("},
-    "the factor is post": {"tl.sqrt(factor_desc.load([m, n]).to(tl.float32))": "factor_desc.load([m, n]).to(tl.float32)"},
-    "the sum goes on in the next tile": {
-        "        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n        for k": "        for k",
-        "    for tile in tl.range(": "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n    for tile in tl.range(",
+    "the factor is post": {
+        "tl.sqrt(factor_desc.load([m, n]).to(tl.float32))": "factor_desc.load([m, n]).to(tl.float32)"
     },
-    "the halves are swapped": {"left, right = tl.split": "right, left = tl.split"},
-    "the last columns of K are left out": {"for k in range(0, K, BLOCK_K)": "for k in range(0, K - BLOCK_K + 1, BLOCK_K)"},
+    "the halves are swapped": {"left, right = halves": "right, left = halves"},
     "ragged tiles are dropped": {"tl.cdiv(M, BLOCK_M) * tiles_n": "M // BLOCK_M * tiles_n"},
-    "the upstream gradient is one": {"dy, rows = _rows(dy), _rows(x)": "dy, rows = torch.ones_like(_rows(dy)), _rows(x)"},
-    "ddown has the wrong activation": {"post.T @ dy": "dpre.T @ dy"},
-    "pre is rounded": {"        acc = acc * acc\n": "        acc = acc.to(tl.bfloat16).to(tl.float32)\n        acc = acc * acc\n"},
-    "post is truncated": {
-        "    out = acc.to(out_desc.dtype)":
-        "    out = (acc.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True).to(out_desc.dtype)"
+    "the upstream gradient is one": {
+        "dy, rows = _rows(dy), _rows(x)": "dy, rows = torch.ones_like(_rows(dy)), _rows(x)"
     },
-}  # fmt: skip
+    "ddown has the wrong activation": {"post.T @ dy": "dpre.T @ dy"},
+    "pre is rounded": {
+        "        acc = acc * acc\n": "        acc = acc.to(tl.bfloat16).to(tl.float32)\n        acc = acc * acc\n"
+    },
+    "post is truncated": {
+        "    out = acc.to(out_desc.dtype)": "    out = (acc.to(tl.int32, bitcast=True) & -65536).to(tl.float32, "
+        "bitcast=True).to(out_desc.dtype)"
+    },
+}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(tile, "PROGRAMS_WITHOUT_GPU", 2)  # of more tiles
-    broken = mutant(module, MUTATIONS[name], tmp_path).relu2_mlp
+    fails(mutant(module, MUTATIONS[name], tmp_path).relu2_mlp, monkeypatch)
+
+
+GEMM_MUTATIONS = {
+    "the sum starts at one": {"acc = tl.zeros(": "acc = 1.0 + tl.zeros("},
+    "the last columns of K are left out": {"range(0, K, BLOCK_K)": "range(0, K - BLOCK_K + 1, BLOCK_K)"},
+    "all tiles are those of the first rows": {"a_desc.load([m, k])": "a_desc.load([0, k])"},
+    "all tiles are those of the first columns": {"b_desc.load([n, k])": "b_desc.load([0, k])"},
+    "the halves are swapped": {"(0, 2, 1)))": "(0, 2, 1)))[::-1]"},
+    "there is one program too few": {"min(per_sm * sms, tiles)": "min(per_sm * sms, tiles - 1)"},
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as above")
+@pytest.mark.parametrize("name", GEMM_MUTATIONS)
+def test_a_broken_gemm_is_noticed(name, tmp_path, monkeypatch):
+    """What relu2_mlp takes from kernels/gemm.py, which lm_head_loss takes as well."""
+    path = Path(mutant(gemm, GEMM_MUTATIONS[name], tmp_path).__file__)
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = mutant(module, {"from kernels.gemm import": f"from {path.stem} import"}, tmp_path).relu2_mlp
+    fails(broken, monkeypatch, sys.modules[path.stem])
+
+
+def fails(broken, monkeypatch, its_gemm=gemm):
+    monkeypatch.setattr(its_gemm, "PROGRAMS_WITHOUT_GPU", 2)  # of more tiles
     with pytest.raises(Failed):
         check_op(broken, inputs((140, 24, 40), torch.bfloat16), factor=1.25)
         check_op(broken, inputs((200, 24, 264), torch.bfloat16), factor=1.25)
@@ -216,7 +245,7 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")
 def test_a_copy_that_is_not_broken_passes(tmp_path, monkeypatch):
-    monkeypatch.setattr(tile, "PROGRAMS_WITHOUT_GPU", 2)
+    monkeypatch.setattr(gemm, "PROGRAMS_WITHOUT_GPU", 2)
     same = mutant(module, {}, tmp_path).relu2_mlp
     check_op(same, inputs((140, 24, 40), torch.bfloat16), factor=1.25)
     check_op(same, inputs((200, 24, 264), torch.bfloat16), factor=1.25)

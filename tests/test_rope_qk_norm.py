@@ -1,4 +1,5 @@
-"""rope_qk_norm against float64: switches, odd head counts and sizes, layouts of gradients, positions per row, mutations."""
+"""rope_qk_norm against float64: switches, odd head counts and sizes, layouts of gradients, positions per row,
+mutations."""
 
 import pytest
 import torch
@@ -208,27 +209,42 @@ def test_cost():
 
 
 MUTATIONS = {
-    "the rotation goes the other way": {"z1 * cos + z2 * sin, z2 * cos - z1 * sin": "z1 * cos - z2 * sin, z2 * cos + z1 * sin"},
-    "the gradient is rotated forward": {"r1 * cos - r2 * sin, r1 * sin + r2 * cos": "r1 * cos + r2 * sin, r2 * cos - r1 * sin"},
-    "the mean is over half a head": {"tl.sum(r1 * r1 + r2 * r2, axis=1) / D": "tl.sum(r1 * r1 + r2 * r2, axis=1) / HALF"},
+    "the rotation goes the other way": {
+        "z1 * cos + z2 * sin, z2 * cos - z1 * sin": "z1 * cos - z2 * sin, z2 * cos + z1 * sin"
+    },
+    "the gradient is rotated forward": {
+        "r1 * cos - r2 * sin, r1 * sin + r2 * cos": "r1 * cos + r2 * sin, r2 * cos - r1 * sin"
+    },
+    "the mean is over half a head": {
+        "tl.sum(r1 * r1 + r2 * r2, axis=1) / D": "tl.sum(r1 * r1 + r2 * r2, axis=1) / HALF"
+    },
     "eps is in the wrong place": {"/ D + eps)  #": "/ D) + eps  #"},
     "the scale is forgotten backward": {"g1, g2 = scale * g1, scale * g2": "pass"},
     "the mean is dropped backward": {"g1 - x1 * mean": "g1", "g2 - x2 * mean": "g2"},
     "heads of k take the row of q": {"offs - H * D, y1": "offs - H * D + D, y1"},
-    "masks of heads are gone": {"(offs_h < H + G)[:, None] & mask_d[None, :]": "(offs_h < BLOCK_H)[:, None] & mask_d[None, :]"},
+    "masks of heads are gone": {
+        "(offs_h < H + G)[:, None] & mask_d[None, :]": "(offs_h < BLOCK_H)[:, None] & mask_d[None, :]"
+    },
     "masks of channels are gone": {"mask_d = offs_d < HALF": "mask_d = offs_d < BLOCK_D"},
-    "all rows have the angles of the first token": {"b * stride_sin_b + t * stride_sin_t + offs_d": "b * stride_sin_b + offs_d"},
+    "all rows have the angles of the first token": {
+        "b * stride_sin_b + t * stride_sin_t + offs_d": "b * stride_sin_b + offs_d"
+    },
     "the gate is one": {"v1 + gate * ve1, v2 + gate * ve2": "v1 + ve1, v2 + ve2"},
     "the gradient of the gate takes half a head": {"dv1 * ve1 + dv2 * ve2": "dv1 * ve1"},
     "dve has no gate": {"(gate * dv2)": "dv2"},
     "dk is dropped": {"dq1 + dk1, dq2 + dk2": "dq1, dq2"},
-    "dv is one": {"dv1, dv2 = _two_halves(dv_ptr, offs_dv, HALF, is_v)": "dv1, dv2 = _two_halves(dv_ptr, offs_dv * 0, HALF, is_v)"},
+    "dv is one": {
+        "dv1, dv2 = _two_halves(dv_ptr, offs_dv, HALF, is_v)": "dv1, dv2 = _two_halves(dv_ptr, offs_dv * 0, HALF, is_v)"
+    },
     "sin has the stride of cos": {"t * stride_sin_t": "t * stride_cos_t"},
     "the scale is a constant": {"scale * (r1 * rstd[:, None])": "1.2 * (r1 * rstd[:, None])"},
     "eps is a constant": {"scale, eps,\n            H=heads": "scale, EPS,\n            H=heads"},
-    "ve has a stride of its own only forward": {"        ve1, ve2 = _two_halves(ve_ptr, offs_ve, HALF, is_v)\n        dgate": "        offs_ve = token * G * D + offs\n        ve1, ve2 = _two_halves(ve_ptr, offs_ve, HALF, is_v)\n        dgate"},
+    "ve has a stride of its own only forward": {
+        "        ve1, ve2 = _two_halves(ve_ptr, offs_ve, HALF, is_v)\n        dgate": "        offs_ve = token * "
+        "G * D + offs\n        ve1, ve2 = _two_halves(ve_ptr, offs_ve, HALF, is_v)\n        dgate"
+    },
     "a stride is forgotten": {"t * stride_dq_t + wide_h * stride_dq_h": "t * (H * D) + wide_h * stride_dq_h"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")

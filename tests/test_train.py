@@ -25,8 +25,9 @@ from core.models.gpt2 import GPT
 from core.optim import Optimizer
 from core.run import FORMAT, State
 from core.stopping import TrainingError, one_sentence
-from kernels.lm_head_loss import empty_fp8, quantise_weight
+from kernels.fp8 import empty_fp8
 from kernels.ops import BY_NAME
+from kernels.quantise_weight import quantise_weight
 
 ROOT = Path(train.__file__).resolve().parent
 

@@ -26,8 +26,10 @@ from core.layers import WindowMasks, attention, rope_tables, round_up, unbind_ba
 from core.params import MuonView, Param, bank, constant, normal, ramp, uniform
 from core.stopping import UserError
 from kernels.dispatch import Backends
-from kernels.lm_head_loss import Fp8Weight, empty_fp8, lm_head_loss, quantise_weight, softcapped_logits, tanh_cap
+from kernels.fp8 import Fp8Weight, empty_fp8
+from kernels.lm_head_loss import lm_head_loss, softcapped_logits, tanh_cap
 from kernels.op import Op
+from kernels.quantise_weight import quantise_weight
 from kernels.relu2_mlp import relu2_mlp
 from kernels.rms_norm import rms_norm
 from kernels.rope_qk_norm import rope_qk_norm

@@ -1,0 +1,127 @@
+"""Tensors in fp8, each with one scale: x ~ x_fp8 * scale. What fp8 GEMMs need of their operands.
+
+Tensor cores multiply fp8 operands only where both are stored with K, the summed dimension, last. A weight that takes
+part in a forward and a backward product is therefore kept twice, the second copy transposed.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.op import UserError, capability, check_number, check_tensor, describe
+from kernels.tile import launch
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3_MAX, E5M2_MAX = torch.finfo(E4M3).max, torch.finfo(E5M2).max
+MIN_CAPABILITY = (8, 9)
+TINY_SCALE = 1e-12  # the scale of a tensor of zeros
+TRANSPOSE_BLOCK = 64  # rows and columns that a program transposes
+
+
+def check_capability(op: str, device: torch.device) -> None:
+    """UserError where the device has no fp8."""
+    if (here := capability(device)) < MIN_CAPABILITY:
+        least, has = (".".join(map(str, version)) for version in (MIN_CAPABILITY, here))
+        raise UserError(f"{op}: fp8 needs a GPU of compute capability {least} or newer, not {has}; leave it out")
+
+
+def round_up(n: int) -> int:
+    """n rounded up to 16, so that rows of n elements begin at multiples of 16 bytes in every dtype."""
+    return -(-n // 16) * 16
+
+
+def aligned_empty(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised (rows, columns) tensor whose rows begin at multiples of 16 bytes."""
+    return like.new_empty(rows, round_up(columns), dtype=dtype)[:, :columns]
+
+
+def amax_scale(t: Tensor, limit: float) -> Tensor:
+    """The fp32 scale with which the largest |t| becomes the limit."""
+    if t.numel() == 0:
+        return torch.ones((), device=t.device)
+    amax: Tensor = torch.linalg.vector_norm(t, ord=math.inf).float()
+    return (amax / limit).clamp_min(TINY_SCALE)
+
+
+def quantised(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """t / scale in an fp8 type, saturated. PyTorch; `transpose` is the kernel."""
+    limit = torch.finfo(dtype).max
+    return (t.float() / scale).clamp(-limit, limit).to(dtype)
+
+
+@triton.jit
+def clamped(x, limit):
+    """x between -limit and limit; NaN stays NaN."""
+    x = tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x, -limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _transpose_kernel(
+    x_ptr, q_ptr, q_t_ptr, scale_ptr, R, columns_t, C, limit, stride_x, stride_q, stride_t,
+    QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """q_t (C, columns_t) = x (R, C) transposed, then zeros. QUANTISE: both q and q_t hold x / scale in fp8.
+
+    The division rounds to nearest, as PyTorch's: Triton's `/` is approximate, and decides ties otherwise.
+
+    columns_t is R rounded up to a multiple of 16, which Triton can see, so that stores are wide.
+    """
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offs_c = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = (offs_r < R)[:, None] & (offs_c < C)[None, :]
+    q = tl.load(x_ptr + offs_r[:, None] * stride_x + offs_c[None, :], mask=inside, other=0.0)
+    if QUANTISE:
+        q = clamped(tl.div_rn(q.to(tl.float32), tl.load(scale_ptr)), limit).to(q_ptr.dtype.element_ty)
+        tl.store(q_ptr + offs_r[:, None] * stride_q + offs_c[None, :], q, mask=inside)
+    inside_t = (offs_c < C)[:, None] & (offs_r < columns_t)[None, :]
+    tl.store(q_t_ptr + offs_c[:, None] * stride_t + offs_r[None, :], tl.trans(q), mask=inside_t)
+
+
+def transpose(x: Tensor, q: Tensor | None, q_t: Tensor, scale: Tensor | None) -> None:
+    """Fills q_t with x transposed; with q and scale, q with x / scale in e4m3 and q_t with the same transposed."""
+    R, C = x.shape
+    grid = (triton.cdiv(R, TRANSPOSE_BLOCK), triton.cdiv(C, TRANSPOSE_BLOCK))
+    launch(
+        _transpose_kernel, grid,
+        x, q, q_t, scale, R, round_up(R), C, E4M3_MAX, x.stride(0), 0 if q is None else q.stride(0), q_t.stride(0),
+        QUANTISE=q is not None, BLOCK=TRANSPOSE_BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+# a weight and its transpose
+
+
+class Fp8Weight(NamedTuple):
+    """w of (V, C) in e4m3, the same transposed, and their scale: w ~ scale * q."""
+
+    q: Tensor
+    q_t: Tensor
+    scale: Tensor
+
+
+def empty_fp8(w: Tensor) -> Fp8Weight:
+    """Room for a copy of w (V, C) in fp8."""
+    q_t = aligned_empty(w, w.size(1), w.size(0), E4M3)
+    return Fp8Weight(w.new_empty(w.shape, dtype=E4M3), q_t, w.new_empty((), dtype=torch.float32))
+
+
+def fill_fp8(w: Tensor, copy: Fp8Weight) -> None:
+    """Fills the copy from w, in PyTorch."""
+    copy.scale.copy_(amax_scale(w, E4M3_MAX))
+    copy.q.copy_(quantised(w, copy.scale, E4M3))
+    copy.q_t.copy_(copy.q.T)
+
+
+def check_fp8_weight(op: str, w: Tensor, copy: Fp8Weight) -> None:
+    """ValueError unless the copy is one that `empty_fp8` makes for w."""
+    made = "of the copy that quantise_weight makes"
+    check_tensor(op, f"q {made}", copy.q, w.shape, (E4M3,), w.device, contiguous=True)
+    check_tensor(op, f"q_t {made}", copy.q_t, w.shape[::-1], (E4M3,), w.device)
+    check_number(op, f"the scale {made}", copy.scale, (torch.float32,), w.device)
+    if copy.q_t.stride(1) != 1 or copy.q_t.stride(0) % 16:
+        raise ValueError(f"{op}: q_t is {describe(copy.q_t)}; expected rows that begin at multiples of 16 bytes")
