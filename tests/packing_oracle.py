@@ -1,4 +1,5 @@
-"""The packing rules read literally: a plain list, scanned at every placement. Oracle of the tests, rival of the bench."""
+"""The packing rules read literally: a plain list, scanned at every placement. Oracle of the tests, rival of the
+bench."""
 
 from collections.abc import Iterator
 

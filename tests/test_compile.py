@@ -52,6 +52,23 @@ def test_compiled_training_is_the_same_run(tiny, tmp_path, monkeypatch, capsys, 
     assert losses(out) == pytest.approx(a, abs=1e-4) and len(events(out, "compile")) == 1
 
 
+def test_the_model_compiles_once(tiny, tmp_path, backend):
+    """In warm-up, for good: not again in the first step, after an evaluation, a sample or a save, or in the last
+    step."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    backend(counting)
+    out = run(tiny, tmp_path / "run", "--compile")
+    assert len(graphs) == 1 and len(losses(out)) == 12
+    torch._dynamo.reset()
+    train.main(["--resume", str(out / "checkpoints" / "step_000008")])
+    assert len(graphs) == 2 and len(losses(out)) == 12
+
+
 def test_a_compiler_that_fails_is_one_sentence(tiny, tmp_path, backend):
     def broken(graph, inputs):
         raise RuntimeError("no C++ compiler\nmore lines")

@@ -1,4 +1,5 @@
-"""Documents: exact bytes, a split and an order that depend on nothing they should not, and one clear sentence per fault."""
+"""Documents: exact bytes, a split and an order that depend on nothing they should not, and one clear sentence per
+fault."""
 
 import gzip
 import hashlib

@@ -13,6 +13,8 @@ from core.config import ModelConfig, OptimConfig
 from core.models.gpt2 import GPT
 from core.optim import Gradients, Optimizer, learning_rates
 from core.plan import activation_bytes
+from kernels.dispatch import Backends
+from tests.harness import DEVICE
 
 CFG = ModelConfig(depth=4, d_model=64, d_head=16, n_kv_head=2, seq_len=160, vocab_size=257, window_pattern="SL")
 LAWS = OptimConfig(scaling_laws=False, warmup_steps=2, momentum_warmup_steps=5)
@@ -49,14 +51,8 @@ def test_two_runs_are_bitwise_equal():
     assert ten_losses() == ten_losses()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("changes", [{}, {"value_embeds": False, "rope": False}, {"depth": 8, "d_model": 128}])
-@pytest.mark.parametrize("rows", [1, 8])
-def test_predicted_activations_are_what_autograd_keeps(changes, rows, dtype):
-    """On real tensors, masks included."""
-    cfg = dataclasses.replace(CFG, **changes)
-    model = GPT(cfg)
-    model.init_weights(0)
+def saved_bytes(model, rows, dtype):
+    """What autograd keeps of the forward of so many rows, parameters and buffers left out."""
     for row in model.table:
         p = model.get_parameter(row.name)
         p.data = p.data.to(row.dtype(dtype))
@@ -66,13 +62,34 @@ def test_predicted_activations_are_what_autograd_keeps(changes, rows, dtype):
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    idx = torch.zeros(rows, cfg.seq_len, dtype=torch.int64)
+    idx = torch.zeros(rows, model.dims.seq_len, dtype=torch.int64, device=model.wte.device)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         hidden = model.hidden(idx)
-    measured = sum(size for pointer, size in saved.items() if pointer not in own)
     assert hidden.requires_grad
-    assert activation_bytes(cfg, rows, dtype, "cpu") == pytest.approx(measured, rel=1e-4)
+    return sum(size for pointer, size in saved.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"value_embeds": False, "rope": False}, {"depth": 8, "d_model": 128}])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_predicted_activations_are_what_autograd_keeps(changes, rows, dtype):
+    """On real tensors, masks included."""
+    cfg = dataclasses.replace(CFG, **changes)
+    model = GPT(cfg)
+    model.init_weights(0)
+    assert activation_bytes(cfg, rows, dtype, "cpu") == pytest.approx(saved_bytes(model, rows, dtype), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_predicted_activations_on_a_gpu_are_what_the_triton_kernels_keep(dtype):
+    """Counted without running a kernel; here they run (interpreted, on a CPU)."""
+    cfg = dataclasses.replace(CFG, depth=2, d_model=32, n_kv_head=1, seq_len=12, window_pattern="L")
+    with torch.device(DEVICE):
+        model = GPT(cfg, Backends("triton", device=torch.device(DEVICE), dtype=dtype), 2)
+    model.init_weights(0)
+    assert activation_bytes(cfg, 2, dtype, "cuda") == pytest.approx(saved_bytes(model, 2, dtype), rel=1e-4)
+    assert activation_bytes(cfg, 2, dtype, "cuda") < activation_bytes(cfg, 2, dtype, "cpu")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Loader: the same global batches on any number of ranks and after any interruption, and errors where they can be seen."""
+"""Loader: the same global batches on any number of ranks and after any interruption, and errors where they can be
+seen."""
 
 import json
 import time

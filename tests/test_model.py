@@ -207,7 +207,8 @@ def loss_and_gradients(call, model):
 
 @pytest.mark.parametrize("flex", [False, True])
 def test_compiles_as_one_graph_with_the_loss_and_gradients_of_eager(monkeypatch, flex):
-    """With CUDA's windows too: FlexAttention runs on a CPU, backward included once its device check is out of the way."""
+    """With CUDA's windows too: FlexAttention runs on a CPU, backward included once its device check is out of the
+    way."""
     monkeypatch.setattr("kernels.lm_head_loss.CACHED_LOGITS", 200 * CFG.vocab_size)  # ragged last chunk
     model = awake()
     want = loss_and_gradients(model, model)

@@ -237,7 +237,8 @@ def test_twenty_steps_with_triton_are_those_of_the_reference(dtype):
 
 @pytest.mark.parametrize("backend", ["ref", "triton"])
 def test_the_optimizer_is_the_rules_parameter_by_parameter(backend):
-    """Three steps with changing hyperparameters, grouped key/value heads, against the rules in float64 applied by hand."""
+    """Three steps with changing hyperparameters, grouped key/value heads, against the rules in float64 applied by
+    hand."""
     cfg = dataclasses.replace(TINY, depth=1)
     model = GPT(cfg)
     model.init_weights(0)

@@ -58,7 +58,8 @@ def test_record_run():
 
 
 def test_run_1_flops():
-    """4.330784e19 FLOPs logged by nanochat's first record run: depth 24 with short windows of 1024, 16704 steps of 2^19."""
+    """4.330784e19 FLOPs logged by nanochat's first record run: depth 24 with short windows of 1024, 16704 steps of
+    2^19."""
     cfg = gpt2(24, steps=16704, total_batch_size=2**19)
     plan = make_plan(cfg, device_type="cuda")
     d = dims(cfg.model)
@@ -107,6 +108,9 @@ def test_lr_schedule():
     assert lr(675) == pytest.approx(0.5 + 0.5 * 0.05)
     assert lr(1000) == pytest.approx(0.05)
     assert lr(351) < 1.0
+    # the warm-down of 12 steps has round(7.8) = 8, from step 4 on
+    short = [schedule.lr_multiplier(s, 12, warmup_steps=1, warmdown_ratio=0.65, final_lr_frac=0.0) for s in (4, 5, 8)]
+    assert short == pytest.approx([1.0, 7 / 8, 4 / 8])
 
 
 def test_momentum_schedule():
@@ -124,6 +128,7 @@ def test_momentum_schedule():
 
 def test_decay_schedule():
     assert schedule.weight_decay_multiplier(0, 100) == 1.0
+    assert schedule.weight_decay_multiplier(25, 100) == pytest.approx(0.5 + 0.5**1.5)  # a cosine, not a line
     assert schedule.weight_decay_multiplier(50, 100) == pytest.approx(0.5)
     assert schedule.weight_decay_multiplier(100, 100) == pytest.approx(0.0)
 

@@ -29,6 +29,14 @@ def wait_for_step(child, out, step):
         time.sleep(0.005)
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals as at a terminal: the parent of the tests may ignore SIGINT, as a shell's `&` does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, corpus_dir, cache_dir, tiny_options):
     return run(tiny_options, tmp_path_factory.mktemp("whole") / "run", *SLOW)
@@ -91,6 +99,18 @@ def test_the_first_signal_is_noted_and_the_second_is_as_before(capfd):
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert [signal.getsignal(s) for s in SIGNALS] == before
     assert capfd.readouterr().err.count("\n") == 2
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signum == 0 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signum == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("signum", SIGNALS)

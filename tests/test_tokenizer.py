@@ -1,4 +1,5 @@
-"""Tokenizer: encode and decode are inverse on every text, vocabularies are deterministic, and no damaged one is used."""
+"""Tokenizer: encode and decode are inverse on every text, vocabularies are deterministic, and no damaged one is
+used."""
 
 import json
 import os

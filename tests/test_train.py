@@ -1,6 +1,7 @@
 """The program end to end on a tiny run: what it leaves, how it stops, and that it continues exactly."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -24,7 +25,7 @@ from core.config import from_dict
 from core.models.gpt2 import GPT
 from core.optim import Optimizer
 from core.run import FORMAT, State
-from core.stopping import TrainingError, one_sentence
+from core.stopping import TrainingError, UserError, one_sentence
 from kernels.fp8 import empty_fp8
 from kernels.ops import BY_NAME
 from kernels.quantise_weight import quantise_weight
@@ -181,10 +182,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
     assert [e["event"] for e in events(killed)].count("resume") == 1
     a, b = final_tensors(whole), final_tensors(killed)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert (
-        State.read(checkpoint.find(whole)).loader
-        == State.read(checkpoint.find(killed)).loader
-    )
+    assert State.read(checkpoint.find(whole)).loader == State.read(checkpoint.find(killed)).loader
 
 
 @pytest.mark.parametrize("options", [["--precision", "bf16"], ["--packing", "crop", "--device-batch-size", "4"]])
@@ -257,7 +255,9 @@ def test_micro_batches_do_not_change_the_losses(tiny, tmp_path, device_batch, fi
 
 def test_triton_trains_like_the_reference(tiny, tmp_path, monkeypatch, capsys):
     """Forward, backward and optimizer, with every op that has a Triton kernel on it (interpreted, on a CPU)."""
-    monkeypatch.setattr(train, "evaluate", lambda trainer, text, valset: 1.0)  # thousands of tokens: minutes in the interpreter
+    monkeypatch.setattr(
+        train, "evaluate", lambda trainer, text, valset: 1.0
+    )  # thousands of tokens: minutes in the interpreter
     options = ["--steps", "3", "--depth", "1", "--seq-len", "4", "--total-batch-size", "32", "--sample-tokens", "0"]
     ref = run(tiny, tmp_path / "ref", *options, "--kernels", "ref")
     capsys.readouterr()
@@ -382,6 +382,16 @@ def test_non_finite_weights_are_not_saved(tiny, tmp_path, monkeypatch):
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step_000004"]
 
 
+def test_the_first_word_may_be_a_run(tiny, tmp_path):
+    out = run(tiny, tmp_path / "run", "--steps", "4")
+    train.main([str(out), "--steps", "6", "--eval-every", "3"])
+    assert sorted(losses(out)) == list(range(6)) and json.loads((out / "config.json").read_text())["steps"] == 6
+    with pytest.raises(UserError, match="no-such-preset is neither a preset .quickstart, gpt2. nor a run folder"):
+        train.main(["no-such-preset"])
+    with pytest.raises(UserError, match="give one run to continue"):
+        train.main([str(out), "--resume", str(tmp_path)])
+
+
 def test_resume_refuses_another_run(finished, corpus_dir):
     with pytest.raises(ValueError, match="depth, matrix_lr"):
         train.main(["--resume", str(finished), "--depth", "3", "--matrix-lr", "0.5"])
@@ -408,7 +418,7 @@ def test_resume_refuses_a_changed_corpus(tiny, tmp_path, corpus_dir):
         (["--kernels", "rms_norm=cuda"], "rms_norm has no cuda backend; rms_norm has ref, triton"),
         (["--kernels", "fast"], "unknown backend 'fast'"),
         (["--json"], "--dry-run"),
-        (["--ns-steps", "6"], "ns_steps is 6"),
+        (["--ns-steps", "6"], "--ns-steps is 6: expected 1 to 5"),
         (["--resume", "no/such/run"], "does not exist"),
         (["--vocab-size", "100"], "265"),
     ],
@@ -524,6 +534,18 @@ def test_damaged_checkpoints_are_named(finished, tmp_path, damage, says):
         train.main(["--resume", str(out)])
 
 
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(State)])
+def test_each_value_of_a_checkpoints_state_is_checked(finished, tmp_path, name):
+    folder = checkpoint.find(finished)
+    state = json.loads((folder / "state.json").read_text())
+    assert State.read(folder).to_json() == state
+    for damage, says in ((lambda: state.pop(name), f"no {name}"), (lambda: state.update({name: [None]}), f"{name} is")):
+        damage()
+        (tmp_path / "state.json").write_text(json.dumps(state))
+        with pytest.raises(UserError, match=f"{tmp_path}/state.json is damaged .{says}.*: use another checkpoint"):
+            State.read(tmp_path)
+
+
 def test_a_kill_while_saving_leaves_the_old_checkpoint(finished, tmp_path, monkeypatch):
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
@@ -555,8 +577,12 @@ def test_a_plan_for_a_gpu_needs_none(capsys):
 
 
 def test_defects_keep_their_traceback():
-    with pytest.raises(ValueError), one_sentence():
-        json.loads("{")
+    def defect():
+        raise ValueError("of our own")
+
+    for bug in (lambda: json.loads("{"), defect, lambda: [][0]):
+        with pytest.raises((ValueError, IndexError)), one_sentence():
+            bug()
 
 
 def test_a_run_folder_is_not_overwritten(tiny, finished):
