@@ -126,7 +126,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
         real = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
         return real, make_plan(real, device_type=world.device.type, world_size=world.world_size, compute_dtype=dtype)
 
-    # plan: sizes that do not fit and kernels that cannot run are told before any work
+    # plan: fail early on bad sizes or kernels
     real, plan = plan_for(saved.model["vocab_size"] if saved else cfg.model.vocab_size)
     choose_ops(real.model, Backends(cfg.kernels, device=world.device, dtype=dtype), plan.device_batch_size)
     run.check_horizon(plan)

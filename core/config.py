@@ -253,7 +253,7 @@ STDLIB = "stdlib"
 
 
 def check_ranges(config: Any) -> None:
-    """ValueError for the first value of a dataclass, or of one inside it, that is out of its range (or not a
+    """UserError for the first value of a dataclass, or of one inside it, that is out of its range (or not a
     number)."""
     for f in dataclasses.fields(config):
         value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high")
@@ -269,7 +269,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Config:
-    """Inverse of `to_dict`, through JSON or not; an unknown field is a ValueError naming it."""
+    """Inverse of `to_dict`, through JSON or not; an unknown field is a UserError naming it."""
     sections = {"model": ModelConfig, "optim": OptimConfig, "data": DataConfig}
     fields = dict(data)
     try:

@@ -68,7 +68,7 @@ def _reference(cfg: ModelConfig) -> ModelConfig:
 def make_plan(
     cfg: Config, *, device_type: str, world_size: int = 1, compute_dtype: torch.dtype = torch.float32
 ) -> Plan:
-    """Derives every unset size; ValueError, naming sizes that would work, when the given ones do not fit together."""
+    """Derives every unset size; UserError, naming sizes that would work, when the given ones do not fit together."""
     check_ranges(cfg)
     if not cfg.ratio > 0:
         raise UserError(f"ratio is {cfg.ratio}: expected a positive number of tokens per parameter")

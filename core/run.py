@@ -152,8 +152,8 @@ class Run:
             )
 
     def open_log(self, plan: Plan) -> list[str]:
-        """Writes the folder's first files, when nothing can fail any more that the user might have to mend. Returns
-        what became of the files of a run that goes on, in sentences."""
+        """Creates the folder: last, after every user error. Returns sentences on what became of an earlier run's
+        files."""
         cfg, saved = self.cfg, self.saved
         config = to_dict(dataclasses.replace(cfg, out=str(self.out), resume=None))
 

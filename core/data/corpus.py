@@ -16,7 +16,7 @@ Order     order(epoch) permutes blocks, then documents within a block. A parquet
           decoded as a whole; every other document is a block of its own. It is built from raw PCG64 output, which numpy
           promises never to change (its shuffling methods are not covered by that promise).
 Bytes     decoding is strict and translates no newline: document.encode() is what the file holds, BOM included.
-Errors    whatever is wrong with the data is a ValueError of one sentence that names the file and the line or row. Text
+Errors    whatever is wrong with the data is a UserError of one sentence that names the file and the line or row. Text
           files are checked when the corpus is opened; rows are checked when they are read.
 """
 
@@ -51,7 +51,7 @@ def open_corpus(data: str, *, seed: int, val_every: int = 50, cache_dir: Path) -
     seed       of the order of documents; split and fingerprint do not depend on it
     val_every  on average one document in so many is validation data
     cache_dir  compressed .jsonl files are unpacked here, once
-    Raises ValueError for a path that does not exist, unreadable or corrupt files, and empty splits.
+    Raises UserError for a path that does not exist, unreadable or corrupt files, and empty splits.
     """
     if val_every < 1:
         raise UserError(f"val_every is {val_every}, expected 1 or more: one document in val_every is validation data")
@@ -152,7 +152,7 @@ class Corpus:
         return self._row.size
 
     def __getitem__(self, i: int) -> str:
-        """Document i. Raises ValueError naming file and row if it is not what the format promises."""
+        """Document i. Raises UserError naming file and row if it is not what the format promises."""
         source, row = self._locate(i)
         return source.read(row)
 

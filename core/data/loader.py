@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from core.data.corpus import Corpus
-from core.data.packing import BestFitPacker, describe
+from core.data.packing import BestFitPacker, as_json
 from core.data.tokenizer import Tokenizer
 from core.stopping import UserError
 
@@ -58,7 +58,7 @@ class Loader:
         mode, buffer_docs  see core/data/packing.py; the buffer is per stream; a longer one packs better where tails are
                            discarded, and mixes better where the pieces of a document are many
         state              merge_states() of all ranks' state(), to continue with the step after it
-        Raises ValueError for sizes that do not fit together and for a state of another corpus or other settings.
+        Raises UserError for sizes that do not fit together and for a state of another corpus or other settings.
         """
         check_batch(rows_per_step * seq_len, seq_len, device_batch_size, num_streams, world_size)
         if not 0 <= rank < world_size:
@@ -127,7 +127,7 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """JSON: settings, number of the last step handed out, and this rank's streams after it."""
-        streams = {str(snapshot.index): snapshot.describe() for snapshot in self._consumed}
+        streams = {str(snapshot.index): snapshot.as_json() for snapshot in self._consumed}
         return {**self._settings, "step": self._step, "streams": streams}
 
     def stats(self) -> dict[str, int | float]:
@@ -260,21 +260,21 @@ class _StreamSnapshot(NamedTuple):
     num_documents: int
     num_cropped: int
     num_takes: int
-    buffer: tuple[Any, ...]  # of packing entries, by reference: described only when a state is asked for
+    buffer: tuple[Any, ...]  # of packing entries, by reference: written out only when a state is asked for
 
-    def describe(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return {
             "next_position": self.next_position,
             "rows": self.num_rows,
             "documents": self.num_documents,
             "cropped": self.num_cropped,
             "takes": self.num_takes,
-            "buffer": describe(self.buffer),
+            "buffer": as_json(self.buffer),
         }
 
 
 def check_batch(tokens: int, seq_len: int, device_batch_size: int, num_streams: int, world_size: int) -> None:
-    """ValueError, naming what would work, where a step of `tokens` does not divide: streams over processes, tokens into
+    """UserError, naming what would work, where a step of `tokens` does not divide: streams over processes, tokens into
     rows for every stream, the rows of a process into micro-batches. The one place that says so, for the plan and for
     the loader."""
     if num_streams % world_size:

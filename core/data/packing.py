@@ -82,13 +82,13 @@ class BestFitPacker:
         self.num_placed += self.row_len
 
     def snapshot(self) -> tuple[_Entry, ...]:
-        """The buffer, in order, without copying tokens; describe() turns it into a state. O(buffer), ~10 ns an
+        """The buffer, in order, without copying tokens; as_json() turns it into a state. O(buffer), ~10 ns an
         entry."""
         return tuple(self._entries.values())
 
     def state(self) -> list[list[int]]:
         """[[position, start, stop], ...] of the buffer, in order; JSON."""
-        return describe(self.snapshot())
+        return as_json(self.snapshot())
 
     def restore(
         self, state: Iterable[Iterable[int]], tokens_of: Callable[[int], np.ndarray], *, num_takes: int
@@ -158,6 +158,6 @@ def random_bits(seed: int, n: int) -> int:
     return z ^ (z >> 31)
 
 
-def describe(snapshot: Iterable[_Entry]) -> list[list[int]]:
+def as_json(snapshot: Iterable[_Entry]) -> list[list[int]]:
     """[[position, start, stop], ...] of a snapshot."""
     return [[position, start, stop] for position, start, stop, _ in snapshot]

@@ -29,11 +29,12 @@ import tiktoken
 from core.data.corpus import Corpus
 from core.stopping import UserError
 
-# The split of GPT-4, except that digits come in groups of at most two: fewer tokens are spent on numbers in a small
+# nanochat's split (92d63d4, nanochat/tokenizer.py): that of GPT-4, except that digits come in groups of at most two: fewer tokens are spent on numbers in a small
 # vocabulary.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+# nanochat's names (92d63d4, nanochat/tokenizer.py): chat and tool use come after pretraining
 SPECIAL_TOKENS = (
     "<|bos|>",
     "<|user_start|>",
@@ -131,7 +132,7 @@ class Tokenizer:
 
     @staticmethod
     def load(folder: Path) -> "Tokenizer":
-        """Read what save() wrote. ValueError naming the file if one is missing or damaged."""
+        """Read what save() wrote. UserError naming the file if one is missing or damaged."""
         ranks_path, settings_path = Path(folder) / _RANKS_FILE, Path(folder) / _SETTINGS_FILE
         advice = "restore it, or delete the folder and train the tokenizer again"
         try:

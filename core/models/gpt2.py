@@ -67,7 +67,7 @@ class Dims:
 
 
 def dims(cfg: ModelConfig) -> Dims:
-    """Sizes for `cfg`; ValueError on values that do not fit together."""
+    """Sizes for `cfg`; UserError on values that do not fit together."""
     if cfg.d_head % 2:
         raise UserError(f"d_head is {cfg.d_head}: rotary embedding pairs channels, give an even number")
     # the dial: width follows depth, in whole heads
@@ -116,7 +116,7 @@ def dims(cfg: ModelConfig) -> Dims:
 
 
 def parameter_table(cfg: ModelConfig) -> params.Table:
-    """The rows of a model's parameters; ValueError as `dims`. Initial values: nanochat 92d63d4, gpt.py,
+    """The rows of a model's parameters; UserError as `dims`. Initial values: nanochat 92d63d4, gpt.py,
     init_weights."""
     d = dims(cfg)
     L, C, F_, V = d.n_layer, d.d_model, d.d_ff, d.padded_vocab
