@@ -41,9 +41,14 @@ class Device:
 
     @staticmethod
     def of(device: torch.device) -> "Device":
-        if device.type == "cuda":
-            return Device("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
-        return Device(device.type, device.type, None)
+        return _facts_of(device)
+
+
+@torch.compiler.assume_constant_result  # asked outside of the graph, where an op is called in compiled code
+def _facts_of(device: torch.device) -> Device:
+    if device.type == "cuda":
+        return Device("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    return Device(device.type, device.type, None)
 
 
 @functools.cache
