@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import kernels.lm_head_loss as module
+from bench.law import TINY, error, fill_dynamo_tables, poisoned_allocations
 from kernels import tile
 from kernels.dispatch import Op
 from kernels.lm_head_loss import (
@@ -26,7 +27,7 @@ from kernels.lm_head_loss import (
     softcapped_logits,
     tanh_cap,
 )
-from tests.harness import DEVICE, TINY, Failed, check_op, error, fill_dynamo_tables, mutant, poisoned_allocations
+from tests.harness import DEVICE, Failed, check_op, mutant
 
 CAPS = {"tanh": tanh_cap(15.0), "sigmoid": Softcap(23.0, 5.0, 7.5), "none": None}
 DTYPES = (torch.bfloat16, torch.float32)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import kernels.relu2_mlp as module
+from bench.law import TINY, error, poisoned_allocations
 from kernels import tile
 from kernels.relu2_mlp import FP8, FP8_MAX, _relu2_up, relu2_mlp, relu2_mlp_cost
-from tests.harness import DEVICE, LAYOUTS, TINY, Failed, check_op, error, mutant, poisoned_allocations, randn
+from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
 
 DTYPES = (torch.bfloat16, torch.float32)
 SHAPES = (
