@@ -1,7 +1,7 @@
-"""How a bench file runs under pytest: one test a variant, all variants of an item measured in turn when the first is reached.
+"""How a bench file runs under pytest: one test per variant; reaching the first measures all variants of its item in turn.
 
-pytest-benchmark then gets the samples as they were taken, through a clock that shows them. `--benchmark-max-time` is the time
-for each variant; `--store` keeps the results in bench/results/<device>/.
+pytest-benchmark keeps the samples that were taken. `--benchmark-max-time` is the time for each variant; `--store` keeps
+the results in bench/results/<device>/.
 """
 
 import pytest
@@ -10,23 +10,7 @@ from bench import results
 from bench.suite import Item, Result, measure, row
 from core import distributed
 
-
-class Replay:
-    """A clock that moves by one sample with each call of `advance`."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-        self.samples: list[float] = []
-
-    def now(self) -> float:
-        return self.time
-
-    def advance(self) -> None:
-        self.time += self.samples.pop(0)
-
-
 ROWS = pytest.StashKey[list]()
-CLOCK = Replay()
 LAST: dict[Item, dict[str, Result]] = {}  # the item that was measured last
 
 
@@ -48,8 +32,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for test in items:
         if "record" in test.fixturenames:
-            group = str(test.callspec.params["item"])
-            test.add_marker(pytest.mark.benchmark(timer=CLOCK.now, group=group))
+            test.add_marker(pytest.mark.benchmark(group=str(test.callspec.params["item"])))
 
 
 def pytest_generate_tests(metafunc):
@@ -79,8 +62,9 @@ def record(benchmark, request, item, variant):
         if result.error:
             pytest.fail(f"{item} {variant} is wrong and gets no number: {result.error}")
         benchmark.extra_info |= entry
-        CLOCK.samples = list(result.seconds.samples)
-        benchmark.pedantic(CLOCK.advance, rounds=len(CLOCK.samples))
+        stats = benchmark._make_stats(iterations=1)  # its public calls would time variants one after another
+        for seconds in result.seconds.samples:
+            stats.update(seconds)
         return entry
 
     return run

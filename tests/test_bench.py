@@ -511,7 +511,7 @@ def run_bench(*args, **options):
 
 def test_pytest_bench_reports_samples_to_pytest_benchmark(tmp_path):
     report = tmp_path / "report.json"
-    arguments = ("bench/bench_adam_update.py", "-k", "plain and ref", "--benchmark-max-time=0.05")
+    arguments = ("bench/bench_ops.py", "-k", "adam_update and plain and ref", "--benchmark-max-time=0.05")
     done = run_bench("-m", "pytest", *arguments, f"--benchmark-json={report}", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout
     (entry,) = json.loads(report.read_text())["benchmarks"]
