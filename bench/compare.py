@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.results import microseconds
+from bench.history import microseconds
 from bench.timing import Spread
 from core.errors import user_errors
 

@@ -1,4 +1,4 @@
-"""How a bench file runs under pytest: one test per variant; reaching the first measures all variants of its item in turn.
+"""How a bench file runs under pytest: one test per variant; the first measures all variants of its item in turn.
 
 pytest-benchmark keeps the samples that were taken. `--benchmark-max-time` is the time for each variant; `--store` keeps
 the results in bench/results/<device>/.
@@ -6,7 +6,7 @@ the results in bench/results/<device>/.
 
 import pytest
 
-from bench import results
+from bench import history
 from bench.suite import Item, Result, measure, row
 from core import distributed
 
@@ -26,7 +26,7 @@ def pytest_configure(config):
     config.option.benchmark_quiet = True  # our table is shorter and says more
     distributed.keep_freed_memory()  # as train.py does
     if config.getoption("--store"):
-        results.refuse_changed_checkout(results.facts()["commit"])
+        history.refuse_changed_checkout(history.facts()["commit"])
 
 
 def pytest_collection_modifyitems(items):
@@ -57,7 +57,7 @@ def record(benchmark, request, item, variant):
         result = LAST[item][variant]
         if result.absent:
             pytest.skip(result.absent)
-        entry = row(item, variant, result, results.roofline_of(item), results.facts())
+        entry = row(item, variant, result, history.roofline_of(item), history.facts())
         request.config.stash[ROWS].append(entry)
         if result.error:
             pytest.fail(f"{item} {variant} is wrong and gets no number: {result.error}")
@@ -72,7 +72,7 @@ def record(benchmark, request, item, variant):
 
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
-    for line in results.console(rows):
+    for line in history.console(rows):
         terminalreporter.write_line(line)
     if rows and config.getoption("--store"):
-        terminalreporter.write_line(f"stored in {results.store(rows)}")
+        terminalreporter.write_line(f"stored in {history.store(rows)}")

@@ -7,7 +7,7 @@ In this order, as far as the time goes:
   ops        every shape, with torch.compile of the reference and the peers that are installed; ops that have peers first
 Training text is the source of the installed Python packages: nothing is downloaded.
 
-DIR: tests.json, ops.jsonl, train.jsonl (rows for `python -m bench.results --add DIR`, written as they are measured), table.txt,
+DIR: tests.json, ops.jsonl, train.jsonl (rows for `python -m bench.history --add DIR`, written as they are measured), table.txt,
 log.txt. It may be stopped at any time: what was measured is there, and the table says what is missing. Exit status 1 when
 something was wrong. `--device cpu` rehearses all of it in small.
 """
@@ -45,7 +45,7 @@ if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None
 
 import torch
 
-from bench import results
+from bench import history
 from bench.peers import PEERS
 from bench.suite import Item, Result, items, measure, row
 from core.errors import Stopped, user_errors
@@ -155,7 +155,7 @@ class Bench:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 measured = {name: Result(error=reason) for name, absent in item.variants.items() if not absent}
             entries = [
-                row(item, name, result, results.roofline_of(item), results.facts())
+                row(item, name, result, history.roofline_of(item), history.facts())
                 for name, result in measured.items()
                 if not result.absent
             ]
@@ -191,7 +191,7 @@ class Bench:
                         f"training at depth {depth}, --kernels {kernels}: not done within {seconds:.0f} s"
                     )
                     continue
-                failed = {"depth": depth, "kernels": kernels, "error": why, **results.facts()}
+                failed = {"depth": depth, "kernels": kernels, "error": why, **history.facts()}
                 self.trained.append(failed if why else json.loads(output))
                 self.add("train.jsonl", self.trained[-1:])
                 self.say(training_lines(self.trained[-1])[0])
@@ -202,10 +202,10 @@ class Bench:
         print(f"[{time.monotonic() - self.start:5.0f} s] {text}", flush=True)
 
     def table(self) -> str:
-        lines = [f"{results.facts()['device']}, commit {results.facts()['commit']}", ""]
+        lines = [f"{history.facts()['device']}, commit {history.facts()['commit']}", ""]
         lines += [f"tests of {stem}: {outcome}" for stem, outcome in self.tests.items()]
-        rows = sorted(results.newest(self.rows), key=lambda row: [row[key] for key in results.KEY[:5]])
-        lines += ["", *results.console(rows), ""]
+        rows = sorted(history.newest(self.rows), key=lambda row: [row[key] for key in history.KEY[:5]])
+        lines += ["", *history.console(rows), ""]
         for entry in self.trained:
             lines += training_lines(entry)
         lines += [f"not measured: {name}" for name in self.missing]
@@ -297,7 +297,7 @@ def main(argv: list[str]) -> int:
     if not args.minutes * 60 > 2 * RESERVE_S:
         raise ValueError(f"--minutes is {args.minutes}: expected more than {2 * RESERVE_S / 60:.2g}")
     if args.commit:
-        results.set_commit(args.commit)
+        history.set_commit(args.commit)
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
         raise ValueError(f"--out {args.out} is not empty: give a new folder, so that results do not mix")
@@ -308,7 +308,7 @@ def main(argv: list[str]) -> int:
     bench = Bench(args.minutes, args.out, args.device)
     try:
         on_signals(stop)
-        commit = results.facts()["commit"]
+        commit = history.facts()["commit"]
         clean = commit is not None and "+" not in commit
         note = (
             ""

@@ -4,7 +4,7 @@ Prints launches, registers, spills, shared memory, occupancy, tensor-core and bu
 narrow global accesses, atomics, barriers, local accesses and the length of the innermost loop of every Triton kernel at its real configs, for
 sm_90 in all cases and for other GPUs in one case an op, and of csrc/*.cu where nvcc is; and the time an H100 needs at least.
 
---check   compares with bench/static/triton-VERSION.json: exit status 1 when a counter of HARD is worse, a kernel is new or gone,
+--check   compares with bench/baselines/triton-VERSION.json: exit status 1 when a counter of HARD is worse, a kernel is new or gone,
           or one does not compile; other counters and improvements are reported. 2 on wrong usage
 --update  makes that file again, with the reason on top of the earlier ones
 
@@ -28,7 +28,7 @@ import torch
 import triton
 
 from bench import aot
-from bench.projection import FLOPS, HBM
+from bench.projection.machine import FLOPS, HBM
 from core.config import DataConfig
 from kernels import dispatch
 
@@ -308,7 +308,7 @@ def show(kernels: Sequence[Row]) -> None:
         print(f"{facts['us']:>10.4g} us  {facts['bound']:<6}  {key}")
 
 
-def main(argv: list[str], *, root: Path = ROOT, baselines: Path = ROOT / "bench" / "static") -> int:
+def main(argv: list[str], *, root: Path = ROOT, baselines: Path = ROOT / "bench" / "baselines") -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = parser.add_mutually_exclusive_group()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import train
-from bench.results import facts
+from bench.history import facts
 from bench.timing import Spread
 from core import distributed
 from core.config import parse_args

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare, gpu, ops, results, roofline, suite
+from bench import compare, gpu, history, ops, roofline, suite
 from bench.peers import PEERS, Peer
 from bench.timing import MIN_ROUNDS, GraphSampler, HostSampler, Spread, interleave
 from core.errors import Stopped
@@ -332,17 +332,17 @@ def test_a_row_has_rates_and_its_fraction_of_the_roofline():
 def test_a_wrong_row_has_no_number_in_any_table():
     entry = suite.row(item_of(), "triton", suite.Result(error="y is off by 2"), None, FACTS)
     assert not {"us", "tflops", "speedup"} & entry.keys()
-    assert "wrong, no number: y is off by 2" in results.console([entry])[1]
-    assert "wrong" in results.cells(entry) and not any("us" in cell for cell in results.cells(entry))
+    assert "wrong, no number: y is off by 2" in history.console([entry])[1]
+    assert "wrong" in history.cells(entry) and not any("us" in cell for cell in history.cells(entry))
 
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(history, "ROOT", tmp_path)
 
     def store(commit, us, error=None):
         result = suite.Result(error=error) if error else suite.Result(seconds=Spread((us * 1e-6,) * 9))
-        return results.store([suite.row(item_of(), "triton", result, None, FACTS | {"commit": commit})])
+        return history.store([suite.row(item_of(), "triton", result, None, FACTS | {"commit": commit})])
 
     return store
 
@@ -351,7 +351,7 @@ def test_stored_results_are_history_with_a_table_and_a_plot(stored, tmp_path):
     path = stored("aaaaaaa", 100.0)
     stored("bbbbbbb", 90.0)
     assert path == tmp_path / "nvidia-h100-80gb-hbm3" / "ops.jsonl"
-    assert [entry["us"] for entry in results.load(path)] == pytest.approx([100, 90])
+    assert [entry["us"] for entry in history.load(path)] == pytest.approx([100, 90])
     text = (path.parent / "README.md").read_text()
     assert "| 90 us |" in text and "| 100 us |" not in text and "op.png" in text
     assert (path.parent / "op.png").read_bytes()[:4] == b"\x89PNG"
@@ -366,15 +366,15 @@ def test_changed_code_is_not_stored(stored, tmp_path, commit):
 
 
 def test_results_of_a_gpu_run_are_added(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(results, "ROOT", tmp_path / "results")
+    monkeypatch.setattr(history, "ROOT", tmp_path / "results")
     entry = suite.row(item_of(), "triton", suite.Result(seconds=Spread((1e-6,) * 9)), None, FACTS)
     (tmp_path / "ops.jsonl").write_text(json.dumps(entry) + "\n")
     trained = {"depth": 24, "kernels": "auto", "tok_per_s": 123456.0, "mfu": 0.5, **FACTS}
     (tmp_path / "train.jsonl").write_text(json.dumps(trained) + "\n")
-    results.main(["--add", str(tmp_path)])
+    history.main(["--add", str(tmp_path)])
     assert "1.235e+05" in (tmp_path / "results" / "nvidia-h100-80gb-hbm3" / "README.md").read_text()
     with pytest.raises(ValueError, match="bench.gpu --out"):
-        results.main(["--add", str(tmp_path / "results")])
+        history.main(["--add", str(tmp_path / "results")])
 
 
 # compare ------------------------------------------------------------------
@@ -571,7 +571,7 @@ def test_ops_whose_tests_fail_get_no_numbers(tmp_path, capsys):
     chosen = [item for item in suite.items() if item.op in ("rms_norm", "adam_update") and item.form == "plain"]
     bench.ops(chosen, ["ref"])
     bench.close()
-    assert {entry["op"] for entry in results.load(tmp_path / "ops.jsonl")} == {"adam_update"}
+    assert {entry["op"] for entry in history.load(tmp_path / "ops.jsonl")} == {"adam_update"}
     assert bench.wrong() and "tests of rms_norm: 1 tests failed: test_x" in (tmp_path / "table.txt").read_text()
 
 

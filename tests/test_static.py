@@ -12,7 +12,7 @@ from bench import aot, static
 from kernels import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
-BASELINES = ROOT / "bench" / "static"
+BASELINES = ROOT / "bench" / "baselines"
 
 
 def launch(**changes):

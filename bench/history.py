@@ -1,4 +1,4 @@
-"""Stored results, and what is made of them: `python -m bench.results` draws them again, `--add DIR` stores those of bench.gpu.
+"""Stored results, and what is made of them: `python -m bench.history` draws them again, `--add DIR` stores those of bench.gpu.
 
 bench/results/<device>/ops.jsonl     one row a line, oldest first: (commit, item, backend) and what was measured
                        train.jsonl   training runs, by bench.gpu
@@ -45,7 +45,7 @@ def facts() -> dict[str, Any]:
 def set_commit(commit: str) -> None:
     """Names the code of this process, which lies outside of its git checkout. ValueError inside of one."""
     if git_state():
-        raise ValueError(f"--commit {commit}: git says which commit this is; leave it away")
+        raise ValueError(f"--commit {commit}: git says which commit this is; omit it")
     os.environ[COMMIT_VARIABLE] = commit  # for processes that this one starts, too
     facts.cache_clear()
 
@@ -158,7 +158,7 @@ def draw(where: Path) -> None:
     text = [
         f"# {(rows + trained)[-1]['device']}",
         "",
-        "Made from the .jsonl files here by `python -m bench.results`.",
+        "Made from the .jsonl files here by `python -m bench.history`.",
         "",
     ]
     if trained:
@@ -227,7 +227,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.results", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.history", description=__doc__.splitlines()[0])
     parser.add_argument("--add", type=Path, metavar="DIR", help="what bench.gpu left")
     args = parser.parse_args(argv)
     if args.add:
