@@ -58,8 +58,11 @@ def op_items(op: Op) -> list[Item]:
     return found
 
 
-def op_item(op: Op, case: str, form: str, dtype: torch.dtype, backward: bool) -> Item:
-    shape = op.cases[case]
+def op_item(
+    op: Op, case: str, form: str, dtype: torch.dtype, backward: bool, shape: tuple[int, ...] | None = None
+) -> Item:
+    """One direction of one form. shape: another than the case's."""
+    shape = shape or op.cases[case]
     here = Device.of(torch.device(DEVICE))
     variants = {name: op.obstacle(name, shape, dtype, here) for name in BACKENDS if name in op.backends}
     variants[COMPILED] = None
