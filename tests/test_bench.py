@@ -11,7 +11,6 @@ import math
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare, gpu, history, ops, roofline, suite
+from bench import compare, history, ops, roofline, suite
 from bench.peers import PEERS, Peer
 from bench.timing import MIN_ROUNDS, GraphSampler, HostSampler, Spread, interleave
 from core.errors import Stopped
@@ -639,58 +638,3 @@ def test_a_training_step_is_measured_as_train_py_makes_it(tiny, cache_dir):
     assert len(entry["losses"]) == 4 + 6 * 2 + 2 and entry["losses"][-1] < entry["losses"][0]
     assert entry["peak_memory_gb"] > 0 and sum(entry["time_by_op"].values()) <= 1.001
     assert {choice["backend"] for choice in entry["backends"]} == {"ref"}
-
-
-def test_the_gpu_command_refuses_what_it_cannot_do(tmp_path):
-    (tmp_path / "x").write_text("")
-    for arguments, sentence in (
-        (("--out", str(tmp_path / "new")), "no GPU"),
-        (("--out", str(tmp_path), "--device", "cpu"), "not empty"),
-        (("--out", str(tmp_path / "new"), "--device", "cpu", "--minutes", "nan"), "--minutes"),
-    ):
-        done = run_bench("-m", "bench.gpu", *arguments)
-        assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
-
-
-def test_the_gpu_command_may_be_stopped_at_any_time(tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-u",
-        "-m",
-        "bench.gpu",
-        "--device",
-        "cpu",
-        "--minutes",
-        "8",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "8 minutes" in process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in errors, errors
-    assert "commit" in output and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["log.txt", "table.txt"]
-
-
-def test_ops_whose_tests_fail_get_no_numbers(tmp_path, capsys):
-    bench = gpu.Bench(1, tmp_path, "cpu")
-    bench.tests = {"rms_norm": "1 tests failed: test_x", "adam_update": gpu.PASSED}
-    chosen = [item for item in suite.items() if item.op in ("rms_norm", "adam_update") and item.form == "plain"]
-    bench.ops(chosen, ["ref"])
-    bench.close()
-    assert {entry["op"] for entry in history.load(tmp_path / "ops.jsonl")} == {"adam_update"}
-    assert bench.wrong() and "tests of rms_norm: 1 tests failed: test_x" in (tmp_path / "table.txt").read_text()
-
-
-def test_what_there_was_no_time_for_is_named(tmp_path, capsys):
-    bench = gpu.Bench(1, tmp_path, "cpu")
-    bench.tests, bench.end = {"adam_update": gpu.PASSED}, time.monotonic()
-    bench.ops([item for item in suite.items() if item.op == "adam_update"], ["ref"])
-    bench.train()
-    bench.close()
-    table = (tmp_path / "table.txt").read_text()
-    assert "not measured: adam_update-quickstart-plain-forward-float32 (ref)" in table
-    assert "not measured: training at depth 24, --kernels ref" in table
