@@ -15,6 +15,11 @@ if not torch.cuda.is_available():
 
     interpreter.install()
 
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "mutations: planted bugs beyond one for each class of failure (-m mutations)")
+
+
 LETTERS = "etaoinshrdlucmfwygpb"
 
 

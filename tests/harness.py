@@ -8,7 +8,7 @@ PyTorch     `torch.library.opcheck` of each torch op that was called; `torch.com
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +34,7 @@ from bench.law import (
     same_form,
 )  # fmt: skip
 from kernels.dispatch import Op
+from tests.mutations import Edit, NoSuchMutation, edited
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ONCE = 1.02  # factor of results that are rounded once
@@ -200,14 +201,17 @@ def _fresh(value: Any, requires_grad: bool) -> Any:
     return value.detach().clone().requires_grad_(requires_grad and value.dtype in (torch.float32, torch.bfloat16))
 
 
-def mutant(module: ModuleType, edits: dict[str, str], folder: Path) -> ModuleType:
-    """A copy of an op's file with each text (which occurs in it) replaced, imported under a name of its own."""
+def mutant(module: ModuleType, edits: dict[str, str] | Sequence[Edit], folder: Path) -> ModuleType:
+    """A copy of an op's file with edits, imported under a name of its own. A dict replaces each text by another."""
     text = Path(module.__file__).read_text()
-    for old, new in edits.items():
-        if old not in text:
-            raise ValueError(f"{module.__name__} has no {old!r}: the mutation no longer exists")
-        text = text.replace(old, new)
-    name = f"mutant_{abs(hash(tuple(edits.items()))):x}"
+    if isinstance(edits, dict):
+        for old, new in edits.items():
+            if old not in text:
+                raise NoSuchMutation(f"{module.__name__} has no {old!r}")
+            text = text.replace(old, new)
+    else:
+        text = edited(text, edits)
+    name = f"mutant_{abs(hash(text)):x}"
     path = folder / f"{name}.py"
     path.write_text(text.replace('"redline::', f'"{name}::'))
     spec = importlib.util.spec_from_file_location(name, path)

@@ -1,4 +1,4 @@
-"""The bench measures what it says: wrong backends get no number, 10 % is seen and 2 % of noise is not, rows and tables hold.
+"""The bench measures what it says: wrong backends get no number, 10 % is seen, 2 % of noise is not, tables hold.
 
 Timings here are of made-up samplers, or of sleeps: what this machine does meanwhile does not matter.
 """
@@ -173,10 +173,10 @@ class Overwriting(torch.autograd.Function):
         "the first numbers for ever", "upstream gradient overwritten",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_wrong_backend_gets_no_number_and_the_others_do(wrong, backward):
+def test_a_wrong_backend_gets_no_number_and_the_others_do(wrong):
+    """Whichever direction is timed, both are checked."""
     MEMORY.clear()
-    found = measured(broken(rms_norm, wrong), backward=backward)
+    found = measured(broken(rms_norm, wrong), backward=True)
     assert found["triton"].seconds is None and found["triton"].error
     assert found["ref"].error is None and found["ref"].seconds.median > 0
 
