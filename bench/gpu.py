@@ -42,8 +42,8 @@ NEEDED = (
 if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     names = " ".join(lacking).replace("_", "-")
     sys.exit(
-        f"bench.gpu: {names} not installed here; without a network, `pip download -d wheels {names}` elsewhere (for this "
-        f"Python), and here `pip install --no-index --find-links wheels {names}`"
+        f"bench.gpu: {names} not installed here; without a network, `pip download -d wheels {names}` elsewhere (for "
+        f"this Python), and here `pip install --no-index --find-links wheels {names}`"
     )
 
 import torch

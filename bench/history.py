@@ -1,4 +1,4 @@
-"""Stored results, and what is made of them: `python -m bench.history` draws them again, `--add DIR` stores those of bench.gpu.
+"""Stored results: `python -m bench.history` draws them again, `--add DIR` stores those of bench.gpu.
 
 bench/results/<device>/ops.jsonl     one row a line, oldest first: (commit, item, backend) and what was measured
                        train.jsonl   training runs, by bench.gpu

@@ -40,8 +40,8 @@ CAPABILITIES = (aot.MAIN, 100, 120, 80)
 PEAK_FLOPS = {torch.bfloat16: FLOPS["bf16"], torch.float32: 67e12}  # of an H100: tensor cores, fp32 in CUDA cores
 PEAK_BYTES = HBM["H100"]
 
-# counters that may not get worse, the worst first, and whether more is worse. The others (registers, length of the loop,
-# warps, blocks per SM, barriers) may move
+# counters that may not get worse, the worst first, and whether more is worse. The others (registers, length of the
+# loop, warps, blocks per SM, barriers) may move
 HARD = {
     "spill_bytes": True, "local_loads": True, "local_stores": True, "serialized": True, "tensor": False, "bulk": False,
     "occupancy": False, "wide_loads": False, "narrow_loads": True, "wide_stores": False, "narrow_stores": True,
@@ -74,8 +74,8 @@ LIMITS = {
 def ctas_per_sm(capability: int, registers: int, warps: int, shared: int, tensor_memory: int = 0) -> int:
     """Blocks that fit on an SM.
 
-    Registers go to warps in granules of 256, shared memory to blocks in granules of 128 bytes with 1 KiB for the system;
-    sm_100 has 512 columns of tensor memory.
+    Registers go to warps in granules of 256, shared memory to blocks in granules of 128 bytes with 1 KiB for the
+    system; sm_100 has 512 columns of tensor memory.
     """
     limit = LIMITS[capability]
     per_warp = -(-registers * 32 // 256) * 256
@@ -140,9 +140,16 @@ def sources_of(op: dispatch.Op, root: Path) -> list[Path]:
 
 
 def facts(
-    ops: Sequence[str] | None = None, capabilities: Sequence[int] = CAPABILITIES, *, folder: Path | None = None, root: Path = ROOT
-) -> tuple[list[Row], dict[str, str]]:  # fmt: skip
-    """Facts of each launch of these ops (unset: all), and what does not compile with why. root: the checkout they are from."""
+    ops: Sequence[str] | None = None,
+    capabilities: Sequence[int] = CAPABILITIES,
+    *,
+    folder: Path | None = None,
+    root: Path = ROOT,
+) -> tuple[list[Row], dict[str, str]]:
+    """Facts of each launch of these ops (unset: all), and what does not compile with why.
+
+    root: the checkout they are from.
+    """
     folder, files = folder or cache_folder(), {}
     for task in [(name, capability) for capability in capabilities for name in ops or compiled_ops()]:
         sources = sources_of(dispatch.ops()[task[0]], root)
@@ -220,7 +227,10 @@ def row(kernel: Row) -> Row:
 
 
 def table(kernels: Sequence[Row]) -> dict[str, Row]:
-    """GPU / op / case / form / dtype / kernel: its row. A kernel launched in several variants has #2, #3 behind its name."""
+    """GPU / op / case / form / dtype / kernel: its row.
+
+    A kernel launched in several variants has #2, #3 behind its name.
+    """
     rows: dict[str, Row] = {}
     variants: dict[str, list[int]] = {}  # of a key, in the order of their launches
     for k in kernels:
@@ -237,8 +247,10 @@ def table(kernels: Sequence[Row]) -> dict[str, Row]:
 
 
 def roofline(kernels: Sequence[Row]) -> dict[str, Row]:
-    """Op / case / form / dtype / direction: the least microseconds on an H100, and what binds. An op has a backward where its
-    gradients launched something."""
+    """Op / case / form / dtype / direction: the least microseconds on an H100, and what binds.
+
+    An op has a backward where its gradients launched something.
+    """
     rows = {}
     for k in kernels:
         if k["capability"] != aot.MAIN or k["op"] not in dispatch.ops():

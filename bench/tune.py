@@ -9,8 +9,8 @@ the best config so far have one tile size or the warps halved or doubled, or one
                   goes on from the fastest neighbour whose speedup is above 1 beyond noise
 
 Prints the table, the winner of each config function, and a `Measurement` for the op. DIR/tune.jsonl has a line for each
-op and shape, written as it is found. `--device cpu` rehearses all of it in Triton's interpreter, on tiny shapes: its times
-mean nothing.
+op and shape, written as it is found. `--device cpu` rehearses all of it in Triton's interpreter, on tiny shapes: its
+times mean nothing.
 """
 
 import argparse

@@ -169,8 +169,8 @@ class Overwriting(torch.autograd.Function):
         lambda x: RMSNorm(Overwriting.apply(rms_norm.backends["ref"](x).y)),
     ],
     ids=[
-        "a factor", "zeros", "NaN", "gradient", "another output", "without gradients", "shape", "dtype", "a part of a row",
-        "the first numbers for ever", "upstream gradient overwritten",
+        "a factor", "zeros", "NaN", "gradient", "another output", "without gradients", "shape", "dtype",
+        "a part of a row", "the first numbers for ever", "upstream gradient overwritten",
     ],
 )  # fmt: skip
 def test_a_wrong_backend_gets_no_number_and_the_others_do(wrong):

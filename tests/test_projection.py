@@ -26,7 +26,7 @@ def changed(name, factor):
 
 
 def accounted(w, depth, short):
-    """FLOPs per token as nanochat counts them: attention over whole windows, masked pairs too; without the gates' products."""
+    """FLOPs per token as nanochat counts them: attention over whole windows, masked pairs too, without the gates."""
     d = dims(ModelConfig(depth=depth))
     windows = [n if n == d.seq_len else short for n in d.windows]
     return w.flops(*PRODUCTS) * machine.GPUS / w.tokens + sum(12 * d.d_model * n for n in windows)
@@ -163,8 +163,9 @@ def test_product_law():
 # measurements ---------------------------------------------------------------
 
 ROW = {
-    "op": "rms_norm", "form": "mix", "case": "depth 24", "shape": [65536, 1536], "dtype": "bfloat16", "direction": "forward",
-    "backend": "triton", "us": 500.0, "flops": 6 * 65536 * 1536, "bytes": 4 * 2 * 65536 * 1536, "device": "NVIDIA H100 80GB HBM3",
+    "op": "rms_norm", "form": "mix", "case": "depth 24", "shape": [65536, 1536], "dtype": "bfloat16",
+    "direction": "forward", "backend": "triton", "us": 500.0, "flops": 6 * 65536 * 1536,
+    "bytes": 4 * 2 * 65536 * 1536, "device": "NVIDIA H100 80GB HBM3",
     "commit": "abc1234", "date": "2026-12-01T10:00:00",
 }  # fmt: skip
 

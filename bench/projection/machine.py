@@ -1,7 +1,7 @@
 """The machine model: classes of work with their efficiencies, how these depend on shape, and the rows of a step.
 
-A row takes the longer of its arithmetic and its memory traffic, each at the nominal peak times the efficiency of its class.
-Units are seconds, FLOP and bytes of one GPU and one optimizer step.
+A row takes the longer of its arithmetic and its memory traffic, each at the nominal peak times the efficiency of its
+class. Units are seconds, FLOP and bytes of one GPU and one optimizer step.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ NVLINK = 450e9  # one direction of one GPU
 
 @dataclass(frozen=True)
 class Class:
-    """One kind of work: its nominal peak (FLOP/s or bytes/s), the share that is reached, and where the share is from."""
+    """One kind of work: its nominal peak (FLOP/s or bytes/s), the share that is reached, and that share's source."""
 
     peak: float
     efficiency: float
@@ -38,16 +38,18 @@ CLASSES = {
     "Newton-Schulz": Class(BF16_PEAK, 0.60, "cuBLAS 536-634 TFLOP/s at 8192 (Dion3, appendix E); `product_fit`"),
     "attention forward": Class(BF16_PEAK, 0.77, "FA3 364-685 TFLOP/s at S 1k-8k (tritonbench#1267); `attention_fit`"),
     "attention backward": Class(BF16_PEAK, 0.71, "FA3 182-539 TFLOP/s at S 1k-8k (tritonbench#1267); `attention_fit`"),
-    "torch attention forward": Class(BF16_PEAK, 0.40, "SDPA, FlexAttention: FA2 and Triton 370-395 TFLOP/s (FA3's paper)"),
-    "torch attention backward": Class(BF16_PEAK, 0.37, "SDPA, FlexAttention: FA3's value by 74 / 142 ms, FA3 to FA2 (anemoi)"),
-    # inductor's: norms 58-69 % (QuACK's figure), transposing copies 64-68 % (modded-nanogpt#240), sum and norm 95 % (quack#55)
-    "compiled pass": Class(H100_BYTES, 0.77, "inductor 58-95 %: norms, transposes (QuACK, modded-nanogpt#240), sums (quack#55)"),
+    "torch attention forward": Class(BF16_PEAK, 0.40, "SDPA, Flex: FA2 and Triton 370-395 TFLOP/s (FA3's paper)"),
+    "torch attention backward": Class(BF16_PEAK, 0.37, "SDPA, Flex: FA3's value by 74 / 142 ms, FA3 to FA2 (anemoi)"),
+    # inductor's: norms 58-69 % (QuACK's figure), transposing copies 64-68 % (modded-nanogpt#240), sum and norm 95 %
+    # (quack#55)
+    "compiled pass": Class(H100_BYTES, 0.77, "inductor 58-95 % (QuACK, modded-nanogpt#240, quack#55)"),
     # norms 77-90 % (QuACK), casts 84-91 % (torchao), transposes 83 % (modded-nanogpt#240)
-    "kernel pass": Class(H100_BYTES, 0.85, "hand-written norms, casts, transposes 77-91 % (QuACK, torchao, modded-nanogpt#240)"),
+    "kernel pass": Class(H100_BYTES, 0.85, "hand-written 77-91 % (QuACK, torchao, modded-nanogpt#240)"),
     "collective": Class(NVLINK, 0.78, "bus bandwidth 350 GB/s: assumption, NCCL's usual figure for large messages"),
 }  # fmt: skip
 LATENCY_S = 25e-6  # a collective of nothing: NCCL's floor for an all-to-all (Dion3 app. D)
-GAP_S = 1.5e-6  # between a kernel's end and the next one's full speed; assumption, below the 3.5 us it takes to launch one (quack)
+# between a kernel's end and the next one's full speed; assumption, below the 3.5 us it takes to launch one (quack)
+GAP_S = 1.5e-6
 WAIT_S = 1e-3  # a host that waits for the GPU each step and then has to fill its queue again; assumption
 
 TILE = (128, 256)
@@ -60,8 +62,11 @@ Shape = tuple[int, int, int, int]  # batch, M, N, K of a product (M, K) x (K, N)
 
 
 def product_fit(batch: int, M: int, N: int, K: int, itemsize: int) -> float:
-    """Share of a class's efficiency that a product keeps: tiles come in whole waves, and each costs a start and a store besides
-    K. K may be split to fill the multiprocessors, in at most 8."""
+    """Share of a class's efficiency that a product keeps.
+
+    Tiles come in whole waves, and each costs a start and a store besides K. K may be split to fill the multiprocessors,
+    in at most 8.
+    """
 
     def share(split: int) -> float:
         tiles = split * batch * math.ceil(M / TILE[0]) * math.ceil(N / TILE[1])
@@ -72,7 +77,7 @@ def product_fit(batch: int, M: int, N: int, K: int, itemsize: int) -> float:
 
 
 def attention_fit(keys: float, direction: str) -> float:
-    """Share that a mean of `keys` visible keys per query leaves; work that is done per query and half-masked tiles are the rest."""
+    """Share that a mean of `keys` visible keys per query leaves; the rest is work per query and half-masked tiles."""
     return keys / (keys + ATTENTION_START[direction])
 
 
@@ -176,7 +181,10 @@ def linears(op: str, group: str, M: int, sizes: Sequence[tuple[int, int]], count
 
 
 def attention(tokens: int, width: int, keys: Sequence[float], calls: int, provider: str = "") -> list[Row]:
-    """Both directions over layers with these mean numbers of visible keys; masked pairs count nothing. Backward is 2.5 forwards."""
+    """Both directions over layers with these mean numbers of visible keys; masked pairs count nothing.
+
+    Backward is 2.5 forwards.
+    """
     rows = []
     for direction, factor, kernels in (("forward", 4, 1), ("backward", 10, 3)):
         each = [factor * width * k * tokens for k in keys]
@@ -212,7 +220,9 @@ def collectives(op: str, nbytes: float, messages: float, exposed: float = 1.0) -
 
 
 def table_gradients(elements: float, width: float, tokens: float, micro: float, added: float) -> Row:
-    """Dense gradients of lookup tables as inductor makes them: fp32 zeros, rows added, cast to bf16, and added to those of
-    `added` earlier micro-steps."""
+    """Dense gradients of lookup tables as inductor makes them.
+
+    fp32 zeros, rows added, cast to bf16, and added to those of `added` earlier micro-steps.
+    """
     nbytes = micro * (10 * elements + 10 * width * tokens) + added * 6 * elements
     return one_pass("gradients of lookup tables", "tables", nbytes, 4 * micro + added)

@@ -1,7 +1,7 @@
 """The peers' steps, whose published times check the model: nanochat's runs 1, 3 and 6, three stages of modded-nanogpt.
 
-No value is set for one run. The choice within the ranges of `CLASSES` was made knowing the times, so the check shows that one
-set of efficiencies explains six steps, not that it would have foretold them.
+No value is set for one run. The choice within the ranges of `CLASSES` was made knowing the times, so the check shows
+that one set of efficiencies explains six steps, not that it would have foretold them.
 """
 
 import math
@@ -27,8 +27,11 @@ TOLERANCE = 0.15
 
 
 def nanochat(name: str, depth: int, short: int, tokens: int, fp8: bool, smear: bool, **facts) -> Workload:
-    """nanochat's base_train on 8 H100s with device batch 16: `short` is the S window of SSSL; smear stands for smear and backout,
-    which came in March 2026 (run 6 has them, runs 1 and 3 do not). Value embeddings, x0 scales and FA3 are older than run 1."""
+    """nanochat's base_train on 8 H100s with device batch 16.
+
+    `short` is the S window of SSSL; smear stands for smear and backout, which came in March 2026 (run 6 has them, runs
+    1 and 3 do not). Value embeddings, x0 scales and FA3 are older than run 1.
+    """
     d = dims(ModelConfig(depth=depth))
     L, C, F, V, T = d.n_layer, d.d_model, d.d_ff, d.padded_vocab, d.seq_len
     M, on_gpu = 16 * T, tokens // GPUS
@@ -42,8 +45,9 @@ def nanochat(name: str, depth: int, short: int, tokens: int, fp8: bool, smear: b
         *linears("MLP", "products", M, [(C, F), (F, C)], n, fp8),
         *linears("lm_head", "head", M, [(C, V)], micro, fp8),
         *attention(on_gpu, C, [mean_keys(w, [T]) for w in windows], micro),
-        # tensors of a layer: both norms with their sums 5 + 4, backward 9 + 4 (three gradients of the norm's output come from
-        # q, k, v; both lambdas and x0 have theirs); q, k 4 and 6; v of every other layer 3 and 3; ReLU² 8 and 12
+        # tensors of a layer: both norms with their sums 5 + 4, backward 9 + 4 (three gradients of the norm's output
+        # come from q, k, v; both lambdas and x0 have theirs); q, k 4 and 6; v of every other layer 3 and 3; ReLU²
+        # 8 and 12
         one_pass("norms and sums", "passes", 22 * L * stream, 5 * n),
         one_pass("rope, QK-norm, value embeddings", "passes", (10 * L + 6 * len(d.ve_layers)) * stream, 4 * n),
         one_pass("ReLU²", "passes", 20 * L * stream, 2 * n),
@@ -55,8 +59,8 @@ def nanochat(name: str, depth: int, short: int, tokens: int, fp8: bool, smear: b
         one_pass("fp32 gradients", "weights", (6 * micro + 12 * (micro - 1)) * (matrices + head), 12 * n),
     ]
     if fp8:
-        # channels of a token that are quantised. q, k and v quantise the same input in three calls, of which AOTAutograd's removal of
-        # common subexpressions leaves one (seen with torch 2.13 on such a function)
+        # channels of a token that are quantised. q, k and v quantise the same input in three calls, of which
+        # AOTAutograd's removal of common subexpressions leaves one (seen with torch 2.13 on such a function)
         inputs, outputs = L * 7 * C + C, L * 9 * C + V
         cast = 2 + 3 + 2  # amax; quantise; transposed copy for wgrad
         rows += [
@@ -66,8 +70,8 @@ def nanochat(name: str, depth: int, short: int, tokens: int, fp8: bool, smear: b
         ]
     else:
         rows.append(one_pass("bf16 casts of weights", "weights", micro * 6 * (matrices + head), 6 * n))
-    # a rank owns the same number of every shape, padding included. Gradients are stacked and results copied back by all ranks;
-    # the owner runs Nesterov, norms, variance and update in fp32 and 15 elementwise passes around the products
+    # a rank owns the same number of every shape, padding included. Gradients are stacked and results copied back by all
+    # ranks; the owner runs Nesterov, norms, variance and update in fp32 and 15 elementwise passes around the products
     owned = [(math.ceil(4 * L / GPUS), C, C), (math.ceil(L / GPUS), C, F), (math.ceil(L / GPUS), F, C)]
     elements = sum(math.prod(shape) for shape in owned)
     rows += [newton_schulz(*shape, symmetric=False) for shape in owned]
@@ -80,15 +84,18 @@ def nanochat(name: str, depth: int, short: int, tokens: int, fp8: bool, smear: b
 
 
 def documents(cap: int) -> list[float]:
-    """Lengths of FineWeb's documents cut at `cap`: quantiles of the lognormal with their median (403) and mean (690) in tokens."""
+    """Lengths of FineWeb's documents in tokens, cut at `cap`: quantiles of the lognormal with their median and mean."""
     median, mean = 403, 690
     normal = NormalDist(math.log(median), math.sqrt(2 * math.log(mean / median)))
     return [min(cap, math.exp(normal.inv_cdf((i + 0.5) / 512))) for i in range(512)]
 
 
 def modded(name: str, tokens: int, cap: int, short: int, long: int, tied: bool, **facts) -> Workload:
-    """modded-nanogpt as in the log "#85 v3" (closest to its HEAD: gate nets, DC, 768-wide bigram table): fp8 head and MLP up-projection,
-    bf16 otherwise; AdamW's parameters move every second step, so all that belongs to them counts half."""
+    """modded-nanogpt as in the log "#85 v3" (closest to its HEAD: gate nets, DC, 768-wide bigram table).
+
+    fp8 head and MLP up-projection, bf16 otherwise; AdamW's parameters move every second step, so all that belongs to
+    them counts half.
+    """
     C, F, V, T = 768, 3072, 50304, tokens // GPUS
     attn, mlp, half = 10, 11, 0.5
     lengths = documents(cap)
@@ -107,12 +114,13 @@ def modded(name: str, tokens: int, cap: int, short: int, long: int, tied: bool, 
         products("MLP: wgrad", "products", 2 * [(1, F, C, T)], mlp),
         *linears("lm_head", "head", T, [(C, V)], 1, True),
         *attention(T, C, [*keys, 112], 1),  # the last is DC-MHA's local softmax over 112 keys
-        # tensors of a layer, forward and backward: mix and norm before the MLP 6 + 12, after it 4 + 6 (x, y, x0, bigram in, gates
-        # and lambdas have gradients); layer 6 without attention 9 + 14
+        # tensors of a layer, forward and backward: mix and norm before the MLP 6 + 12, after it 4 + 6 (x, y, x0, bigram
+        # in, gates and lambdas have gradients); layer 6 without attention 9 + 14
         one_pass("norms and mixes", "passes", (28 * attn + 23) * stream, 6 * mlp),
         one_pass("rope, QK-norm, value embeddings", "passes", (10 * attn + 2 * 4 + 5 * 7) * stream, 4 * attn),
         one_pass("XSA, output gates", "passes", (4 * 8 + 2 * 6) * stream, 3 * 6),
-        # mixing nets of layer 10 and after it 24 + 48, gate nets 4; embedding, smear, bigram 13 + 20, value embeddings 10
+        # mixing nets of layer 10 and after it 24 + 48, gate nets 4; embedding, smear, bigram 13 + 20, value embeddings
+        # 10
         one_pass("MUDD, gates, input", "passes", (24 + 48 + 4 + 13 + 20 + 10) * stream, 90),
         one_pass("fp8 casts of MLP inputs", "fp8 casts", 2.5 * mlp * stream, 3 * mlp),
         # attention's banks joined and their gradients split; MLP up quantised
@@ -135,7 +143,7 @@ def modded(name: str, tokens: int, cap: int, short: int, long: int, tied: bool, 
 
 
 def checks() -> list[Workload]:
-    """The published step times: nanochat's leaderboard (time over steps, or tokens over tokens per second), modded's log #85 v3."""
+    """The published step times: nanochat's leaderboard (time over steps, or tokens over tokens/s), modded's log #85."""
     return [
         nanochat("nanochat run 1: d24 bf16", 24, 1024, 2**19, False, False, steps=16704, published=10949 / 16704),
         nanochat("nanochat run 3: d26 fp8", 26, 1024, 2**20, True, False, steps=7226, published=9922 / 7226),

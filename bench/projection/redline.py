@@ -41,8 +41,10 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 
 def redline(depth: int = 24, target: bool = False) -> Workload:
-    """The gpt2 preset on 8 H100s at ratio 8: as core/ does it today in bf16, or the design's target in fp8 with FA3's attention, a
-    sharded optimizer and bf16 communication of which backward hides 70 %."""
+    """The gpt2 preset on 8 H100s at ratio 8, as core/ does it today in bf16, or as it is meant to become.
+
+    target: in fp8 with FA3's attention, a sharded optimizer and bf16 communication of which backward hides 70 %.
+    """
     cfg = preset("gpt2", "cuda")
     cfg = dataclasses.replace(cfg, ratio=8.0, device_batch_size=16, model=dataclasses.replace(cfg.model, depth=depth))
     plan = make_plan(cfg, device_type="cuda", world_size=GPUS, compute_dtype=BF16)
@@ -107,7 +109,8 @@ def redline(depth: int = 24, target: bool = False) -> Workload:
             one_pass(
                 "softcap, cross-entropy, sums of dw", "head", 4 * V * on_gpu + 8 * V * C * chunks, chunks, "kernel pass"
             ),
-            # Gradients: banks joined, then cast or added to the fp32 sum; for communication rounded, joined, divided, copied
+            # Gradients: banks joined, then cast or added to the fp32 sum; for communication rounded, joined, divided,
+            # copied
             one_pass("gradients summed", "weights", micro * (4 * weights + 10 * params) - 4 * params, 3 * n),
             one_pass("gradients to bf16, buckets, back", "weights", (6 + 4 + 4 + 4 + 6) * params, 6 * L),
             collectives("all-reduce of gradients in bf16", 2 * 2 * params, 2 * 44),
@@ -149,7 +152,7 @@ def optimizer(model: GPT, ranks: int) -> list[Row]:
 
 
 def read_results(folder: Path = RESULTS) -> list[dict]:
-    """The newest right result of each backend, case and direction on an H100 or H200 SXM, of all `<folder>/<device>/ops.jsonl`."""
+    """The newest right result of each backend, case and direction on an H100 or H200 SXM, of all devices' ops.jsonl."""
     newest: dict[tuple, dict] = {}
     for file in sorted(folder.glob("*/ops.jsonl")):
         for line in filter(None, map(str.strip, file.read_text().splitlines())):
@@ -168,7 +171,7 @@ def gpu_of(result: dict) -> str | None:
 
 
 def with_measurements(w: Workload, results: Sequence[dict]) -> Workload:
-    """The workload with the efficiencies of the results at the nearest shape, an H100's before an H200's, of the fastest backend."""
+    """The workload with the results' efficiencies: at the nearest shape, an H100's first, of the fastest backend."""
 
     def measured(row: Row) -> Measured | None:
         c = row.cost

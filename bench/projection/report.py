@@ -81,7 +81,10 @@ def report(checked: Sequence[Workload], budgets: Sequence[Workload], rows: bool)
 
 
 def plot(workloads: Sequence[Workload], path: Path) -> None:
-    """A bar a workload, its step in groups of ops; lines are published times. Steps under 200 ms have an axis of their own."""
+    """A bar a workload, its step in groups of ops; lines are published times.
+
+    Steps under 200 ms have an axis of their own.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
