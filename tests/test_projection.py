@@ -97,6 +97,15 @@ def test_flops_of_redline_are_the_plans(target):
     assert accounted(w, 24, 512) == pytest.approx(meta_model(ModelConfig(depth=24)).flops_per_token(), rel=2e-5)
 
 
+@pytest.mark.parametrize("target", BUDGETS)
+def test_rows_are_counted_once_for_each_micro_step_of_the_plan(target):
+    """Their FLOPs do not tell: fewer micro-steps have more rows each."""
+    micro = BUDGETS[target].tokens // (machine.GPUS * 16 * 2048)
+    kernels = {row.op: row.kernels for row in BUDGETS[target].rows}
+    assert micro == 4 and kernels["lm_head: forward, dgrad"] == 2 * micro
+    assert kernels["qkv, o: wgrad"] == 2 * 24 * micro and kernels["attention, forward"] == 24 * micro
+
+
 def test_attention_counts_visible_pairs():
     T, w = 50, 8
     pairs = sum(0 <= q - k <= w for q in range(T) for k in range(T))
