@@ -1,9 +1,10 @@
-"""Compiles the Triton kernels of ops for GPUs that are not there: `python -m bench.aot [OP@CAPABILITY ...]`, such as rms_norm@90.
+"""Compile the Triton kernels of ops for GPUs that are not there: `python -m bench.aot [OP@CAPABILITY ...]`.
 
-An op is called forward and backward with real shapes on memory that is never touched; each launch is compiled instead of
-run. For sm_90 that is every case, for other GPUs one (`cases`). Each OP@CAPABILITY is a process of its own, since Triton keeps
-its first target, as many at a time as there are cores. Prints an object for each as it ends: {"op", "capability", "error",
-"kernels"}; kernels has the facts of every launch in order, error says why something does not compile, and is null otherwise.
+An op is called forward and backward with real shapes on memory that is never touched; each launch is compiled instead
+of run. For sm_90 that is every case, for other GPUs one (`cases`). Each OP@CAPABILITY is a process of its own, since
+Triton keeps its first target, as many at a time as there are cores. Prints an object for each as it ends: {"op",
+"capability", "error", "kernels"}; kernels has the facts of every launch in order, error says why something does not
+compile, and is null otherwise.
 """
 
 import argparse
@@ -111,7 +112,7 @@ def compile_only(capability: int = MAIN):
 
 
 def describe(function: JITFunction, kernel: Any, log: str) -> dict[str, Any]:
-    """Facts of one compiled kernel: registers, spills and shared memory in bytes, instruction counts, length of its loop."""
+    """Facts of one compiled kernel: registers, spilled and shared bytes, instruction counts, length of its loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -178,9 +179,10 @@ def read_sass(sass: str) -> dict[str, Any]:
 
 
 def loop_length(opcodes: Sequence[str], backward: Sequence[tuple[int, int]], ends: Sequence[int]) -> int:
-    """Instructions of the innermost loop with the most tensor-core instructions, or without any of the longest innermost one.
+    """Length of the innermost loop with the most tensor-core instructions; without any, of the longest innermost one.
 
-    Not loops: a way back from code that stands after the kernel's end, where slow paths are moved to; waiting at a barrier.
+    Not loops: a way back from code that stands after the kernel's end, where slow paths are moved to; waiting at a
+    barrier.
     """
 
     def products(loop: tuple[int, int]) -> int:
@@ -217,8 +219,10 @@ def launches(
 
 
 def cases(op: kernels.op.Op, capability: int) -> list[tuple[str, torch.dtype]]:
-    """Cases and dtypes to compile: all in bf16, which the tracks train in, and the first in fp32; elsewhere than on sm_90 only
-    the last of depth 24."""
+    """Cases and dtypes to compile: all in bf16, which the tracks train in, and the first in fp32.
+
+    Elsewhere than on sm_90 only the last of depth 24.
+    """
     if capability != MAIN:
         deep = [case for case in op.cases if "depth 24" in case] or list(op.cases)
         return [(deep[-1], torch.bfloat16)]

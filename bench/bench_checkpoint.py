@@ -1,5 +1,7 @@
-"""Checkpoints of the quickstart's size: `pytest bench/bench_checkpoint.py`. Written whole or not at all, and flushed to the disk,
-against torch.save and torch.load of the same tensors, flushed as well.
+"""Checkpoints of the quickstart's size: `pytest bench/bench_checkpoint.py`.
+
+Written whole or not at all, and flushed to the disk, against torch.save and torch.load of the same tensors, flushed as
+well.
 """
 
 import os

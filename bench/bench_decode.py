@@ -1,5 +1,6 @@
-"""Greedy text from the quickstart's model: `pytest bench/bench_decode.py`. With keys and values kept, against the whole text anew for
-each token; the same tokens, MIN_SPEEDUP times faster.
+"""Greedy text from the quickstart's model: `pytest bench/bench_decode.py`.
+
+With keys and values kept, against the whole text anew for each token; the same tokens, MIN_SPEEDUP times faster.
 """
 
 from contextlib import contextmanager

@@ -1,5 +1,6 @@
-"""Encoding documents: `pytest bench/bench_tokenizer.py`. What the loader calls, against tiktoken's lists of numbers and byte-pair
-encoding written out in Python.
+"""Encoding documents: `pytest bench/bench_tokenizer.py`.
+
+What the loader calls, against tiktoken's lists of numbers and byte-pair encoding written out in Python.
 
 Text: files of this Python's standard library; the vocabulary of 4096 is trained on other files of it.
 """

@@ -1,12 +1,12 @@
 """Whether a commit made something slower: `python -m bench.compare BASE [NEW]`.
 
-Both commits are checked out beside each other (git worktrees) and measured by the bench code of this checkout, in two processes
-that take turns: a sample of one, a sample of the other, the order changing. The ratio of an item is the median of the ratios
-within a turn, with its 95 % bounds.
+Both commits are checked out beside each other (git worktrees) and measured by the bench code of this checkout, in two
+processes that take turns: a sample of one, a sample of the other, the order changing. The ratio of an item is the
+median of the ratios within a turn, with its 95 % bounds.
 
-slower    the ratio is above 1 + threshold. Where memory falls differs from process to process, and with it the time of identical
-          code (by up to 1.6x on 2 cores): so this is said of PAIRS pairs of processes, the first and new ones, when all ratios
-          are above 1 and their median is above 1 + threshold
+slower    the ratio is above 1 + threshold. Where memory lies differs from process to process, and with it the time of
+          identical code (by up to 1.6x on 2 cores): so PAIRS pairs of processes are measured, the first and new ones;
+          all ratios have to be above 1, and their median, which is reported, above 1 + threshold
 faster    the same downwards
 unclear   the bounds reach beyond the threshold after MAX_TURNS turns, or the pairs of processes disagree
 same      the rest
@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.results import microseconds
+from bench.history import microseconds
 from bench.timing import Spread
 from core.stopping import UserError, one_sentence
 
@@ -38,22 +38,28 @@ WORKING_TREE = "."
 THRESHOLD = 0.05
 MIN_TURNS, MAX_TURNS = 12, 60
 PAIRS = 6  # identical code is on the same side of 1 in all of them once in 32
-MEASURING = ("bench", "tests")  # taken from this checkout, for both
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """verdict: slower, faster, unclear, same, wrong, broken, gone, new or unmeasured; note: what there is to say about it."""
+    """What was found of one item.
+
+    verdict   slower, faster, unclear, same, wrong, broken, gone, new or unmeasured; note: what there is to say about it
+    base, new seconds per call of the first pair of processes, taken in the same turns
+    pairs     ratios of several pairs of processes, where these decided
+    """
 
     item: str
     verdict: str
     note: str = ""
     base: Spread | None = None
     new: Spread | None = None
+    pairs: Spread | None = None
 
     @property
     def ratio(self) -> Spread | None:
-        return self.new.over(self.base) if self.new and self.base else None
+        """Time of new over time of base, as it was judged."""
+        return self.pairs or (self.new.over(self.base) if self.new and self.base else None)
 
     @property
     def failed(self) -> bool:
@@ -138,9 +144,9 @@ def checkouts(base: str, new: str) -> Iterator[tuple[Path, Path]]:
                     listed = git("ls-files", "-z") + "\0" + git("ls-files", "-oz", "--exclude-standard")
                     for part in filter(None, listed.split("\0")):
                         copy(ROOT / part, path / part)
-                for part in MEASURING:
-                    shutil.rmtree(path / part, ignore_errors=True)
-                    shutil.copytree(ROOT / part, path / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
+                shutil.rmtree(path / "bench", ignore_errors=True)
+                unwanted = shutil.ignore_patterns("__pycache__", "results")
+                shutil.copytree(ROOT / "bench", path / "bench", ignore=unwanted)
             yield paths[0], paths[1]
         finally:
             for path in paths:
@@ -194,15 +200,18 @@ def _compare(item: str, sides: tuple[Side, Side], threshold: float) -> Outcome:
 
 
 def agreed(outcomes: Sequence[Outcome], threshold: float, pairs: int) -> Outcome:
-    """One outcome of several pairs of processes, the first beyond the threshold; unclear until there are `pairs`."""
+    """One outcome of several pairs of processes, the first beyond the threshold; unclear until there are `pairs`.
+
+    Judged and reported is the same ratio: the median over the pairs of each pair's own ratio, which is taken in turns.
+    Medians of new over medians of base would mix processes that fell differently.
+    """
     first = outcomes[0]
     ratios = Spread(tuple(o.ratio.median for o in outcomes))
     said = verdict_of(first.ratio.median, threshold)
     one_side = all((ratio > 1) == (said == "slower") for ratio in ratios.samples)
     agree = one_side and verdict_of(ratios.median, threshold) == said
     if agree and len(outcomes) == pairs:
-        base, new = (Spread(tuple(getattr(o, side).median for o in outcomes)) for side in ("base", "new"))
-        return replace(first, verdict=said, base=base, new=new)
+        return replace(first, verdict=said, pairs=ratios)
     shown = ", ".join(f"{ratio:.3f}" for ratio in ratios.samples)
     return replace(outcomes[-1], verdict="unclear", note=f"pairs of processes disagree: {shown}")
 
@@ -299,9 +308,10 @@ def main(argv: list[str]) -> int:
     if args.json:
         entries = [
             {"item": o.item, "verdict": o.verdict, "note": o.note}
-            | ({"ratio": o.ratio.median, "bounds": o.ratio.bounds, "base_s": o.base.median, "new_s": o.new.median} if o.ratio else {})
+            | ({"ratio": o.ratio.median, "bounds": o.ratio.bounds} if o.ratio else {})
+            | ({"base_s": o.base.median, "new_s": o.new.median} if o.base and o.new else {})
             for o in outcomes
-        ]  # fmt: skip
+        ]
         args.json.write_text(json.dumps({"base": commits[0], "new": commits[1], "outcomes": entries}, indent=1) + "\n")
     counts = {v: sum(o.verdict == v for o in outcomes) for v in dict.fromkeys(o.verdict for o in outcomes)}
     print("\n" + ", ".join(f"{n} {v}" for v, n in counts.items()))

@@ -1,32 +1,16 @@
-"""How a bench file runs under pytest: one test a variant, all variants of an item measured in turn when the first is reached.
+"""How a bench file runs under pytest: one test per variant; the first measures all variants of its item in turn.
 
-pytest-benchmark then gets the samples as they were taken, through a clock that shows them. `--benchmark-max-time` is the time
-for each variant; `--store` keeps the results in bench/results/<device>/.
+pytest-benchmark keeps the samples that were taken. `--benchmark-max-time` is the time for each variant; `--store` keeps
+the results in bench/results/<device>/.
 """
 
 import pytest
 
-from bench import results
+from bench import history
 from bench.suite import Item, Result, measure, row
 from core import machine
 
-
-class Replay:
-    """A clock that moves by one sample with each call of `advance`."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-        self.samples: list[float] = []
-
-    def now(self) -> float:
-        return self.time
-
-    def advance(self) -> None:
-        self.time += self.samples.pop(0)
-
-
 ROWS = pytest.StashKey[list]()
-CLOCK = Replay()
 LAST: dict[Item, dict[str, Result]] = {}  # the item that was measured last
 
 
@@ -37,19 +21,24 @@ def pytest_addoption(parser):
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_xdist_auto_num_workers(config):
+    """None: what is timed has the machine to itself."""
+    return 0
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.stash[ROWS] = []
     config.option.benchmark_quiet = True  # our table is shorter and says more
     machine.keep_freed_memory()  # as train.py does
     if config.getoption("--store"):
-        results.refuse_changed_checkout(results.facts()["commit"])
+        history.refuse_changed_checkout(history.facts()["commit"])
 
 
 def pytest_collection_modifyitems(items):
     for test in items:
         if "record" in test.fixturenames:
-            group = str(test.callspec.params["item"])
-            test.add_marker(pytest.mark.benchmark(timer=CLOCK.now, group=group))
+            test.add_marker(pytest.mark.benchmark(group=str(test.callspec.params["item"])))
 
 
 def pytest_generate_tests(metafunc):
@@ -74,13 +63,14 @@ def record(benchmark, request, item, variant):
         result = LAST[item][variant]
         if result.absent:
             pytest.skip(result.absent)
-        entry = row(item, variant, result, results.roofline_of(item), results.facts())
+        entry = row(item, variant, result, history.roofline_of(item), history.facts())
         request.config.stash[ROWS].append(entry)
         if result.error:
             pytest.fail(f"{item} {variant} is wrong and gets no number: {result.error}")
         benchmark.extra_info |= entry
-        CLOCK.samples = list(result.seconds.samples)
-        benchmark.pedantic(CLOCK.advance, rounds=len(CLOCK.samples))
+        stats = benchmark._make_stats(iterations=1)  # its public calls would time variants one after another
+        for seconds in result.seconds.samples:
+            stats.update(seconds)
         return entry
 
     return run
@@ -88,7 +78,7 @@ def record(benchmark, request, item, variant):
 
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
-    for line in results.console(rows):
+    for line in history.console(rows):
         terminalreporter.write_line(line)
     if rows and config.getoption("--store"):
-        terminalreporter.write_line(f"stored in {results.store(rows)}")
+        terminalreporter.write_line(f"stored in {history.store(rows)}")

@@ -1,19 +1,22 @@
-"""What a GPU has to say about this checkout, in one command: `python -m bench.gpu --minutes 8 --out DIR`.
+"""What a GPU has to say about this checkout, in one command: `python -m bench.gpu --minutes 15 --out DIR`.
 
-In this order, as far as the time goes:
-  tests      of each op on the GPU; an op whose tests fail or do not finish gets no numbers
-  ops        ours and the reference, at one real shape of each op, forward and backward
-  training   steps at depth 12 and 24, our kernels and the reference, both under torch.compile: tokens/s, MFU, memory, share by op
-  ops        every shape, with torch.compile of the reference and the peers that are installed; ops that have peers first
+In this order, each part within its share of the time, training with at least half of it:
+  tests      of each op against float64, at odd shapes; an op whose tests fail or do not finish gets no numbers
+  tune       configs of the ops that take most of a step (bench.tune); what wins is printed, the rest runs as committed
+  ops        against the reference, torch.compile and the installed peers: the largest shape of each op first
+  training   steps at depth 12 and 24: our kernels, then with the head in fp8, then the reference under torch.compile
+  ops        that were left, if there is time
 Training text is the source of the installed Python packages: nothing is downloaded.
 
-DIR: tests.json, ops.jsonl, train.jsonl (rows for `python -m bench.results --add DIR`, written as they are measured), table.txt,
-log.txt. It may be stopped at any time: what was measured is there, and the table says what is missing. Exit status 1 when
-something was wrong. `--device cpu` rehearses all of it in small.
+DIR: tests.json, tune.jsonl, ops.jsonl, train.jsonl (rows for `python -m bench.history --add DIR`), all written as they
+are found, table.txt, log.txt. It may be stopped at any time: what was measured is there, and the table says what is
+missing. The last lines answer: is it right, faster than whom, how fast does it train, what to tune next. Exit status 1
+when something was wrong. `--device cpu` rehearses all of it in small.
 """
 
 # ruff: noqa: E402
 import argparse
+import functools
 import gc
 import importlib.util
 import json
@@ -39,14 +42,15 @@ NEEDED = (
 if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     names = " ".join(lacking).replace("_", "-")
     sys.exit(
-        f"bench.gpu: {names} not installed here; without a network, `pip download -d wheels {names}` elsewhere (for this "
-        f"Python), and here `pip install --no-index --find-links wheels {names}`"
+        f"bench.gpu: {names} not installed here; without a network, `pip download -d wheels {names}` elsewhere (for "
+        f"this Python), and here `pip install --no-index --find-links wheels {names}`"
     )
 
 import torch
 
-from bench import results
-from bench.peers import PEERS
+from bench import history
+from bench.answers import PASSED, answers, training_line
+from bench.projection.redline import redline
 from bench.suite import Item, Result, items, measure, row
 from core.machine import device_name
 from core.stopping import Stopped, UserError, one_sentence
@@ -55,18 +59,16 @@ from kernels.ops import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 RESERVE_S = 10  # to end in
-TESTS_SHARE, TRAINING_SHARE = 0.35, 0.4  # of the time, at most
-PASSED = "passed"
+TESTS_END, TUNE_END, OPS_END = 0.12, 0.27, 0.45  # of the time: training has the rest
+TESTS = "float64"  # of the tests of an op, those that compare with the oracle: no torch.compile
+TUNED_OPS = 4
 SECONDS = 0.2  # for each variant of an item
 ITEM_S = 8  # that must be left for another item
 SHARES_SHOWN = 6
 TEXT_BYTES = 48 << 20
 LOG_BYTES = 8 << 20  # of log.txt that are kept, from its end
 POLL_S = 0.2
-FIRST_CASES = ("depth 24", "depth 24, MLP")
-OURS_AND_REFERENCE = ("ref", "triton", "cuda")
-DEPTHS = (12, 24)
-TRAINING_KERNELS = ("auto", "ref")
+RUNS = ("auto", 12), ("auto", 24), ("auto", 12, "--fp8-head"), ("auto", 24, "--fp8-head"), ("ref", 12), ("ref", 24)
 MIN_TRAINING_S = 60  # compiling takes most of it
 BATCH_TOKENS = 131072
 REHEARSAL = (
@@ -85,11 +87,14 @@ class Bench:
         self.tests: dict[str, str] = {}  # file of an op: passed, or why it has no numbers
         self.rows: list[dict[str, Any]] = []
         self.trained: list[dict[str, Any]] = []
+        self.tuned: list[dict[str, Any]] = []
         self.missing: list[str] = []
+        self.measured: set[Item] = set()
         self.children: list[subprocess.Popen] = []
 
-    def left(self) -> float:
-        return self.end - time.monotonic()
+    def until(self, share: float) -> float:
+        """When a part has to end that may take up to this share of the time."""
+        return min(self.start + share * 60 * self.minutes, self.end)
 
     def child(self, *args: str, stdout: int | None = None) -> subprocess.Popen:
         """Starts python with these arguments."""
@@ -107,16 +112,15 @@ class Bench:
     # parts
 
     def test(self) -> None:
-        """Tests of all ops, several files at a time."""
-        end = min(time.monotonic() + TESTS_SHARE * 60 * self.minutes, self.end)
-        waiting = [stem_of(op) for op in BY_NAME.values()]
-        waiting = list(dict.fromkeys(waiting))
+        """Test all ops against float64, several files at a time."""
+        end = self.until(TESTS_END)
+        waiting = list(dict.fromkeys(stem_of(op) for op in BY_NAME.values()))
         running: dict[str, subprocess.Popen] = {}
         while (waiting or running) and time.monotonic() < end:
             while waiting and len(running) < max(1, os.cpu_count() // 2):
                 stem = waiting.pop(0)
                 report = ("-p", "no:cacheprovider", f"--junitxml={self.scratch / stem}.xml")
-                running[stem] = self.child("-m", "pytest", f"tests/test_{stem}.py", "-q", *report)
+                running[stem] = self.child("-m", "pytest", f"tests/test_{stem}.py", "-k", TESTS, "-q", *report)
             for stem, process in list(running.items()):
                 if process.poll() is not None:
                     del running[stem]
@@ -138,14 +142,35 @@ class Bench:
         self.say(f"tests of {stem}: {outcome}")
         (self.out / "tests.json").write_text(json.dumps(self.tests, indent=1) + "\n")
 
-    def ops(self, chosen: list[Item], variants: list[str] | None) -> None:
+    def tune(self) -> None:
+        """Tune the most valuable ops in a process of its own, which may break or hang."""
+        chosen = [name for name in by_value() if self.tests.get(stem_of(BY_NAME[name])) == PASSED][:TUNED_OPS]
+        seconds = self.until(TUNE_END) - time.monotonic()
+        if not chosen or seconds < ITEM_S:
+            self.missing.append(f"tuning {', '.join(chosen) or 'ops: no tests passed'}")
+            return
+        options = ("--minutes", f"{seconds / 60:.3f}", "--out", str(self.out), "--device", self.device)
+        process = self.child("-u", "-m", "bench.tune", *chosen, *options)
+        try:
+            status = process.wait(timeout=1.5 * seconds)  # the last step may begin at the end
+        except subprocess.TimeoutExpired:
+            self.kill()
+            status = None
+        self.tuned = history.load(self.out / "tune.jsonl")
+        done = {entry["task"]["op"] for entry in self.tuned}
+        why = "not done in time" if status is None else f"ended with status {status}, see log.txt"
+        self.missing += [f"tuning {name}: {why}" for name in chosen if name not in done]
+        self.say(f"tuned {', '.join(done) or 'nothing'}")
+
+    def ops(self, chosen: list[Item], variants: list[str] | None, end: float) -> None:
+        """Measure items that were not yet, as long as another one fits in before the end."""
         longest = 0.0
         for item in chosen:
-            if self.tests.get(stem_of(BY_NAME[item.op])) != PASSED:
+            if item in self.measured or self.tests.get(stem_of(BY_NAME[item.op])) != PASSED:
                 continue
-            if self.left() < max(ITEM_S, longest):
-                self.missing.append(f"{item} ({', '.join(variants or item.variants)})")
+            if end - time.monotonic() < max(ITEM_S, longest):
                 continue
+            self.measured.add(item)
             start = time.monotonic()
             try:
                 measured = measure(item, variants, seconds=SECONDS)
@@ -156,13 +181,14 @@ class Bench:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 measured = {name: Result(error=reason) for name, absent in item.variants.items() if not absent}
             entries = [
-                row(item, name, result, results.roofline_of(item), results.facts())
+                row(item, name, result, history.roofline_of(item), history.facts())
                 for name, result in measured.items()
                 if not result.absent
             ]
             longest = max(longest, time.monotonic() - start)
             self.rows += entries
             self.add("ops.jsonl", entries)
+        self.say(f"{len(self.rows)} rows of ops")
 
     def train(self) -> None:
         gc.collect()
@@ -171,31 +197,28 @@ class Bench:
         text = self.scratch / "packages.jsonl"
         written = write_text(text)
         self.say(f"training text: {written >> 20} MiB of installed packages")
-        end = min(time.monotonic() + TRAINING_SHARE * 60 * self.minutes, self.end)
         small = self.device == "cpu"
-        for depth in DEPTHS:
-            for kernels in TRAINING_KERNELS:
-                seconds = end - time.monotonic()
-                if seconds < (1 if small else MIN_TRAINING_S):
-                    self.missing.append(f"training at depth {depth}, --kernels {kernels}")
-                    continue
-                size = REHEARSAL if small else f"--depth {depth} --total-batch-size {BATCH_TOKENS}"
-                where = ("--data", str(text), "--cache-dir", str(self.scratch / "cache"))
-                options = ("gpt2", "--kernels", kernels, "--steps", "1000", *size.split(), *where)
-                process = self.child("-m", "bench.train_step", *options, stdout=subprocess.PIPE)
-                try:
-                    output, _ = process.communicate(timeout=seconds)
-                    why = process.returncode and f"ended with status {process.returncode}, see log.txt"
-                except subprocess.TimeoutExpired:
-                    self.kill()
-                    self.missing.append(
-                        f"training at depth {depth}, --kernels {kernels}: not done within {seconds:.0f} s"
-                    )
-                    continue
-                failed = {"depth": depth, "kernels": kernels, "error": why, **results.facts()}
-                self.trained.append(failed if why else json.loads(output))
-                self.add("train.jsonl", self.trained[-1:])
-                self.say(training_lines(self.trained[-1])[0])
+        for request, depth, *more in RUNS:
+            name = " ".join([f"training at depth {depth}, --kernels {request}", *more])
+            seconds = self.end - time.monotonic()
+            if seconds < (1 if small else MIN_TRAINING_S):
+                self.missing.append(name)
+                continue
+            size = REHEARSAL if small else f"--depth {depth} --total-batch-size {BATCH_TOKENS}"
+            where = ("--data", str(text), "--cache-dir", str(self.scratch / "cache"))
+            options = ("gpt2", "--kernels", request, "--steps", "1000", *size.split(), *more, *where)
+            process = self.child("-m", "bench.train_step", *options, stdout=subprocess.PIPE)
+            try:
+                output, _ = process.communicate(timeout=seconds)
+                why = process.returncode and f"ended with status {process.returncode}, see log.txt"
+            except subprocess.TimeoutExpired:
+                self.kill()
+                self.missing.append(f"{name}: not done within {seconds:.0f} s")
+                continue
+            failed = {"depth": depth, "kernels": request, "error": why, **history.facts()}
+            self.trained.append((failed if why else json.loads(output)) | {"fp8_head": "--fp8-head" in more})
+            self.add("train.jsonl", self.trained[-1:])
+            self.say(training_line(self.trained[-1]))
 
     # report
 
@@ -203,17 +226,18 @@ class Bench:
         print(f"[{time.monotonic() - self.start:5.0f} s] {text}", flush=True)
 
     def table(self) -> str:
-        lines = [f"{results.facts()['device']}, commit {results.facts()['commit']}", ""]
+        lines = [f"{history.facts()['device']}, commit {history.facts()['commit']}", ""]
         lines += [f"tests of {stem}: {outcome}" for stem, outcome in self.tests.items()]
-        rows = sorted(results.newest(self.rows), key=lambda row: [row[key] for key in results.KEY[:5]])
-        lines += ["", *results.console(rows), ""]
+        rows = sorted(history.newest(self.rows), key=lambda row: [row[key] for key in history.KEY[:5]])
+        lines += ["", *history.console(rows), ""]
         for entry in self.trained:
-            lines += training_lines(entry)
+            lines += [training_line(entry), *training_details(entry)]
         lines += [f"not measured: {name}" for name in self.missing]
-        return "\n".join(lines)
+        found = answers(self.tests, self.rows, self.trained, self.tuned, self.missing, values())
+        return "\n".join([*lines, "", *found])
 
     def wrong(self) -> bool:
-        red = any(outcome != "passed" for outcome in self.tests.values())
+        red = any(outcome != PASSED for outcome in self.tests.values())
         return red or any(entry.get("error") for entry in (*self.rows, *self.trained))
 
     def kill(self) -> None:
@@ -239,16 +263,36 @@ def stem_of(op: Op) -> str:
     return op.cost.__module__.split(".")[-1]
 
 
-def training_lines(entry: dict[str, Any]) -> list[str]:
-    title = f"training at depth {entry['depth']}, --kernels {entry['kernels']}"
+@functools.cache
+def values() -> dict[str, float]:
+    """Projected seconds of a step at depth 24 that each op takes."""
+    found: dict[str, float] = {}
+    for projected in redline().rows:
+        op = projected.cost.op if projected.cost else "lm_head_loss" if projected.group == "head" else None
+        if op:
+            found[op] = found.get(op, 0.0) + projected.seconds()
+    return found
+
+
+def by_value() -> list[str]:
+    """Ops with a Triton kernel, the most valuable first."""
+    having = [name for name, op in BY_NAME.items() if "triton" in op.backends]
+    return sorted(having, key=lambda name: -values().get(name, 0.0))
+
+
+def by_importance(chosen: list[Item]) -> list[Item]:
+    """The largest item of each op first, most valuable ops before others; then the rest in the same order."""
+    largest = {name: max((item.work for item in chosen if item.op == name), default=None) for name in by_value()}
+    order = by_value()
+    return sorted(chosen, key=lambda item: (item.work != largest[item.op], order.index(item.op)))
+
+
+def training_details(entry: dict[str, Any]) -> list[str]:
     if entry.get("error"):
-        return [f"{title}: {entry['error']}"]
-    mfu = f", MFU {entry['mfu']:.1%}" if entry["mfu"] else ""
-    times = f"{entry['step_ms']:.1f} ms [{entry['step_ms_low']:.1f}, {entry['step_ms_high']:.1f}]"
+        return []
     losses, shares = entry["losses"], list(entry["time_by_op"].items())[:SHARES_SHOWN]
     return [
-        f"{title}, {entry['precision']}: {entry['tok_per_s']:,.0f} tokens/s{mfu}, {times} a step",
-        f"    {entry['peak_memory_gb']:.1f} GB at most, loss {losses[0]:.3f} -> {losses[-1]:.3f}",
+        f"    {entry['precision']}, loss {losses[0]:.3f} -> {losses[-1]:.3f}",
         "    " + ", ".join(f"{op[:48]} {share:.0%}" for op, share in shares),
     ]
 
@@ -288,7 +332,7 @@ def on_signals(handler: Any) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if need be, and must be empty")
     parser.add_argument("--commit", help="of this code, where it lies outside of its git checkout")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal in small")
@@ -298,7 +342,7 @@ def main(argv: list[str]) -> int:
     if not args.minutes * 60 > 2 * RESERVE_S:
         raise UserError(f"--minutes is {args.minutes}: expected more than {2 * RESERVE_S / 60:.2g}")
     if args.commit:
-        results.set_commit(args.commit)
+        history.set_commit(args.commit)
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
         raise UserError(f"--out {args.out} is not empty: give a new folder, so that results do not mix")
@@ -309,7 +353,7 @@ def main(argv: list[str]) -> int:
     bench = Bench(args.minutes, args.out, args.device)
     try:
         on_signals(stop)
-        commit = results.facts()["commit"]
+        commit = history.facts()["commit"]
         clean = commit is not None and "+" not in commit
         note = (
             ""
@@ -317,13 +361,13 @@ def main(argv: list[str]) -> int:
             else f"; code at {commit}, whose results cannot be stored (commit first; outside of git, --commit)"
         )
         bench.say(f"{device_name(torch.device(args.device))}, {args.minutes:g} minutes{note}")
-        everything = [item for item in items() if item.op in BY_NAME]
-        first = [item for item in everything if item.case in FIRST_CASES or args.device == "cpu"]
+        everything = by_importance([item for item in items() if item.op in BY_NAME])
         bench.test()
-        bench.ops(first, list(OURS_AND_REFERENCE))
-        bench.say(f"{len(bench.rows)} rows of ops")
+        bench.tune()
+        bench.ops(everything, None, bench.until(OPS_END))
         bench.train()
-        bench.ops(sorted(everything, key=lambda item: (item.op not in PEERS, item not in first)), None)
+        bench.ops(everything, None, bench.end)
+        bench.missing += [str(item) for item in everything if item not in bench.measured]
     finally:
         on_signals(signal.SIG_IGN)  # a second one must not cost the table
         bench.close()

@@ -1,9 +1,10 @@
-"""Is the Gram form of Polar Express stable in bf16? `python -m bench.gram_newton_schulz` prints a table (a minute on a CPU).
+"""Is the Gram form of Polar Express stable in bf16? `python -m bench.gram_newton_schulz` prints a table.
 
-The Gram form iterates on the n x n matrix R = X X^T and multiplies X once at the end, 38 n^3 against 65 n^3 FLOPs at aspect 4
-(kernels/polar_express.py, both with symmetric products). As its authors made it stable: raw coefficients of Polar Express with a
-safety of 1.05, a fresh R before the third step, and no identity added inside a product [gram-newton-schulz, README and alg. 3].
-Each entry is the relative error against the recurrence in float64, and the largest singular value of the result.
+The Gram form iterates on the n x n matrix R = X X^T and multiplies X once at the end, 38 n^3 against 65 n^3 FLOPs at
+aspect 4 (kernels/polar_express.py, both with symmetric products). As its authors made it stable: raw coefficients of
+Polar Express with a safety of 1.05, a fresh R before the third step, and no identity added inside a product
+[gram-newton-schulz, README and alg. 3]. Each entry is the relative error against the recurrence in float64, and the
+largest singular value of the result.
 """
 
 import torch

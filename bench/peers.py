@@ -1,7 +1,7 @@
-"""Other libraries' kernels for the same work, measured beside ours where they are installed; what is not is listed as absent.
+"""Other libraries' kernels for the same work, measured beside ours where they are installed, else listed as absent.
 
-Each is wrapped to take an op's inputs and return its outputs. A library's gain of RMSNorm is left out, or ones without a gradient
-where it cannot be. QuACK's linear cross-entropy has no softcap: it is no peer of lm_head_loss.
+Each is wrapped to take an op's inputs and return its outputs. A library's gain of RMSNorm is left out, or ones without
+a gradient where it cannot be. QuACK's linear cross-entropy has no softcap: it is no peer of lm_head_loss.
 """
 
 import importlib.util
@@ -17,7 +17,10 @@ FP8_ERROR = 0.03  # relative RMS: on a CPU, emulated, it is 0.012 for dx and les
 
 @dataclass(frozen=True)
 class Peer:
-    """make: (form, inputs) -> function of the op's inputs. bound: of the relative error, where the precision is another."""
+    """make: (form, inputs) -> function of the op's inputs.
+
+    bound: of the relative error, where the precision is another.
+    """
 
     package: str  # as it is imported
     project: str  # as it is installed

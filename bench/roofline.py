@@ -1,7 +1,8 @@
 """The roofline of this GPU as measured in this process: how fast a large copy and a large product of matrices are.
 
-A kernel's fraction of it is the time that its least work would take at these two speeds, over the time it took. It is near 1
-for a perfect kernel, and a little above where the kernel multiplies better than the library, or finds part of its data cached.
+A kernel's fraction of it is the time that its least work would take at these two speeds, over the time it took. It is
+near 1 for a perfect kernel, and a little above where the kernel multiplies better than the library, or finds part of
+its data cached.
 """
 
 import functools

@@ -1,17 +1,19 @@
-"""What the compiled kernels cost, without a GPU: `python -m bench.static [--check | --update --reason TEXT] [--ops OP ...]`.
+"""What the compiled kernels cost, without a GPU: `python -m bench.static [--check | --update --reason TEXT]`.
 
-Prints launches, registers, spills, shared memory, occupancy, tensor-core and bulk-copy instructions, wide (16 bytes or more) and
-narrow global accesses, atomics, barriers, local accesses and the length of the innermost loop of every Triton kernel at its real configs, for
-sm_90 in all cases and for other GPUs in one case an op, and of csrc/*.cu where nvcc is; and the time an H100 needs at least.
+Prints launches, registers, spills, shared memory, occupancy, tensor-core and bulk-copy instructions, wide (16 bytes or
+more) and narrow global accesses, atomics, barriers, local accesses and the length of the innermost loop of every Triton
+kernel at its real configs: for sm_90 in all cases, for other GPUs in one case per op; the same of csrc/*.cu if there is
+an nvcc; and the least time that an H100 needs.
 
---check   compares with bench/static/triton-VERSION.json: exit status 1 when a counter of HARD is worse, a kernel is new or gone,
-          or one does not compile; other counters and improvements are reported. 2 on wrong usage
+--check   compares with bench/baselines/triton-VERSION.json: exit status 1 when a counter of HARD is worse, a kernel is
+          new or gone, or one does not compile; other counters and improvements are reported. 2 on wrong usage
 --update  makes that file again, with the reason on top of the earlier ones
 
 Facts are cached by the source they come from, below the folder of --cache-dir.
 """
 
 import argparse
+import ast
 import datetime
 import hashlib
 import json
@@ -20,15 +22,17 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from filelock import FileLock
 
+import kernels.op
 from bench import aot
-from bench.projection import FLOPS, HBM
+from bench.projection.machine import FLOPS, HBM
 from core.config import DataConfig
 from kernels.ops import BY_NAME
 
@@ -37,8 +41,8 @@ CAPABILITIES = (aot.MAIN, 100, 120, 80)
 PEAK_FLOPS = {torch.bfloat16: FLOPS["bf16"], torch.float32: 67e12}  # of an H100: tensor cores, fp32 in CUDA cores
 PEAK_BYTES = HBM["H100"]
 
-# counter that may not get worse, the worst first: whether more of it is worse. The others (registers, length of the loop,
-# warps, blocks per SM, barriers) may move
+# counters that may not get worse, the worst first, and whether more is worse. The others (registers, length of the
+# loop, warps, blocks per SM, barriers) may move
 HARD = {
     "spill_bytes": True, "local_loads": True, "local_stores": True, "serialized": True, "tensor": False, "bulk": False,
     "occupancy": False, "wide_loads": False, "narrow_loads": True, "wide_stores": False, "narrow_stores": True,
@@ -49,6 +53,7 @@ FAILING = KINDS[:4]
 LINES = 60  # of a check's output
 
 Row = dict[str, Any]
+Task = tuple[str, int]  # op, capability
 
 
 class Limits(NamedTuple):
@@ -68,8 +73,11 @@ LIMITS = {
 
 
 def ctas_per_sm(capability: int, registers: int, warps: int, shared: int, tensor_memory: int = 0) -> int:
-    """Blocks that fit on an SM: registers go to warps in granules of 256, shared memory to blocks in granules of 128 bytes with
-    1 KiB for the system; sm_100 has 512 columns of tensor memory."""
+    """Blocks that fit on an SM.
+
+    Registers go to warps in granules of 256, shared memory to blocks in granules of 128 bytes with 1 KiB for the
+    system; sm_100 has 512 columns of tensor memory.
+    """
     limit = LIMITS[capability]
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = 4 * (65_536 // 4 // per_warp) // warps  # four partitions, each with its registers
@@ -116,24 +124,52 @@ def cache_folder(cache_dir: str | Path = DataConfig.cache_dir) -> Path:
     return Path(cache_dir).expanduser() / "static"
 
 
+def sources_of(op: kernels.op.Op, root: Path) -> list[Path]:
+    """The files of kernels/ that an op's kernels come from: its own and, in turn, what these import."""
+    waiting, found = [Path(op.cost.__code__.co_filename).stem], []
+    while waiting:
+        file = root / "kernels" / f"{waiting.pop()}.py"
+        if file in found or not file.exists():
+            continue
+        found.append(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "kernels":
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kernels."):
+                waiting.append(node.module.split(".")[1])
+    return sorted(found)
+
+
 def facts(
-    ops: Sequence[str] | None = None, capabilities: Sequence[int] = CAPABILITIES, *, folder: Path | None = None, root: Path = ROOT
-) -> tuple[list[Row], dict[str, str]]:  # fmt: skip
-    """Facts of each launch of these ops (unset: all), and what does not compile with why. root: the checkout they are from."""
-    folder, found, errors, files = folder or cache_folder(), {}, {}, {}
-    files_of_ops = {Path(op.cost.__code__.co_filename).name for op in BY_NAME.values()}
+    ops: Sequence[str] | None = None,
+    capabilities: Sequence[int] = CAPABILITIES,
+    *,
+    folder: Path | None = None,
+    root: Path = ROOT,
+) -> tuple[list[Row], dict[str, str]]:
+    """Facts of each launch of these ops (unset: all), and what does not compile with why.
+
+    root: the checkout they are from.
+    """
+    folder, files = folder or cache_folder(), {}
     for task in [(name, capability) for capability in capabilities for name in ops or compiled_ops()]:
-        others = files_of_ops - {Path(BY_NAME[task[0]].cost.__code__.co_filename).name}
-        sources = [file for file in sorted((root / "kernels").glob("*.py")) if file.name not in others]
-        files[task] = cache_name(
-            folder, root, f"{task[0]}-sm_{task[1]}", sources, triton.__version__, torch.__version__
-        )
-        if (known := load(files[task])) is not None:
-            found[task] = known
+        sources = sources_of(BY_NAME[task[0]], root)
+        name = f"{task[0]}-sm_{task[1]}"
+        files[task] = cache_name(folder, root, name, sources, triton.__version__, torch.__version__)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # who waits finds in the cache what the other compiled
+        return compiled_facts(files, root)
+
+
+def compiled_facts(files: Mapping[Task, Path], root: Path) -> tuple[list[Row], dict[str, str]]:
+    """What `facts` returns: of the tasks whose files are not there, by compiling."""
+    found = {task: known for task, file in files.items() if (known := load(file)) is not None}
+    errors: dict[str, str] = {}
     if missing := [task for task in files if task not in found]:
         print(f"compiling {len(missing)} of {len(files)} pairs of op and GPU", file=sys.stderr)
         command = [sys.executable, "-m", "bench.aot", *(f"{name}@{capability}" for name, capability in missing)]
-        with subprocess.Popen(command, cwd=root, env=aot.environment(), stdout=subprocess.PIPE, text=True) as process:
+        env = aot.environment() | {"PYTHONPATH": str(root)}  # that checkout's modules, wherever this one's are found
+        with subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 done = json.loads(line)
                 task = done["op"], done["capability"]
@@ -192,7 +228,10 @@ def row(kernel: Row) -> Row:
 
 
 def table(kernels: Sequence[Row]) -> dict[str, Row]:
-    """GPU / op / case / form / dtype / kernel: its row. A kernel launched in several variants has #2, #3 behind its name."""
+    """GPU / op / case / form / dtype / kernel: its row.
+
+    A kernel launched in several variants has #2, #3 behind its name.
+    """
     rows: dict[str, Row] = {}
     variants: dict[str, list[int]] = {}  # of a key, in the order of their launches
     for k in kernels:
@@ -209,8 +248,10 @@ def table(kernels: Sequence[Row]) -> dict[str, Row]:
 
 
 def roofline(kernels: Sequence[Row]) -> dict[str, Row]:
-    """Op / case / form / dtype / direction: the least microseconds on an H100, and what binds. An op has a backward where its
-    gradients launched something."""
+    """Op / case / form / dtype / direction: the least microseconds on an H100, and what binds.
+
+    An op has a backward where its gradients launched something.
+    """
     rows = {}
     for k in kernels:
         if k["capability"] != aot.MAIN or k["op"] not in BY_NAME:
@@ -309,7 +350,7 @@ def show(kernels: Sequence[Row]) -> None:
         print(f"{facts['us']:>10.4g} us  {facts['bound']:<6}  {key}")
 
 
-def main(argv: list[str], *, root: Path = ROOT, baselines: Path = ROOT / "bench" / "static") -> int:
+def main(argv: list[str], *, root: Path = ROOT, baselines: Path = ROOT / "bench" / "baselines") -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = parser.add_mutually_exclusive_group()

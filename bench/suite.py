@@ -1,8 +1,8 @@
 """What is measured, and the one way to measure it.
 
-An `Item` is a task with several variants: backends of an op on one shape, or our code and a plain implementation. `measure`
-checks each variant against the item's oracle first: one that is wrong gets a sentence and no number. The others are timed in
-turn. Every command of bench goes through here, so that its numbers mean the same everywhere.
+An `Item` is a task with several variants: backends of an op on one shape, or our code and a plain implementation.
+`measure` checks each variant against the item's oracle first: one that is wrong gets a sentence and no number. The
+others are timed in turn. Every command of bench goes through here, so that its numbers mean the same everywhere.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ class Programs(Protocol):
 class Item:
     """op, case, form, direction and dtype name it; shape and the least work (FLOPs, bytes) of one call describe it.
 
-    variants   name -> why it cannot run here, None if it can; `baseline` is the one that others are compared with, `ours` the
-               one that Redline runs here
+    variants   name -> why it cannot run here, None if it can; `baseline` is the one that others are compared with,
+               `ours` the one that Redline runs here
     open       makes the inputs
     """
 
@@ -145,8 +145,11 @@ def items() -> Iterator[Item]:
 def row(
     item: Item, variant: str, result: Result, roofline: Roofline | None, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A result as it is stored: one flat JSON object. us: microseconds per call, with bounds; roofline_fraction: the time that
-    the least work takes at the measured roofline, over the time it took; speedup: time of `baseline` over this one."""
+    """A result as it is stored: one flat JSON object.
+
+    us: microseconds per call, with bounds; roofline_fraction: the time that the least work takes at the measured
+    roofline, over the time it took; speedup: time of `baseline` over this one.
+    """
     named = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)[:6]} | {"backend": variant}
     flops, nbytes = item.work or (None, None)
     entry = named | {"shape": list(item.shape), "flops": flops, "bytes": nbytes, "error": result.error}

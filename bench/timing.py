@@ -1,12 +1,12 @@
 """Timing that holds: samples of several variants taken in turn, as medians with their bounds.
 
-GPU       a CUDA graph calls each of several input sets once, which together are larger than the L2 cache, so that a call finds
-          its inputs cold and no launch waits for Python. A sample is one replay between two events; memory written before
-          them empties the cache and keeps the GPU busy until the replay has been launched
+GPU       a CUDA graph calls each of several input sets once, which together are larger than the L2 cache, so that a
+          call finds its inputs cold and no launch waits for Python. A sample is one replay between two events; memory
+          written before them empties the cache and keeps the GPU busy until the replay has been launched
 CPU       calls repeated for MIN_SAMPLE_S, caches as they come
 Warm-up   by time: clocks rise, compilers and allocators settle
-Turns     a round takes one sample of each variant, each round begins with another one, and ratios are taken within a round:
-          what drifts (clocks, temperature, other programs) meets all variants alike
+Turns     a round takes one sample of each variant, each round begins with another one, and ratios are taken within a
+          round: what drifts (clocks, temperature, other programs) meets all variants alike
 Bounds    of the median at 95 % by order statistics, which assume nothing about the distribution
 """
 
@@ -42,8 +42,11 @@ class Spread:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Lower and upper bound of the true median: the k-th smallest and k-th largest sample, with the largest k that leaves
-        it between them with probability CONFIDENCE (fewer than six samples: the extremes, with less)."""
+        """Lower and upper bound of the true median.
+
+        These are the k-th smallest and k-th largest sample, with the largest k that leaves it between them with
+        probability CONFIDENCE (fewer than six samples: the extremes, with less).
+        """
         ordered, n = sorted(self.samples), len(self.samples)
         k, below = 0, 0.5**n  # P(at most k samples lie below the median)
         while below + math.comb(n, k + 1) * 0.5**n <= (1 - CONFIDENCE) / 2:

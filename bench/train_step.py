@@ -1,7 +1,8 @@
 """A training step as train.py makes it: `python -m bench.train_step [train.py's arguments]` prints one JSON object.
 
-The run is built, compiled and warmed up by train.py's own functions; then BLOCKS blocks of STEPS_PER_BLOCK steps are timed, the
-device synchronised between blocks alone, and PROFILED steps are profiled. Nothing is evaluated and no checkpoint is written.
+The run is built, compiled and warmed up by train.py's own functions; then BLOCKS blocks of STEPS_PER_BLOCK steps are
+timed, the device synchronised between blocks alone, and PROFILED steps are profiled. Nothing is evaluated and no
+checkpoint is written.
 
 step_ms with 95 % bounds (of blocks), tok_per_s, mfu (FLOPs of the plan over the bf16 peak; null where that is unknown),
 peak_memory_gb, loss (first and last), time_by_op and non_matmul_share of the profile, what ran and where.
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 import train
-from bench.results import facts
+from bench.history import facts
 from bench.timing import Spread
 from core import machine
 from core.command_line import parse_args

@@ -11,9 +11,15 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from tests import interpreter
+    from bench import interpreter
 
     interpreter.install()
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two processes on a CPU, whose cores they share; one on a GPU, which two would share too."""
+    return 0 if torch.cuda.is_available() else 2
+
 
 LETTERS = "etaoinshrdlucmfwygpb"
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels.lm_head_loss as module
+from bench.law import TINY, error, fill_dynamo_tables, poisoned_allocations
 from kernels import fp8 as fp8_module
 from kernels import gemm
 from kernels.fp8 import E4M3, E4M3_MAX, E5M2, E5M2_MAX, Fp8Weight, empty_fp8
@@ -25,7 +26,7 @@ from kernels.lm_head_loss import (
 )
 from kernels.op import Op
 from kernels.quantise_weight import quantise_weight
-from tests.harness import DEVICE, TINY, Failed, check_op, error, fill_dynamo_tables, mutant, poisoned_allocations
+from tests.harness import DEVICE, Failed, check_op, mutant
 
 CAPS = {"tanh": tanh_cap(15.0), "sigmoid": Softcap(23.0, 5.0, 7.5), "none": None}
 DTYPES = (torch.bfloat16, torch.float32)

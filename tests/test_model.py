@@ -44,7 +44,8 @@ def plain_forward(model, idx):
     """The forward of nanochat's fact sheet, transcribed layer by layer in float64 without the model's helpers."""
     d = model.dims
     p = {n: v.detach().double() for n, v in model.named_parameters()}
-    bank = {k: torch.cat([p[f"{k}.{i}"] for i in range(len(getattr(model, k)))]) for k in ("attn_qkv", "attn_out", "mlp_up", "mlp_down", "ve_gate")}  # fmt: skip
+    kinds = ("attn_qkv", "attn_out", "mlp_up", "mlp_down", "ve_gate")
+    bank = {k: torch.cat([p[f"{k}.{i}"] for i in range(len(getattr(model, k)))]) for k in kinds}
 
     def rms(x):
         return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.packing_oracle import literal_rows
 from core.data.packing import BestFitPacker
-from tests.packing_oracle import literal_rows
 
 MODES = ["crop", "continue"]
 

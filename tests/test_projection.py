@@ -6,16 +6,18 @@ import math
 
 import pytest
 
-from bench import projection
-from bench.projection import CLASSES, FLOPS, HBM, TOLERANCE
+from bench.projection import __main__ as command
+from bench.projection import machine, peers, redline, report
+from bench.projection.machine import CLASSES, FLOPS, HBM
+from bench.projection.peers import TOLERANCE
 from core.config import ModelConfig
 from core.models.gpt2 import dims, flops_per_token
 from kernels.ops import BY_NAME
 from kernels.polar_express import polar_express_cost
 
-CHECKS = {w.name: w for w in projection.checks()}
+CHECKS = {w.name: w for w in peers.checks()}
 PRODUCTS = ("bf16 product", "fp8 product")
-BUDGETS = {target: projection.redline(target=target) for target in (False, True)}
+BUDGETS = {target: redline.redline(target=target) for target in (False, True)}
 
 
 def changed(name, factor):
@@ -23,10 +25,10 @@ def changed(name, factor):
 
 
 def accounted(w, depth, short):
-    """FLOPs per token as nanochat counts them: attention over whole windows, masked pairs too; without the gates' products."""
+    """FLOPs per token as nanochat counts them: attention over whole windows, masked pairs too, without the gates."""
     d = dims(ModelConfig(depth=depth))
     windows = [n if n == d.seq_len else short for n in d.windows]
-    return w.flops(*PRODUCTS) * projection.GPUS / w.tokens + sum(12 * d.d_model * n for n in windows)
+    return w.flops(*PRODUCTS) * machine.GPUS / w.tokens + sum(12 * d.d_model * n for n in windows)
 
 
 # check ----------------------------------------------------------------------
@@ -84,7 +86,7 @@ def test_flops_of_nanochats_first_run():
 def test_matmul_flops_of_modded_nanogpt(stage, tokens):
     w = CHECKS[f"modded #85: stage {stage}"]
     assert w.tokens == tokens
-    assert w.flops(*PRODUCTS) * projection.GPUS == pytest.approx(6 * 114.1e6 * tokens, rel=1e-3)
+    assert w.flops(*PRODUCTS) * machine.GPUS == pytest.approx(6 * 114.1e6 * tokens, rel=1e-3)
 
 
 @pytest.mark.parametrize("target", BUDGETS)
@@ -94,12 +96,21 @@ def test_flops_of_redline_are_the_plans(target):
     assert accounted(w, 24, 512) == pytest.approx(flops_per_token(ModelConfig(depth=24)), rel=2e-5)
 
 
+@pytest.mark.parametrize("target", BUDGETS)
+def test_rows_are_counted_once_for_each_micro_step_of_the_plan(target):
+    """Their FLOPs do not tell: fewer micro-steps have more rows each."""
+    micro = BUDGETS[target].tokens // (machine.GPUS * 16 * 2048)
+    kernels = {row.op: row.kernels for row in BUDGETS[target].rows}
+    assert micro == 4 and kernels["lm_head: forward, dgrad"] == 2 * micro
+    assert kernels["qkv, o: wgrad"] == 2 * 24 * micro and kernels["attention, forward"] == 24 * micro
+
+
 def test_attention_counts_visible_pairs():
     T, w = 50, 8
     pairs = sum(0 <= q - k <= w for q in range(T) for k in range(T))
-    assert projection.mean_keys(w, [T]) == pairs / T
-    assert projection.mean_keys(w, [T, 3]) == (pairs + 6) / (T + 3)
-    forward, backward = projection.attention(tokens=100, width=256, keys=[10.0, 30.0], calls=1)
+    assert machine.mean_keys(w, [T]) == pairs / T
+    assert machine.mean_keys(w, [T, 3]) == (pairs + 6) / (T + 3)
+    forward, backward = machine.attention(tokens=100, width=256, keys=[10.0, 30.0], calls=1)
     assert forward.flops == 4 * 256 * 100 * 40
     assert backward.flops == 2.5 * forward.flops
 
@@ -108,22 +119,20 @@ def test_attention_counts_visible_pairs():
 def test_newton_schulz_flops(shape):
     K, rows, cols = shape
     n, m = min(rows, cols), max(rows, cols)
-    assert projection.newton_schulz(*shape, symmetric=True).flops == polar_express_cost(shape, projection.BF16)[0]
-    assert (
-        projection.newton_schulz(*shape, symmetric=False).flops == K * 5 * (4 * m / n + 2) * n**3
-    )  # T (4 alpha + 2) n^3
+    assert machine.newton_schulz(*shape, symmetric=True).flops == polar_express_cost(shape, machine.BF16)[0]
+    assert machine.newton_schulz(*shape, symmetric=False).flops == K * 5 * (4 * m / n + 2) * n**3  # T (4 alpha + 2) n^3
 
 
 def test_documents_have_the_published_mean_and_median():
-    lengths = projection.documents(10**9)
+    lengths = peers.documents(10**9)
     assert sorted(lengths)[256] == pytest.approx(403, rel=0.01)
     assert sum(lengths) / len(lengths) == pytest.approx(690, rel=0.02)
-    assert max(projection.documents(896)) == 896
+    assert max(peers.documents(896)) == 896
 
 
 def test_sharding_divides_the_optimizer():
-    today, target = (projection.by_group(BUDGETS[target])["optimizer"] for target in (False, True))
-    assert target == pytest.approx(today / projection.GPUS)
+    today, target = (report.by_group(BUDGETS[target])["optimizer"] for target in (False, True))
+    assert target == pytest.approx(today / machine.GPUS)
 
 
 # laws -----------------------------------------------------------------------
@@ -138,32 +147,33 @@ def test_sharding_divides_the_optimizer():
 )  # fmt: skip
 def test_attention_law_gives_published_speeds(direction, S, tflops):
     c = CLASSES[f"attention {direction}"]
-    keys = projection.mean_keys(S, [S])
-    got = 1e-12 * c.peak * c.efficiency * projection.attention_fit(keys, direction)
+    keys = machine.mean_keys(S, [S])
+    got = 1e-12 * c.peak * c.efficiency * machine.attention_fit(keys, direction)
     assert got == pytest.approx(tflops, rel=0.05 if S > 1024 else 0.2)
 
 
 def test_product_law_gives_nanochats_microbenchmark():
     """65536 x 1664 @ 1664 x 6656 forward: 2.00 ms in bf16, 1.45 ms in fp8 with its casts."""
     M, K, N = 65536, 1664, 6656
-    assert 1e3 * projection.products("", "", [(1, M, N, K)]).seconds() == pytest.approx(2.00, rel=0.05)
-    fp8 = projection.products("", "", [(1, M, N, K)], kind="fp8 product")
-    casts = projection.one_pass("", "", 5 * M * K + 9 * N * K, 4)
+    assert 1e3 * machine.products("", "", [(1, M, N, K)]).seconds() == pytest.approx(2.00, rel=0.05)
+    fp8 = machine.products("", "", [(1, M, N, K)], kind="fp8 product")
+    casts = machine.one_pass("", "", 5 * M * K + 9 * N * K, 4)
     assert 1e3 * (fp8.seconds() + casts.seconds()) == pytest.approx(1.45, rel=0.05)
 
 
 def test_product_law():
-    fit = projection.product_fit
-    assert fit(1, 128 * projection.SMS, 256, 2**20, 2) == pytest.approx(1, abs=1e-3)  # one whole wave, long
+    fit = machine.product_fit
+    assert fit(1, 128 * machine.SMS, 256, 2**20, 2) == pytest.approx(1, abs=1e-3)  # one whole wave, long
     assert fit(1, 32768, 1536, 768, 2) < fit(1, 32768, 1536, 3072, 2)  # short K costs
-    assert fit(1, 1536, 1536, 32768, 2) > 72 / projection.SMS  # 72 tiles alone would leave most idle: K is split
+    assert fit(1, 1536, 1536, 32768, 2) > 72 / machine.SMS  # 72 tiles alone would leave most idle: K is split
 
 
 # measurements ---------------------------------------------------------------
 
 ROW = {
-    "op": "rms_norm", "form": "mix", "case": "depth 24", "shape": [65536, 1536], "dtype": "bfloat16", "direction": "forward",
-    "backend": "triton", "us": 500.0, "flops": 6 * 65536 * 1536, "bytes": 4 * 2 * 65536 * 1536, "device": "NVIDIA H100 80GB HBM3",
+    "op": "rms_norm", "form": "mix", "case": "depth 24", "shape": [65536, 1536], "dtype": "bfloat16",
+    "direction": "forward", "backend": "triton", "us": 500.0, "flops": 6 * 65536 * 1536,
+    "bytes": 4 * 2 * 65536 * 1536, "device": "NVIDIA H100 80GB HBM3",
     "commit": "abc1234", "date": "2026-12-01T10:00:00",
 }  # fmt: skip
 
@@ -172,7 +182,7 @@ def results(tmp_path, *rows):
     folder = tmp_path / "h100"
     folder.mkdir()
     (folder / "ops.jsonl").write_text("".join(json.dumps(ROW | row) + "\n" for row in rows) + "\n")
-    return projection.read_results(tmp_path)
+    return redline.read_results(tmp_path)
 
 
 def mix(w):
@@ -183,12 +193,12 @@ def mix(w):
 
 def test_measured_rows_replace_assumed_ones(tmp_path):
     before = BUDGETS[False]
-    after = projection.with_measurements(before, results(tmp_path, {}))
+    after = redline.with_measurements(before, results(tmp_path, {}))
     ratio = ROW["bytes"] / HBM["H100"] / 500e-6
     assert mix(after).measured.ratio == pytest.approx(ratio)
     assert mix(after).seconds() == pytest.approx(mix(before).nbytes / HBM["H100"] / ratio)
-    assert projection.entry(mix(after))["efficiency"] == pytest.approx(ratio)
-    assert projection.entry(mix(after))["basis"] == "measured (NVIDIA H100 80GB HBM3, abc1234)"
+    assert report.entry(mix(after))["efficiency"] == pytest.approx(ratio)
+    assert report.entry(mix(after))["basis"] == "measured (NVIDIA H100 80GB HBM3, abc1234)"
     assert sum(row.measured is not None for row in after.rows) == 1
     assert after.seconds() - before.seconds() == pytest.approx(mix(after).seconds() - mix(before).seconds())
 
@@ -215,7 +225,7 @@ def us(measured):
     ],
 )
 def test_which_measurement_counts(tmp_path, rows, expected):
-    w = projection.with_measurements(BUDGETS[False], results(tmp_path, *rows))
+    w = redline.with_measurements(BUDGETS[False], results(tmp_path, *rows))
     assert us(mix(w).measured) == pytest.approx(expected)
 
 
@@ -227,7 +237,7 @@ def test_other_devices_count_nothing(tmp_path, device):
 def test_arithmetic_is_measured_against_its_peak(tmp_path):
     flops = 2 * 65536 * 1536 * 6144 * 2
     row = {"op": "relu2_mlp", "form": "plain", "shape": [65536, 1536, 6144], "flops": flops, "bytes": 1, "us": 5000.0}
-    w = projection.with_measurements(BUDGETS[False], results(tmp_path, row))
+    w = redline.with_measurements(BUDGETS[False], results(tmp_path, row))
     (measured,) = (r for r in w.rows if r.measured)
     assert measured.measured.ratio == pytest.approx(flops / FLOPS["bf16"] / 5e-3)
     assert measured.seconds() == pytest.approx(measured.flops / FLOPS["bf16"] / measured.measured.ratio)
@@ -245,10 +255,10 @@ def test_every_measurable_row_is_a_case_of_an_op():
 
 
 def test_output(capsys, tmp_path):
-    projection.main([])
+    command.main([])
     short = capsys.readouterr().out
     assert all((f"### {w.name}" in short) == (w in BUDGETS.values()) for w in (*CHECKS.values(), *BUDGETS.values()))
-    projection.main(["--rows", "--plot", str(tmp_path / "bars.png")])
+    command.main(["--rows", "--plot", str(tmp_path / "bars.png")])
     text = capsys.readouterr().out
     assert "not a measurement" in text
     for w in (*CHECKS.values(), *BUDGETS.values()):
@@ -259,7 +269,7 @@ def test_output(capsys, tmp_path):
 
 
 def test_json(capsys):
-    projection.main(["--json"])
+    command.main(["--json"])
     out = json.loads(capsys.readouterr().out)
     assert "not a measurement" in out["note"]
     assert [w["name"] for w in out["checks"]] == list(CHECKS)
@@ -271,5 +281,5 @@ def test_json(capsys):
 
 def test_a_check_that_fails_says_so():
     far = dataclasses.replace(CHECKS["modded #85: stage 1"], published=1.0)
-    assert "**not within 15 %**" in projection.report([far], [], rows=False)
-    assert "**not within" not in projection.report(list(CHECKS.values()), [], rows=False)
+    assert "**not within 15 %**" in report.report([far], [], rows=False)
+    assert "**not within" not in report.report(list(CHECKS.values()), [], rows=False)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from bench.law import error
 from kernels.fp8 import E4M3_MAX, empty_fp8
 from kernels.quantise_weight import quantise_weight, quantise_weight_cost
-from tests.harness import DEVICE, error
+from tests.harness import DEVICE
 
 DTYPES = (torch.bfloat16, torch.float32)
 

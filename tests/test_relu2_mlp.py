@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import kernels.relu2_mlp as module
+from bench.law import TINY, error, poisoned_allocations
 from kernels import gemm
 from kernels.fp8 import E4M3, E4M3_MAX
 from kernels.relu2_mlp import _relu2_up, relu2_mlp, relu2_mlp_cost
-from tests.harness import DEVICE, LAYOUTS, TINY, Failed, check_op, error, mutant, poisoned_allocations, randn
+from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
 
 DTYPES = (torch.bfloat16, torch.float32)
 SHAPES = (

@@ -29,8 +29,8 @@ import tiktoken
 from core.data.corpus import Corpus
 from core.stopping import UserError
 
-# nanochat's split (92d63d4, nanochat/tokenizer.py): that of GPT-4, except that digits come in groups of at most two: fewer tokens are spent on numbers in a small
-# vocabulary.
+# nanochat's split (92d63d4, nanochat/tokenizer.py): that of GPT-4, except that digits come in groups of at most two:
+# fewer tokens are spent on numbers in a small vocabulary
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )

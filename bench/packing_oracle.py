@@ -1,5 +1,4 @@
-"""The packing rules read literally: a plain list, scanned at every placement. Oracle of the tests, rival of the
-bench."""
+"""The packing rules read literally: a list, scanned at every placement. Oracle of the tests, rival in the bench."""
 
 from collections.abc import Iterator
 

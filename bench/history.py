@@ -1,4 +1,4 @@
-"""Stored results, and what is made of them: `python -m bench.results` draws them again, `--add DIR` stores those of bench.gpu.
+"""Stored results: `python -m bench.history` draws them again, `--add DIR` stores those of bench.gpu.
 
 bench/results/<device>/ops.jsonl     one row a line, oldest first: (commit, item, backend) and what was measured
                        train.jsonl   training runs, by bench.gpu
@@ -45,7 +45,7 @@ def facts() -> dict[str, Any]:
 def set_commit(commit: str) -> None:
     """Names the code of this process, which lies outside of its git checkout. ValueError inside of one."""
     if git_state():
-        raise UserError(f"--commit {commit}: git says which commit this is; leave it away")
+        raise UserError(f"--commit {commit}: git says which commit this is; omit it")
     os.environ[COMMIT_VARIABLE] = commit  # for processes that this one starts, too
     facts.cache_clear()
 
@@ -53,9 +53,7 @@ def set_commit(commit: str) -> None:
 def refuse_changed_checkout(commit: str | None) -> None:
     """ValueError unless a row's commit says what was measured."""
     if commit is None or "+" in commit:
-        raise UserError(
-            f"results are stored of a clean commit only, not of {commit}: commit first, then measure again"
-        )
+        raise UserError(f"results are stored of a clean commit only, not of {commit}: commit first, then measure again")
 
 
 def roofline_of(item: Item) -> roofline.Roofline | None:
@@ -158,7 +156,7 @@ def draw(where: Path) -> None:
     text = [
         f"# {(rows + trained)[-1]['device']}",
         "",
-        "Made from the .jsonl files here by `python -m bench.results`.",
+        "Made from the .jsonl files here by `python -m bench.history`.",
         "",
     ]
     if trained:
@@ -227,7 +225,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.results", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.history", description=__doc__.splitlines()[0])
     parser.add_argument("--add", type=Path, metavar="DIR", help="what bench.gpu left")
     args = parser.parse_args(argv)
     if args.add:

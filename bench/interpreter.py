@@ -1,8 +1,9 @@
-"""Makes Triton's interpreter compute what the hardware would, so that a test on a CPU proves a kernel's arithmetic.
+"""Makes Triton's interpreter compute what the hardware would, so that a run on a CPU proves a kernel's arithmetic.
 
-As released (3.6 to 3.9) it truncates fp32 to bf16, mis-rounds to fp8, multiplies bf16 operands of tl.dot as integers, and so
-does every arithmetic operation on bf16 that was not converted to fp32 after its load. The last is an error here, since it
-would be one in a kernel. Private functions of Triton are replaced: a Triton that renames them fails loudly at import.
+As released (3.6 to 3.9) it truncates fp32 to bf16, mis-rounds to fp8, multiplies bf16 operands of tl.dot as integers,
+and so does every arithmetic operation on bf16 that was not converted to fp32 after its load. The last is an error here,
+since it would be one in a kernel. Private functions of Triton are replaced: a Triton that renames them fails loudly at
+import.
 """
 
 import numpy as np
@@ -26,7 +27,7 @@ def as_torch(data: np.ndarray, dtype: tl.dtype) -> torch.Tensor:
 def convert_float(data, source, target, rounding_mode):
     """Replaces interpreter._convert_float: round to nearest even, fp8 saturates; returns bits as unsigned integers."""
     if rounding_mode not in (None, interpreter._ir.ROUNDING_MODE.RTNE):
-        raise NotImplementedError(f"the interpreter of these tests rounds to nearest only, not {rounding_mode}")
+        raise NotImplementedError(f"this interpreter rounds to nearest only, not {rounding_mode}")
     shape = np.shape(data)
     numbers = as_torch(np.asarray(data), source.scalar)
     target = target.scalar

@@ -1,0 +1,110 @@
+"""What a GPU run found, in LINES lines: right? faster than whom? how fast does it train? what to tune next?"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.history import KEY, microseconds
+
+LINES = 40
+OURS = ("triton", "cuda")
+PASSED = "passed"
+SHOWN = {"right": 8, "faster": 12, "trains": 7, "next": 8}  # lines of each answer
+
+Row = Mapping[str, Any]
+
+
+def answers(
+    tests: Mapping[str, str],
+    rows: Sequence[Row],
+    trained: Sequence[Row],
+    tuned: Sequence[Row],
+    missing: Sequence[str],
+    value: Mapping[str, float],
+) -> list[str]:
+    """At most LINES lines. value: projected seconds of a step that each op takes; ops with more are named earlier."""
+    parts = {
+        "right": right(tests, rows, trained),
+        "faster": [faster(item) for item in by_item(rows, value) if compared(item)] or ["nothing was compared"],
+        "trains": [training_line(entry) for entry in trained] or ["nothing was trained"],
+        "next": next_to_tune(rows, tuned, value) or ["nothing is known"],
+    }
+    titles = {
+        "right": "Right?",
+        "faster": "Faster than whom?",
+        "trains": "tokens/s and MFU?",
+        "next": "Tune what next?",
+    }
+    lines = []
+    for name, found in parts.items():
+        hidden = len(found) - SHOWN[name]
+        shown = found if hidden <= 0 else [*found[: SHOWN[name] - 1], f"and {hidden + 1} more in table.txt"]
+        lines += [titles[name], *(f"  {text}"[:160] for text in shown)]
+    return lines + ([f"not measured: {len(missing)} items, named in table.txt"] if missing else [])
+
+
+def right(tests: Mapping[str, str], rows: Sequence[Row], trained: Sequence[Row]) -> list[str]:
+    """Counts, then whatever is wrong."""
+    passed = sum(outcome == PASSED for outcome in tests.values())
+    wrong = [row for row in rows if row.get("error")]
+    lawful = len(rows) - len(wrong)
+    lines = [f"tests of {passed} of {len(tests)} files passed; {lawful} of {len(rows)} variants keep the law"]
+    lines += [f"WRONG  tests of {stem}: {outcome}" for stem, outcome in tests.items() if outcome != PASSED]
+    lines += [f"WRONG  {' '.join(str(row[key]) for key in KEY)}: {row['error']}" for row in wrong]
+    return lines + [f"WRONG  {training_line(entry)}" for entry in trained if entry.get("error")]
+
+
+def by_item(rows: Sequence[Row], value: Mapping[str, float]) -> list[dict[str, Row]]:
+    """Backend -> row of each item that was timed, the most valuable op first."""
+    items: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        if "us" in row:
+            items.setdefault(tuple(row[key] for key in KEY[:5]), {})[row["backend"]] = row
+    return sorted(items.values(), key=lambda item: -value.get(next(iter(item.values()))["op"], 0.0))
+
+
+def ours(item: Mapping[str, Row]) -> Row | None:
+    return min((row for name, row in item.items() if name in OURS), key=lambda row: row["us"], default=None)
+
+
+def compared(item: Mapping[str, Row]) -> bool:
+    return ours(item) is not None and len(item.keys() - set(OURS)) > 0
+
+
+def faster(item: Mapping[str, Row]) -> str:
+    mine = ours(item)
+    assert mine is not None
+    others = {name: row["us"] / mine["us"] for name, row in item.items() if name not in OURS}
+    ratios = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in sorted(others.items(), key=lambda pair: pair[1]))
+    slower = "  SLOWER" if min(others.values()) < 1 else ""
+    return f"{named(mine)}: {mine['backend']} {microseconds(mine['us'])}; {ratios}{slower}"
+
+
+def named(row: Row) -> str:
+    return " ".join(str(row[key]) for key in KEY[:4])
+
+
+def training_line(entry: Row) -> str:
+    title = f"depth {entry['depth']}, --kernels {entry['kernels']}{', fp8 head' if entry.get('fp8_head') else ''}"
+    if entry.get("error"):
+        return f"{title}: {entry['error']}"
+    mfu = f", MFU {entry['mfu']:.1%}" if entry["mfu"] else ""
+    times = f"{entry['step_ms']:.1f} ms [{entry['step_ms_low']:.1f}, {entry['step_ms_high']:.1f}]"
+    return f"{title}: {entry['tok_per_s']:,.0f} tokens/s{mfu}, {times} a step, {entry['peak_memory_gb']:.1f} GB"
+
+
+def next_to_tune(rows: Sequence[Row], tuned: Sequence[Row], value: Mapping[str, float]) -> list[str]:
+    """Configs to commit, then the ops by the milliseconds of a step that lie between them and the roofline."""
+    lines = []
+    for entry in tuned:
+        for key, config in entry["changed"].items():
+            lines.append(f"commit {key} -> {config}")
+    lost = []
+    for item in by_item(rows, value):
+        mine = ours(item)
+        if mine is not None and "roofline_fraction" in mine:
+            fraction, op = mine["roofline_fraction"], mine["op"]
+            lost.append(
+                (value.get(op, 0.0) * max(0.0, 1 - fraction), f"{named(mine)} at {fraction:.0%} of the roofline")
+            )
+    lost.sort(key=lambda pair: -pair[0])
+    return lines + [f"{text}: up to {1e3 * seconds:.1f} ms of a step" for seconds, text in lost if seconds > 0]
