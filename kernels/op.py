@@ -41,7 +41,8 @@ class Device:
 
     @staticmethod
     def of(device: torch.device) -> "Device":
-        return _facts_of(device)
+        found: Device = _facts_of(device)
+        return found
 
 
 @torch.compiler.assume_constant_result  # asked outside of the graph, where an op is called in compiled code
