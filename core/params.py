@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kernels.sizes import BANK_LAYERS
+
 MUON = "matrices"
-BANK_LAYERS = 4
 
 Init = Callable[[Tensor, torch.Generator], object]
 

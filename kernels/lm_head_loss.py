@@ -123,7 +123,7 @@ def chunks(M: int, rows: int) -> Iterator[slice]:
 
 class _Reference(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # pyrefly: ignore[bad-override]  # torch declares (ctx, *args, **kwargs)
         ctx: Any,
         x: Tensor,
         w: Tensor,

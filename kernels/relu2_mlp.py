@@ -145,7 +145,7 @@ def _relu2_gemm(a: Tensor, b: Tensor, factor: Tensor | None, scale: Tensor | Non
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
     programs = num_programs(a.device, tiles)
     out = a.new_empty(M, N)
-    copies = []
+    copies: list[Tensor] = []
     if scale is not None:
         copies = [a.new_empty(shape, dtype=E4M3) for shape in ((M, N), (N, M))]
         copies.append(a.new_empty(programs, dtype=torch.float32))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """One model and the batch of one forward pass on one device. The letters are those of core/model.py."""
+    """One model and the batch of one forward pass on one device. The letters are those of core/models/gpt2.py."""
 
     B: int  # rows
     T: int  # tokens of a row

@@ -7,7 +7,11 @@ import os
 import random
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two spinning threads each would fight over two cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

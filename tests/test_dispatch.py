@@ -193,9 +193,8 @@ def test_every_op_is_listed_and_complete():
 
 def test_the_sizes_are_those_of_the_models():
     from core.config import preset
-    from core.models.gpt2 import BANK_LAYERS, dims
+    from core.models.gpt2 import dims
 
-    assert BANK_LAYERS == sizes.BANK_LAYERS
     for label, size in sizes.SIZES.items():
         if label == "fineweb":
             continue  # no model of core/ yet

@@ -1,5 +1,6 @@
 """bench.tune: what is refused before it is timed, where the climb ends, and what is printed and stored."""
 
+import dataclasses
 import json
 import time
 
@@ -139,7 +140,8 @@ def test_a_config_that_computes_something_wrong_is_out():
 
 def test_a_wrong_kernel_is_not_tuned(monkeypatch):
     honest = rms_norm.backends["triton"]
-    monkeypatch.setitem(rms_norm.backends, "triton", lambda x: honest(x)._replace(y=honest(x).y * 1.01))
+    wrong = dataclasses.replace(honest, function=lambda x: honest(x)._replace(y=honest(x).y * 1.01))
+    monkeypatch.setitem(rms_norm.backends, "triton", wrong)
     with pytest.raises(ValueError, match="rms_norm with its committed configs: .*off by"):
         run(static=lambda task, choices: ["out"] * len(choices))
 
