@@ -17,6 +17,7 @@ from kernels.adam_update import ADAM_EPS, adam_hyper, adam_update, adam_update_c
 from kernels.master import join_master, join_tile, split_master, split_tile
 from kernels.op import Backend, Op
 from tests.harness import DEVICE, Failed, check_op, guarded, kept, mutant, randn, unharmed
+from tests.mutations import mutations
 
 triton_adam = adam_update.backends["triton"]
 DTYPES = (torch.bfloat16, torch.float32)
@@ -293,10 +294,20 @@ MUTATIONS = {
         "    step = ": "    v = v.to(v_ptr.dtype.element_ty).to(tl.float32)\n    step = "
     },
 }
+# one for each class of failure; the others run by `pytest -m mutations`
+CLASSES = [
+    "elements beyond n are written",
+    "the last element is missed",
+    "the corrections are swapped",
+    "eps is inside the root",
+    "low is not written",
+    "a tie goes to even",
+    "v is rounded before it is used",
+]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", mutations(MUTATIONS, always=CLASSES))
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     broken = mutant(module, MUTATIONS[name], tmp_path).adam_update
     monkeypatch.setattr(f"{__name__}.triton_adam", broken.backends["triton"])

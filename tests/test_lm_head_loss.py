@@ -27,6 +27,7 @@ from kernels.lm_head_loss import (
 from kernels.op import Op
 from kernels.quantise_weight import quantise_weight
 from tests.harness import DEVICE, Failed, check_op, mutant
+from tests.mutations import mutations
 
 CAPS = {"tanh": tanh_cap(15.0), "sigmoid": Softcap(23.0, 5.0, 7.5), "none": None}
 DTYPES = (torch.bfloat16, torch.float32)
@@ -556,6 +557,16 @@ MUTATIONS = {
         "torch.finfo(x.dtype).max"
     },
 }
+# one for each class of failure; the others run by `pytest -m mutations`
+CLASSES = [
+    "padded columns count",
+    "the gradient of padded columns stays",
+    "the last of equal targets only",
+    "weights are ones in the gradient",
+    "the largest number is not taken off",
+    "dx of the first chunk everywhere",
+    "the upstream gradient is one",
+]
 
 
 SMALL_CHUNKS = {"EXTRA_BYTES = 2**29": "EXTRA_BYTES = 0", "CHUNK_MULTIPLE = 128": "CHUNK_MULTIPLE = 16"}
@@ -570,7 +581,7 @@ def stress(op, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", mutations(MUTATIONS, always=CLASSES))
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     broken = mutant(module, SMALL_CHUNKS | MUTATIONS[name], tmp_path).lm_head_loss
     with pytest.raises(Failed):

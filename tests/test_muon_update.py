@@ -13,6 +13,7 @@ from kernels.master import join_master, split_master
 from kernels.muon_update import BETA2, MAX_SIDE, SAFETY, muon_apply, muon_apply_cost, muon_momentum, muon_momentum_cost
 from kernels.op import Backend
 from tests.harness import DEVICE, Failed, check_op, kept, mutant, randn, unharmed
+from tests.mutations import mutations
 
 DTYPES = (torch.bfloat16, torch.float32)
 HYPER = (0.05, 0.4, 0.9)  # lr, weight_decay, momentum
@@ -448,6 +449,22 @@ MUTATIONS = {
         "bitcast=True)\n    tl.store(x_ptr + (k * R"
     },
 }
+# one for each class of failure; the others run by `pytest -m mutations`
+CLASSES = [
+    "columns beyond C are written",
+    "rows beyond R are written",
+    "columns end early",
+    "Nesterov's ends are swapped",
+    "short rows are not clamped",
+    "the last partial sum is dropped",
+    "parts of one matrix for all",
+    "statistics lie along the wrong axis",
+    "second is used before it is updated",
+    "decay where it disagrees",
+    "low has the strides of p",
+    "a tie goes to even",
+    "x is truncated",
+]
 
 
 def everything(momentum, apply):
@@ -466,7 +483,7 @@ def everything(momentum, apply):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", mutations(MUTATIONS, always=CLASSES))
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     broken = mutant(module, MUTATIONS[name], tmp_path)
     for op in ("muon_momentum", "muon_apply"):

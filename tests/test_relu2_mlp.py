@@ -15,6 +15,7 @@ from kernels import gemm
 from kernels.fp8 import E4M3, E4M3_MAX
 from kernels.relu2_mlp import _relu2_up, relu2_mlp, relu2_mlp_cost
 from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
+from tests.mutations import mutations
 
 DTYPES = (torch.bfloat16, torch.float32)
 SHAPES = (
@@ -208,10 +209,18 @@ MUTATIONS = {
         "bitcast=True).to(out_desc.dtype)"
     },
 }
+# one for each class of failure; the others run by `pytest -m mutations`
+CLASSES = [
+    "no ReLU",
+    "the factor is not doubled",
+    "ragged tiles are dropped",
+    "the upstream gradient is one",
+    "post is truncated",
+]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", mutations(MUTATIONS, always=CLASSES))
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     fails(mutant(module, MUTATIONS[name], tmp_path).relu2_mlp, monkeypatch)
 

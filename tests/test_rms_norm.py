@@ -8,6 +8,7 @@ import kernels.rms_norm as module
 from kernels.fp8 import E4M3, E4M3_MAX
 from kernels.rms_norm import EPS, MAX_N, rms_norm, rms_norm_cost
 from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
+from tests.mutations import mutations
 
 triton_norm = rms_norm.backends["triton"]
 FACTOR = 1.25  # each result is rounded once, at its store
@@ -241,10 +242,22 @@ MUTATIONS = {
         "tl.load(dy_ptr + offs_m[:, None] * stride_dy_row": "tl.load(dy_ptr + offs_m[:, None] * N"
     },
 }
+# one for each class of failure; the others run by `pytest -m mutations`
+CLASSES = [
+    "columns beyond N are read",
+    "rows beyond M are written",
+    "the upstream gradient is one",
+    "da misses the last program",
+    "y is truncated",
+    "the scale is inverted",
+    "x0 has the stride of x",
+    "eps is a constant",
+    "columns end early",
+]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", mutations(MUTATIONS, always=CLASSES))
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     broken = mutant(module, MUTATIONS[name], tmp_path).rms_norm
     monkeypatch.setattr(f"{__name__}.rms_norm", broken)

@@ -7,6 +7,7 @@ import torch
 import kernels.rope_qk_norm as module
 from kernels.rope_qk_norm import rope_qk_norm, rope_qk_norm_cost, rope_qk_norm_ref
 from tests.harness import DEVICE, LAYOUTS, Failed, check_op, guarded, mutant, randn
+from tests.mutations import mutations
 
 DTYPES = (torch.bfloat16, torch.float32)
 SHAPES = ((2, 5, 4, 2, 16), (1, 3, 3, 3, 20), (3, 2, 1, 1, 128), (2, 4, 12, 12, 8), (1, 1, 2, 1, 64))  # B, T, H, G, D
@@ -245,10 +246,21 @@ MUTATIONS = {
     },
     "a stride is forgotten": {"t * stride_dq_t + wide_h * stride_dq_h": "t * (H * D) + wide_h * stride_dq_h"},
 }
+# one for each class of failure; the others run by `pytest -m mutations`
+CLASSES = [
+    "the gradient is rotated forward",
+    "the mean is dropped backward",
+    "heads of k take the row of q",
+    "masks of channels are gone",
+    "dk is dropped",
+    "sin has the stride of cos",
+    "the scale is a constant",
+    "ve has a stride of its own only forward",
+]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", mutations(MUTATIONS, always=CLASSES))
 def test_a_broken_kernel_is_noticed(name, tmp_path):
     broken = mutant(module, MUTATIONS[name], tmp_path).rope_qk_norm
     with pytest.raises(Failed):
