@@ -307,12 +307,12 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
             if step in profiled:
                 if step == profiled.start:
                     profiling.enter_context(run.profile)
-                losses.put(step, train_step(trainer, step, stop=stop.signum > 0))
+                losses.put(step, train_step(trainer, step, stop))
                 if step + 1 == profiled.stop:
                     profiling.close()
             else:
                 clock.before_step(step)
-                losses.put(step, train_step(trainer, step, stop=stop.signum > 0))
+                losses.put(step, train_step(trainer, step, stop))
                 clock.after_step()
 
         if stopping:  # after `step` steps, because a process had a signal
@@ -328,7 +328,7 @@ def due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def train_step(trainer: Trainer, step: int, *, stop: bool = False) -> Tensor:
+def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
     """One optimizer step. Returns (2,): its loss, and more than 0 where a process shall stop; means over ranks, on the
     device."""
     cfg, plan, world = trainer.cfg, trainer.plan, trainer.world
@@ -339,8 +339,8 @@ def train_step(trainer: Trainer, step: int, *, stop: bool = False) -> Tensor:
         loss = trainer.forward(micro_inputs, micro_targets) / plan.grad_accum_steps
         loss.backward()
         loss_sum += loss.detach()
-    outcome = torch.stack((loss_sum, torch.full_like(loss_sum, stop)))
     # ranks: the flag rides with the gradients, so that all stop at the same step
+    outcome = torch.stack((loss_sum, torch.full_like(loss_sum, stop.signum > 0)))
     if world.world_size > 1:
         trainer.gradients.average(lambda grads: communication.average_([*grads, outcome]))
     # update, with hyperparameters that are functions of the step alone: a resumed run needs no scheduler state

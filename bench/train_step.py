@@ -25,7 +25,7 @@ from core import machine
 from core.command_line import parse_args
 from core.communication import LaggingLoss, joined_world
 from core.run import Run
-from core.stopping import one_sentence
+from core.stopping import StopFlag, one_sentence
 
 WARM_STEPS = 4
 BLOCKS, STEPS_PER_BLOCK = 6, 2
@@ -48,7 +48,7 @@ def measure(argv: list[str], folder: Path) -> dict[str, Any]:
 
 def _measure(run: Run, trainer: train.Trainer, setup: dict[str, Any]) -> dict[str, Any]:
     plan, device = trainer.plan, run.world.device
-    losses, values = LaggingLoss(), []
+    losses, values, stop = LaggingLoss(), [], StopFlag()  # nobody sets it
     step = 0
 
     def steps(n: int) -> float:
@@ -56,7 +56,7 @@ def _measure(run: Run, trainer: train.Trainer, setup: dict[str, Any]) -> dict[st
         nonlocal step
         start = time.perf_counter()
         for _ in range(n):
-            losses.put(step, train.train_step(trainer, step))
+            losses.put(step, train.train_step(trainer, step, stop))
             values.extend(loss for _, loss, _ in losses.take())
             step += 1
         if device.type == "cuda":

@@ -12,6 +12,7 @@ import torch
 
 import train
 from core import checkpoint
+from core.data.loader import Loader
 from core.stopping import SIGNALS, StopFlag, Stopped, one_sentence
 from tests.test_train import ROOT, events, final_tensors, losses, run, steps_logged
 
@@ -111,6 +112,20 @@ def test_a_signal_that_the_parent_ignores_stays_ignored():
             assert stop.signum == signal.SIGTERM
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_during_a_step_stops_after_that_step(tiny, tmp_path, monkeypatch):
+    honest, calls = Loader.next_step, []
+
+    def next_step(self):
+        calls.append(self)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self)
+
+    monkeypatch.setattr(Loader, "next_step", next_step)
+    with pytest.raises(Stopped, match="SIGTERM after 4 of 12 steps"):
+        run(tiny, tmp_path / "run")
 
 
 @pytest.mark.parametrize("signum", SIGNALS)

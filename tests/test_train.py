@@ -353,8 +353,8 @@ def test_two_processes_train_like_one(tiny, tmp_path):
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny, tmp_path, monkeypatch):
     honest = train.train_step
 
-    def poisoned(trainer, step, **options):
-        outcome = honest(trainer, step, **options)
+    def poisoned(trainer, step, stop):
+        outcome = honest(trainer, step, stop)
         return torch.tensor([math.nan, 0]) if step == 6 else outcome
 
     monkeypatch.setattr(train, "train_step", poisoned)
@@ -369,8 +369,8 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tiny, tmp_path, monkeypa
 def test_non_finite_weights_are_not_saved(tiny, tmp_path, monkeypatch):
     honest = train.train_step
 
-    def poisoned(trainer, step, **options):
-        outcome = honest(trainer, step, **options)
+    def poisoned(trainer, step, stop):
+        outcome = honest(trainer, step, stop)
         if step == 7:
             with torch.no_grad():
                 trainer.model.mlp_up[0][0, 0, 0] = math.inf

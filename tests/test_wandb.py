@@ -41,10 +41,10 @@ def fake(monkeypatch):
 def test_metrics_are_mirrored_and_a_resumed_run_goes_on(tiny, tmp_path, fake, monkeypatch):
     out, honest = tmp_path / "run", train.train_step
 
-    def dies(trainer, step, **options):
+    def dies(trainer, step, stop):
         if step == 9:
             raise TrainingError("enough")
-        return honest(trainer, step, **options)
+        return honest(trainer, step, stop)
 
     monkeypatch.setattr(train, "train_step", dies)
     with pytest.raises(TrainingError):
