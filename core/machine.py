@@ -96,7 +96,10 @@ def prepare_process(device_type: str, *, deterministic: bool) -> None:
         raise UserError(f"Redline runs on Linux only; this is {sys.platform}")
     if device_type == "cpu":
         keep_freed_memory()
-    elif deterministic:
+        return
+    # sums of products are fp32 everywhere; by default cuBLAS may add the parts of a split K in bf16
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.communication import LaggingLoss
-from core.machine import UNCOUNTED_STEPS, TrainingClock, peak_flops, speed
+from core.machine import UNCOUNTED_STEPS, TrainingClock, peak_flops, prepare_process, speed
 from core.report import hours, human, longest_run, sum_stats
 
 CPU = torch.device("cpu")
@@ -54,6 +54,17 @@ def test_peaks(name, peak):
 def test_speed_is_one_formula():
     assert speed(1000, 2.0, 6e9, None) == (500.0, 3e12, None)
     assert speed(8_000_000, 8.0, 4.5e9, 8 * 989e12).mfu == pytest.approx(4.5e15 / (8 * 989e12))
+
+
+def test_products_on_a_gpu_are_summed_in_fp32():
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_bf16_reduced_precision_reduction
+    try:
+        flags.allow_bf16_reduced_precision_reduction = True
+        prepare_process("cuda", deterministic=False)
+        assert not flags.allow_bf16_reduced_precision_reduction
+    finally:
+        flags.allow_bf16_reduced_precision_reduction = before
 
 
 def test_words():
