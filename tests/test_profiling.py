@@ -45,8 +45,10 @@ def test_files_of_a_profile(tmp_path):
     assert shares["profile_files"] == ["profile/memory_rank1.json", "profile/trace_rank1.json.gz"]
     assert max(shares["time_by_op"], key=shares["time_by_op"].get) == "aten::mm" and shares["non_matmul_share"] < 0.5
     memory = json.loads((tmp_path / "run/profile/memory_rank1.json").read_text())
-    assert memory["peak_bytes"] == memory["bytes_by_op"]["aten::mm"] == 4 * 2**20
-    assert memory["timeline"][-1][1] == 2**20
+    assert memory["bytes_by_op"]["aten::mm"] == 4 * 2**20
+    # threads of the process that runs the tests may allocate a few bytes meanwhile
+    assert 0 <= memory["peak_bytes"] - 4 * 2**20 < 1024
+    assert 0 <= memory["timeline"][-1][1] - 2**20 < 1024
     trace = json.loads(gzip.decompress((tmp_path / "run/profile/trace_rank1.json.gz").read_bytes()))
     assert any(e.get("name") == "aten::mm" for e in trace["traceEvents"])
 
