@@ -120,6 +120,8 @@ class Bench:
             while waiting and len(running) < max(1, os.cpu_count() // 2):
                 stem = waiting.pop(0)
                 report = ("-p", "no:cacheprovider", f"--junitxml={self.scratch / stem}.xml")
+                # pyproject's options need pytest-xdist, which a bare machine lacks and one process a file does not need
+                report += ("-o", "addopts=", "-m", "not mutations")
                 running[stem] = self.child("-m", "pytest", f"tests/test_{stem}.py", "-k", TESTS, "-q", *report)
             for stem, process in list(running.items()):
                 if process.poll() is not None:
