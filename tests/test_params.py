@@ -42,8 +42,7 @@ def test_storage_and_state_are_those_of_the_rows(cfg, dtype):
 
 def test_types_in_bf16():
     """Matrices and head have exact masters, embeddings neither masters nor wide moments, scalars are fp32."""
-    _, optimizer = build(CFG, torch.bfloat16)
-    model = optimizer._model
+    model, optimizer = build(CFG, torch.bfloat16)
     state = optimizer.state
     assert model.wte.dtype == model.attn_qkv[0].dtype == torch.bfloat16 and model.smear_gate.dtype == torch.float32
     assert state["lm_head.low"].dtype == state["attn_qkv.1.low"].dtype == torch.int16
@@ -54,10 +53,10 @@ def test_types_in_bf16():
 
 
 def test_a_tied_head_is_updated_as_a_head():
-    _, optimizer = build(CONFIGS[1], torch.bfloat16)
+    model, optimizer = build(CONFIGS[1], torch.bfloat16)
     assert [row.name for row in optimizer.groups["lm_head"]] == ["wte"] and "wte" not in optimizer.groups
     assert "wte.low" in optimizer.state
-    assert optimizer._model.lm_head is optimizer._model.wte
+    assert model.lm_head is model.wte
 
 
 def test_banks_differ_and_hold_four_layers():
