@@ -189,7 +189,8 @@ def read_text(cfg: Config, *, is_main: bool) -> Text:
     train, val = open_corpus(cfg.data.path, seed=cfg.seed, val_every=cfg.data.val_every, cache_dir=cache_dir)
     if is_main:
         check_readable(val, cfg.final_eval_bytes)
-    return Text(train, val, get_tokenizer(train, cfg.model.vocab_size, cache_dir=cache_dir, on_train=print))
+    options = {"cache_dir": cache_dir, "doc_cap": cfg.data.doc_cap, "on_train": print}
+    return Text(train, val, get_tokenizer(train, cfg.model.vocab_size, **options))
 
 
 def announce(run: Run, text: Text, trainer: Trainer) -> tuple[dict[str, Any], ValidationSet, range]:

@@ -12,7 +12,7 @@ import numpy as np
 import regex
 
 from bench.suite import HostPrograms, host_item
-from core.config import STDLIB
+from core.config import DOC_CHARS, STDLIB
 from core.data.corpus import open_corpus
 from core.data.tokenizer import SPLIT_PATTERN, Tokenizer, train_tokenizer
 
@@ -39,7 +39,7 @@ def plain(tokenizer: Tokenizer, ranks: dict[bytes, int], text: str) -> list[int]
 @contextmanager
 def programs():
     train, val = open_corpus(STDLIB, seed=0, cache_dir=Path())  # nothing there is compressed
-    tokenizer = train_tokenizer(iter(train), VOCAB_SIZE, max_chars=TRAIN_CHARS)
+    tokenizer = train_tokenizer(iter(train), VOCAB_SIZE, max_chars=TRAIN_CHARS, doc_cap=DOC_CHARS)
     text = ""
     for document in val:
         text += document

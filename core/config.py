@@ -17,6 +17,9 @@ from kernels.polar_express import COEFFICIENTS
 
 T = TypeVar("T")
 
+STDLIB = "stdlib"
+DOC_CHARS = 10_000  # of a document, for the tokenizer: nanochat 92d63d4, scripts/tok_train.py, --doc-cap
+
 
 def option(default: T, low: float | None = None, high: float = math.inf, *, resumable: bool = False) -> T:
     """A field with its default. Numbers lie between low and high, both included; resumable: changing it between stop
@@ -115,6 +118,13 @@ class DataConfig:
     """Fixed data streams; the number of processes must divide it, and results do not depend on it then."""
     cache_dir: str = option("~/.cache/redline", resumable=True)
     """Folder of trained tokenizers and unpacked data."""
+    tokenizer_doc_chars: int | None = option(None, 1)
+    """Characters of each document that the tokenizer learns from; unset: all (of 'stdlib' the first 10,000)."""
+
+    @property
+    def doc_cap(self) -> int | None:
+        """tokenizer_doc_chars, resolved. The committed score on the standard library was made with the cap."""
+        return self.tokenizer_doc_chars or (DOC_CHARS if self.path == STDLIB else None)
 
 
 @dataclass(frozen=True)
@@ -197,7 +207,7 @@ class Config:
 
 _PYTHON_PROMPTS = ("def main(", "class TestCase(unittest.", "import os\nimport sys\n")
 
-_GPT2 = Config(preset="gpt2", data=DataConfig(packing="crop"))
+_GPT2 = Config(preset="gpt2", data=DataConfig(packing="crop", tokenizer_doc_chars=DOC_CHARS))
 
 _QUICKSTART_CPU = Config(
     preset="quickstart",
@@ -249,7 +259,6 @@ def preset(name: str, device_type: str) -> Config:
 
 
 PRESETS = ("quickstart", "gpt2")
-STDLIB = "stdlib"
 
 
 def check_ranges(config: Any) -> None:

@@ -1,6 +1,7 @@
 """Tokenizer: encode and decode are inverse on every text, vocabularies are deterministic, and no damaged one is
 used."""
 
+import dataclasses
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.config import PRESETS, preset
 from core.data import tokenizer as tokenizer_module
 from core.data.corpus import open_corpus
 from core.data.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer, get_tokenizer, train_tokenizer
@@ -89,6 +91,26 @@ def test_training_is_deterministic_and_stops_where_told(tokenizer):
     assert train_tokenizer(TEXTS, 401).digest != tokenizer.digest
     cut = train_tokenizer(["abcabc" + "x" * 10] * 3, 300, doc_cap=6)
     assert cut._tokens == train_tokenizer(["abcabc"] * 3, 300)._tokens
+
+
+def test_a_book_is_learned_from_to_its_end():
+    book = "abc " * 5_000 + "zq9 " * 5_000  # the second half lies beyond any cap
+    assert b" zq" in train_tokenizer([book], 300)._tokens
+    assert b" zq" not in train_tokenizer([book], 300, doc_cap=10_000)._tokens
+
+
+def test_only_the_protocols_cap_documents():
+    """The gpt2 track's protocol does, and the committed score on the standard library was made so."""
+    for name in PRESETS:
+        assert preset(name, "cpu").data.doc_cap == 10_000
+    own_text = dataclasses.replace(preset("quickstart", "cpu").data, path="book.txt")
+    assert own_text.doc_cap is None
+    assert dataclasses.replace(own_text, tokenizer_doc_chars=7).doc_cap == 7
+
+
+def test_training_on_endless_white_space_does_not_panic():
+    text = "abab" + " " * 2_500_000 + "abab"
+    assert b"ab" in train_tokenizer([text], 300)._tokens
 
 
 def test_small_corpus_gives_a_small_vocabulary():

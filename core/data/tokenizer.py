@@ -163,11 +163,11 @@ class Tokenizer:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, max_chars: int = 2_000_000_000, doc_cap: int = 10_000
+    texts: Iterable[str], vocab_size: int, *, max_chars: int = 2_000_000_000, doc_cap: int | None = None
 ) -> Tokenizer:
     """Learn a vocabulary of at most `vocab_size` tokens, specials included; fewer if the texts run out of pairs.
 
-    Of each text the first `doc_cap` characters are used, in total `max_chars`.
+    Of each text the first `doc_cap` characters are used (None: all), in total `max_chars`.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
@@ -179,9 +179,9 @@ def train_tokenizer(
     def excerpts() -> Iterator[str]:
         nonlocal num_chars
         for text in texts:
-            excerpt = text[: min(doc_cap, max_chars - num_chars)]
+            excerpt = text[:doc_cap][: max_chars - num_chars]
             num_chars += len(excerpt)
-            yield excerpt
+            yield from _parts(excerpt)
             if num_chars >= max_chars:
                 return
 
@@ -197,7 +197,7 @@ def get_tokenizer(
     *,
     cache_dir: Path,
     max_chars: int = 2_000_000_000,
-    doc_cap: int = 10_000,
+    doc_cap: int | None = None,
     on_train: Callable[[str], None] | None = None,
 ) -> Tokenizer:
     """The tokenizer trained on `train_corpus`, from cache_dir/tokenizers if it was trained before.
