@@ -12,8 +12,8 @@ import tyro
 
 from core import checkpoint, communication, machine
 from core.communication import World, joined_world
-from core.config import Config, ModelConfig, check_ranges, from_dict, option
-from core.data.corpus import open_corpus
+from core.config import STDLIB, Config, ModelConfig, check_ranges, from_dict, option
+from core.data.corpus import Corpus, open_corpus, open_validation
 from core.data.tokenizer import Tokenizer
 from core.evals.bits_per_byte import score, validation_whole
 from core.generate import sample_texts, stream_text
@@ -36,7 +36,7 @@ class EvalConfig:
     prompt: list[str] = field(default_factory=list)
     """Beginnings of texts to continue; unset: those of the training run."""
     data: str | None = None
-    """Text for bpb, as for train.py (its validation split counts); unset: that of the training run."""
+    """Text for bpb, as for train.py: its validation split, or all of one document; unset: that of the training run."""
     max_bytes: int | None = option(None, 1)
     """Score whole documents up to this many bytes, one at least; unset: all."""
     sample_tokens: int = option(200, 0)
@@ -98,9 +98,19 @@ def main(argv: list[str]) -> None:
 def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, trained: Config, world: World) -> dict[str, Any]:
     cache_dir = Path(trained.data.cache_dir).expanduser()
     source = cfg.data or trained.data.path
-    _, corpus = communication.main_first(
-        lambda: open_corpus(source, seed=trained.seed, val_every=trained.data.val_every, cache_dir=cache_dir)
-    )
+    options: dict[str, Any] = {"seed": trained.seed, "val_every": trained.data.val_every, "cache_dir": cache_dir}
+    options["row_tokens"] = trained.model.seq_len
+    if world.is_main and not cfg.json:
+        options["progress"] = print
+
+    def open_text() -> Corpus:
+        if source == STDLIB or Path(source).resolve() == Path(trained.data.path).resolve():  # what it was trained on
+            return open_corpus(source, **options)[1]
+        return open_validation(source, **options)
+
+    corpus = communication.main_first(open_text)
+    for note in corpus.notes if world.is_main and not cfg.json else ():
+        print(note)
     valset, _ = validation_whole(corpus, tokenizer, model.dims.seq_len, cfg.max_bytes)
     rows = cfg.device_batch_size
     advice = f"try --device-batch-size {rows // 2}" if rows > 1 else "fewer than one is impossible; try --device cpu"

@@ -186,7 +186,14 @@ def build(run: Run) -> tuple[Text, Trainer]:
 def read_text(cfg: Config, *, is_main: bool) -> Text:
     """Documents and tokenizer. Rank 0 comes first: it trains and stores the tokenizer, the others find it."""
     cache_dir = Path(cfg.data.cache_dir).expanduser()
-    train, val = open_corpus(cfg.data.path, seed=cfg.seed, val_every=cfg.data.val_every, cache_dir=cache_dir)
+    train, val = open_corpus(
+        cfg.data.path,
+        seed=cfg.seed,
+        val_every=cfg.data.val_every,
+        cache_dir=cache_dir,
+        row_tokens=cfg.model.seq_len,
+        progress=print if is_main else None,
+    )
     if is_main:
         check_readable(val, cfg.final_eval_bytes)
     options = {"cache_dir": cache_dir, "doc_cap": cfg.data.doc_cap, "on_train": print}
@@ -199,7 +206,7 @@ def announce(run: Run, text: Text, trainer: Trainer) -> tuple[dict[str, Any], Va
     cfg, plan, world = run.cfg, trainer.plan, run.world
     subset = validation_subset(text.val, text.tokenizer, plan.seq_len, cfg.eval_tokens)
     # what a reader of the console should know besides the plan
-    notes = []
+    notes = list(text.train.notes)
     if text.tokenizer.vocab_size < cfg.model.vocab_size:
         notes.append(
             f"the text yields {text.tokenizer.vocab_size} of {cfg.model.vocab_size} tokens; the model has that many"

@@ -108,7 +108,7 @@ class DataConfig:
     """'stdlib' (this Python's own source text) or a path: a folder of text, .jsonl[.gz|.zst] or .parquet with a column
     'text'."""
     val_every: int = option(50, 1)
-    """One document in this many is validation, chosen by a hash of its path."""
+    """One document in this many is validation, chosen by a hash of its path; of one document, its last part."""
     packing: Literal["continue", "crop"] = "continue"
     """continue: long documents are cut and every token is used; crop: best fit, the rest of a cut document is
     dropped."""

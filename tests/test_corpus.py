@@ -14,8 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from core.data import corpus as corpus_module
-from core.data.corpus import Corpus, open_corpus
+from core.data import files, sources
+from core.data.corpus import Corpus, open_corpus, open_validation
+from core.data.files import hash_key
+from core.evals.bits_per_byte import documents_within
+from eval import main as eval_main
+from train import main as train_main
 
 TEXTS = [f"document {i} " + "héllo wörld \U0001f600 " * (i % 7) for i in range(60)]
 
@@ -70,7 +74,7 @@ def test_stdlib_is_the_source_of_the_base_interpreter(tmp_path):
         keys = [corpus.key(i) for i in range(len(corpus))]
         assert keys == sorted(keys)
         assert all(len(document) > 0 for document in corpus)
-    assert len(documents) + train.skipped == sum(
+    assert len(documents) + sum(train.skipped.values()) == sum(
         not {"site-packages", "dist-packages"} & set(path.relative_to(root).parts) for path in root.rglob("*.py")
     )
 
@@ -87,7 +91,8 @@ def test_folder_mixes_formats_and_skips_what_is_hidden(folder, tmp_path):
     expected |= {f"sub/b.parquet:{i}": text for i, text in enumerate(TEXTS)}
     expected |= {f"sub/{i}.txt": TEXTS[i] for i in range(12)}
     assert by_key(train, val) == expected
-    assert train.skipped == val.skipped == 1
+    assert train.skipped == val.skipped == {"empty files": 1, "hidden files or folders": 2}
+    assert train.notes == ["skipped in the data: empty files (1), hidden files or folders (2)"]
     assert train.name == "data"
 
 
@@ -131,13 +136,13 @@ def test_parquet_round_trip(tmp_path, kind):
 
 
 def test_parquet_cache_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_ROW_GROUP_CACHE_BYTES", 1)
+    monkeypatch.setattr(sources, "_RECENT_BYTES", 1)
     path = write_parquet(tmp_path / "a.parquet", TEXTS, 4)
     train, val = open_(path, tmp_path)
     assert by_key(train, val) == {f"a.parquet:{i}": text for i, text in enumerate(TEXTS)}
-    row_groups = train._sources[0]._row_groups
-    assert len(row_groups._columns) == 2
-    assert row_groups._num_bytes == sum(column.nbytes for column in row_groups._columns.values())
+    recent = train._sources[0]._recent
+    assert len(recent._values) == 2
+    assert recent._num_bytes == sum(column.nbytes for column in recent._values.values())
 
 
 @pytest.mark.parametrize(
@@ -163,7 +168,7 @@ def test_jsonl_lines_as_editors_leave_them(tmp_path):
 
 
 def test_lines_across_read_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_CHUNK_BYTES", 37)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 37)
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     assert by_key(*open_(path, tmp_path)) == {f"a.jsonl:{i}": text for i, text in enumerate(TEXTS)}
 
@@ -228,6 +233,334 @@ def test_fingerprint(folder, tmp_path):
     assert len(seen) == 5
 
 
+# -- one document, and long ones ---------------------------------------------------------------------------------------
+
+LINES = "".join(f"line {i} of a book, with wörds in it\n" for i in range(500))
+
+
+def as_text(path: Path, texts: list[str]) -> Path:
+    path.mkdir()
+    for i, text in enumerate(texts):
+        (path / f"{i}.txt").write_text(text, encoding="utf-8")
+    return path
+
+
+WRITERS = {
+    "text": as_text,
+    "jsonl": lambda path, texts: write_jsonl(path.with_suffix(".jsonl"), texts),
+    "gzip": lambda path, texts: write_jsonl(path.with_suffix(".json.gz"), texts, "gzip"),
+    "parquet": lambda path, texts: write_parquet(path.with_suffix(".parquet"), texts),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("long", [False, True])
+def test_one_document_is_split_by_position(tmp_path, monkeypatch, write, long):
+    """Its end is validation, the same bytes in every format, whether it is read in parts or not."""
+    if long:
+        monkeypatch.setattr(sources, "LONG_BYTES", 1000)
+    path = write(tmp_path / "book", [LINES])
+    train, val = open_(path, tmp_path, row_tokens=16, val_every=10)
+    assert "".join(train[i] for i in range(len(train))) + "".join(val) == LINES
+    size = sum(val.num_bytes(i) for i in range(len(val)))
+    assert size == len("".join(val).encode())
+    assert len(LINES.encode()) / 10 <= size < len(LINES.encode()) / 10 + 50  # to the line before
+    assert val[0].startswith("line ")
+    assert train.notes[0] == val.notes[0]
+    assert f"its last {size:,} of {len(LINES.encode()):,} bytes are validation" in train.notes[0]
+    assert train.fingerprint != val.fingerprint
+
+
+def test_split_by_position_leaves_a_row_for_validation(tmp_path):
+    path = as_text(tmp_path / "a", [LINES])
+    _, val = open_(path, tmp_path, row_tokens=1000, val_every=10**9)
+    assert 4000 <= val.num_bytes(0) < 4050
+    with pytest.raises(ValueError) as error:
+        open_(path, tmp_path, row_tokens=10_000)
+    one_sentence(error, "a single document", "too few to split by position", "80,000", "--seq-len")
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "wörd " * 1000, "\U0001f600" * 2000])
+def test_a_cut_is_before_a_word_or_at_least_a_character(tmp_path, text):
+    train, val = open_(as_text(tmp_path / "a", [text]), tmp_path, row_tokens=16, val_every=7)
+    assert train[0] + val[0] == text
+    if " " in text:
+        assert train[0].endswith(" ")
+
+
+def test_a_few_books_are_split_by_position_too(tmp_path):
+    """Where the hash of their paths leaves none for validation."""
+    books = [LINES, LINES.upper(), "a small last one\n"]
+    train, val = open_(as_text(tmp_path / "a", books), tmp_path, row_tokens=16, val_every=1000)
+    assert "".join([*train, *val]) == "".join(books)
+    assert [val.key(i).split("[")[0] for i in range(len(val))] == ["1.txt", "2.txt"]
+    assert "all 3 documents" in train.notes[0]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_long_documents_are_read_in_parts(tmp_path, monkeypatch, write):
+    texts = [LINES, "short", LINES * 20, *TEXTS]
+    path = write(tmp_path / "a", texts)
+    whole = open_(path, tmp_path)
+    monkeypatch.setattr(sources, "LONG_BYTES", 100_000)
+    cut = open_(path, tmp_path, row_tokens=16)
+    parts = [c for c in cut if any("[" in c.key(i) for i in range(len(c)))]
+    assert len(parts) == 1  # a document stays on one side of the split
+    for a, b in zip(whole, cut):
+        assert "".join(a) == "".join(b)
+    lengths = [parts[0].num_bytes(i) for i in range(len(parts[0])) if "[" in parts[0].key(i)]
+    assert len(lengths) > 5
+    assert max(lengths) < 80_000
+    np.testing.assert_array_equal(np.sort(parts[0].order(0)), np.arange(len(parts[0])))
+
+
+def test_parts_of_a_row_stay_together_in_the_order_and_those_of_a_file_do_not(tmp_path, monkeypatch):
+    """A row is decoded as a whole for each of its parts; a part of a file is read by itself, and mixes better so."""
+    monkeypatch.setattr(sources, "LONG_BYTES", 100_000)
+
+    def runs(path: Path) -> int:
+        train, _ = open_(path, tmp_path, row_tokens=16, val_every=1000)
+        rows = [train.key(i).split("[")[0] for i in train.order(0)]
+        return len(list(groupby(rows)))
+
+    texts = [LINES * 20, LINES * 21, LINES * 22]
+    assert runs(write_jsonl(tmp_path / "a.jsonl", texts)) == 3
+    assert runs(write_parquet(tmp_path / "a.parquet", texts, 1)) == 3
+    assert runs(as_text(tmp_path / "texts", texts)) > 3
+
+
+def test_what_was_not_trained_on_is_scored_whole_if_it_is_one_document(tmp_path, folder):
+    options = {"seed": 0, "val_every": 5, "cache_dir": tmp_path, "row_tokens": 16}
+    book = as_text(tmp_path / "book", ["tiny"])
+    assert list(open_validation(str(book / "0.txt"), **options)) == ["tiny"]
+    _, val = open_(folder, tmp_path)
+    assert list(open_validation(str(folder), **options)) == list(val)
+
+
+def test_train_and_score_one_file(tiny, tmp_path, capsys):
+    path = tmp_path / "input.txt"
+    path.write_text(LINES, encoding="utf-8")
+    train_main([*tiny, "--steps", "2", "--data", str(path), "--out", str(tmp_path / "run")])
+    assert "the data is one document: its last" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    scores = {}
+    for data in ([], ["--data", str(path)], ["--data", str(as_text(tmp_path / "other", [LINES]))]):
+        eval_main([str(tmp_path / "run"), "--metrics", "bpb", "--json", *data])
+        scores[len(data) and data[1]] = json.loads(capsys.readouterr().out)
+    assert scores[0]["val_bpb"] == scores[str(path)]["val_bpb"] == summary["val_bpb"]
+    assert scores[str(tmp_path / "other")]["val_bytes"] == len(LINES.encode())
+
+
+# -- folders written by others -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, codec",
+    [
+        ("A.JSONL", None),
+        ("a.ndjson", None),
+        ("a.Json", None),
+        ("a.json.gz", "gzip"),
+        ("A.NDJSON.GZ", "gzip"),
+        ("a.json.zst", "zstd"),
+        ("a.jsonl.bz2", "bz2"),
+    ],
+)
+def test_an_object_a_line_by_any_name(tmp_path, name, codec):
+    path = write_jsonl(tmp_path / name, TEXTS, codec)
+    assert by_key(*open_(path, tmp_path)) == {f"{name}:{i}": text for i, text in enumerate(TEXTS)}
+
+
+def test_case_of_the_parquet_suffix_does_not_matter(tmp_path):
+    assert len(by_key(*open_(write_parquet(tmp_path / "A.Parquet", TEXTS), tmp_path))) == len(TEXTS)
+
+
+def test_what_holds_no_documents_is_skipped_counted_and_said(folder, tmp_path):
+    expected = by_key(*open_(folder, tmp_path))
+    fingerprint = open_(folder, tmp_path)[0].fingerprint
+    for name in ("_SUCCESS", "_common_metadata", "_metadata", "_committed_12", "sub/_SUCCESS"):
+        (folder / name).write_bytes(b"PAR1")
+    (folder / ".part-0.parquet.crc").write_bytes(b"crc")
+    for name in ("a.csv", "b.TSV", "x.safetensors", "pytorch_model.bin", "p.png", "z.ZIP", "plain.txt.gz", "n.ipynb"):
+        (folder / name).write_bytes(b"\x00\xff")
+    (folder / "array.json").write_text('[{"text": "a"}]')
+    (folder / "package.json").write_text('{\n  "name": "x"\n}\n')
+    (folder / "one_line.json").write_text('{"name": "x"}')
+    (folder / "unknown").write_bytes(b"\x7fELF\x02\x01")
+    (folder / "dump.dat").write_bytes(np.arange(100, dtype=np.int32).tobytes())
+    (folder / "empty.jsonl").write_text("\n")
+    train, _ = documents = open_(folder, tmp_path)
+    assert by_key(*documents) == expected
+    assert train.skipped == {
+        "markers of Spark jobs": 5,
+        "hidden files or folders": 1,
+        "tables": 2,
+        "weights and arrays": 2,
+        "images, sound and video": 1,
+        "archives": 2,
+        "notebooks": 1,
+        "JSON files without an object a line": 3,
+        "binary files": 2,
+        "empty files": 1,
+    }
+    assert "tables (2)" in train.notes[0]
+    assert train.fingerprint == fingerprint  # what is not read does not count
+
+
+def test_a_run_and_the_cache_inside_the_data_are_no_data(folder, tmp_path, tiny):
+    expected = by_key(*open_(folder, tmp_path))
+    options = [*tiny, "--steps", "2", "--data", str(folder), "--cache-dir", str(folder / "cache")]
+    train_main([*options, "--out", str(folder / "runs" / "x")])
+    train_main([*options, "--out", str(folder)])
+    train_main(["--resume", str(folder / "runs" / "x"), "--steps", "3"])
+    documents = open_(folder, tmp_path, cache_dir=folder / "cache")
+    assert by_key(*documents) == expected
+    assert documents[0].skipped["files or folders of a run"] == 14
+
+
+@pytest.mark.parametrize(
+    "name, content, parts",
+    [
+        ("a.csv", b"a,b\n1,2\n", ["tables are not read", ".jsonl"]),
+        ("a.json", b' [\n{"text": "a"}]', ["JSON files without an object a line"]),
+        ("a.json", b'{\n"text": "a"}', ["JSON files without an object a line"]),
+        ("a.txt.gz", gzip.compress(b"text"), ["archives", "unpack it"]),
+        ("a.pdf", b"%PDF-", ["office documents", "convert it"]),
+        ("a.txt", b"PK\x03\x04", ["binary files"]),
+        ("a.txt", "text".encode("utf-16-be"), ["binary files"]),
+        ("a.txt", b"", ["empty files"]),
+        ("a.jsonl", b"\n\r\n", ["empty files"]),
+    ],
+)
+def test_named_alone_it_is_refused(tmp_path, name, content, parts):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        open_(tmp_path / name, tmp_path)
+    one_sentence(error, str(tmp_path / name), "nothing to train on", *parts)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.json.gz"])
+def test_git_lfs_pointers_are_refused(folder, tmp_path, name):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(ValueError) as error:
+        open_(folder, tmp_path)
+    one_sentence(error, name, "Git LFS pointer", "git lfs pull")
+
+
+def test_a_folder_of_nothing_but_other_files_says_so(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.csv").write_text("a,b")
+    with pytest.raises(ValueError) as error:
+        open_(tmp_path / "data", tmp_path)
+    one_sentence(error, "no documents found", "tables (1)")
+
+
+def test_parquet_oddities(folder, tmp_path):
+    twice = pa.Table.from_arrays([pa.array(TEXTS), pa.array(TEXTS)], names=["text", "text"])
+    pq.write_table(twice, folder / "twice.parquet")
+    with pytest.raises(ValueError) as error:
+        open_(folder, tmp_path)
+    one_sentence(error, "twice.parquet", '2 columns "text"')
+
+
+@pytest.mark.parametrize("side", ["to train on", "of the validation split"])
+def test_a_side_without_a_byte_is_refused(tmp_path, side):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    _, val = open_(path, tmp_path)
+    in_val = {int(val.key(i).split(":")[1]) for i in range(len(val))}
+    empty = in_val if "validation" in side else set(range(len(TEXTS))) - in_val
+    write_jsonl(path, ["" if i in empty else text for i, text in enumerate(TEXTS)])
+    with pytest.raises(ValueError) as error:
+        open_(path, tmp_path)
+    one_sentence(error, str(path), side, f"are all empty ({len(empty)} of them)")
+
+
+def test_documents_within_skips_no_text_after_an_empty_document(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["", *TEXTS])
+    corpus = open_validation(str(path), seed=0, val_every=1, cache_dir=tmp_path, row_tokens=16)
+    assert sum(len(text) for _, text in documents_within(corpus, 1)) > 0
+
+
+# -- size and trust ----------------------------------------------------------------------------------------------------
+
+
+def test_many_files_are_one_source_and_read_once(tmp_path, monkeypatch):
+    texts = [f"text {i}" for i in range(500)]
+    path = as_text(tmp_path / "a", texts)
+    hashed = []
+    monkeypatch.setattr(sources, "hash_key", lambda key: hashed.append(key) or hash_key(key))
+    train, val = open_(path, tmp_path)
+    assert len(train._sources) == 1
+    assert len(hashed) == 500
+    assert sorted([*train, *val]) == sorted(texts)
+
+
+def test_progress_is_said_when_reading_takes_long(folder, tmp_path, monkeypatch):
+    said = []
+    open_(folder, tmp_path, progress=said.append)
+    assert said == []
+    monkeypatch.setattr(files, "_SAYS_EVERY_S", 0.0)
+    open_(folder, tmp_path, progress=said.append)
+    assert said[-1].startswith("reading data: ") and "of 14 files" in said[-1]
+
+
+@pytest.mark.parametrize("damage", ["flip", "shorten", "empty"])
+def test_a_damaged_unpacked_file_is_unpacked_again(tmp_path, damage):
+    path = write_jsonl(tmp_path / "a.jsonl.gz", TEXTS, "gzip")
+    expected = by_key(*open_(path, tmp_path))
+    (plain,) = (tmp_path / "cache" / "unpacked").iterdir()
+    sound = plain.read_bytes()
+    spoilt = {"flip": sound.replace(b"document", b"d0cument", 1), "shorten": sound[: len(sound) // 2], "empty": b""}
+    plain.write_bytes(spoilt[damage])
+    said = []
+    assert by_key(*open_(path, tmp_path, progress=said.append)) == expected
+    assert "damaged" in said[0] and str(path) in said[0]
+    assert plain.read_bytes() == sound
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_a_change_in_the_middle_of_a_large_file_is_noticed(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    text = LINES * 200
+    if suffix == ".txt":
+        path.write_text(text, encoding="utf-8")
+    elif suffix == ".jsonl":
+        write_jsonl(path, [text])
+    else:
+        pq.write_table(pa.table({"text": [text]}), path, compression="none", use_dictionary=False)
+    before = open_(path, tmp_path)[0].fingerprint
+    assert open_(path, tmp_path)[0].fingerprint == before
+    data = path.read_bytes()
+    middle = data.index(b"book", len(data) // 2)
+    stat = path.stat()
+    path.write_bytes(data[:middle] + b"b00k" + data[middle + 4 :])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert open_(path, tmp_path)[0].fingerprint != before
+
+
+def test_a_digest_is_remembered_only_of_the_file_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_REMEMBERED_BYTES", 10)
+    path = tmp_path / "a.parquet"
+
+    def digest() -> str:
+        return files.digest_of(str(path), tmp_path, files.Progress(None))
+
+    path.write_bytes(b"a" * 100)
+    assert digest() == hashlib.sha256(b"a" * 100).hexdigest()
+    assert not (tmp_path / "digests").exists()  # the file is so new that a change might not show in its times
+    monkeypatch.setattr(files, "_SETTLED_S", -1000.0)
+    digest()
+    (note,) = (tmp_path / "digests").iterdir()
+    note.write_text(json.dumps({**json.loads(note.read_text()), "sha256": "0" * 64}))
+    assert digest() == "0" * 64
+    stat = path.stat()
+    path.write_bytes(b"b" * 100)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert digest() == hashlib.sha256(b"b" * 100).hexdigest()
+    note.write_text('{"file": [')
+    assert digest() == hashlib.sha256(b"b" * 100).hexdigest()
+
+
 # -- faults: one sentence that names the file -------------------------------------------------------------------------
 
 
@@ -252,10 +585,10 @@ def test_broken_link(folder, tmp_path):
 
 
 def test_text_that_is_not_utf8(folder, tmp_path):
-    (folder / "x.bin").write_bytes(b"abc\xff")
+    (folder / "x.txt").write_bytes(b"abc\xff")
     with pytest.raises(ValueError) as error:
         open_(folder, tmp_path)
-    one_sentence(error, "x.bin", "not UTF-8", "0xff at offset 3", "remove it")
+    one_sentence(error, "x.txt", "not UTF-8", "0xff at offset 3", "remove it")
 
 
 def test_text_that_changes_while_in_use(folder, tmp_path):
@@ -319,9 +652,8 @@ def test_damaged_parquet_pages(tmp_path):
     data = bytearray(path.read_bytes())
     data[4:200] = b"\xff" * 196
     path.write_bytes(data)
-    train, val = open_(path, tmp_path)
     with pytest.raises(ValueError) as error:
-        by_key(train, val)
+        by_key(*open_(path, tmp_path))
     one_sentence(error, str(path), "rows 0 to 59", "fetch it again")
 
 

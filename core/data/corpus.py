@@ -2,16 +2,21 @@
 
 A corpus is a random-access list of documents (str) over files that are never modified or loaded as a whole:
 
-    "stdlib"                              the *.py sources of the running Python's standard library, a document a file
-    *.jsonl, *.jsonl.gz, *.jsonl.zst      a document a line, field "text"
-    *.parquet                             a document a row, column "text"
-    any other file                        one UTF-8 document
+    "stdlib"                                  the *.py sources of the running Python's standard library, one a file
+    *.jsonl, *.ndjson, *.json (.gz|.zst|.bz2) a document a line, field "text"
+    *.parquet, *.pq                           a document a row, column "text"
+    any other text                            one UTF-8 document; see Parts in core/data/sources.py
 
-A path names one file or a folder, which is walked recursively; hidden files and __pycache__ are passed over.
+A path names one file or a folder, which is walked recursively. The case of a suffix does not matter.
 
+Skipped   what a folder holds besides documents is passed over and counted: hidden files, empty ones, markers of Spark
+          jobs, the files of a run, Redline's cache, and formats that are no text (tables, archives, images, weights).
+          Named alone, such a file is refused. Text that is not UTF-8 is refused in either case.
 Keys      relative posix path of a one-document file, "<relative path>:<row>" for a row (row = line - 1 in a .jsonl).
 Split     a document is validation data iff sha256(key) % val_every == 0: it depends on nothing but its own key, so
-          adding files moves no document from one side to the other.
+          adding files moves no document from one side to the other. Where that leaves a side without a document, as it
+          does with one book, the split is by position: the last 1/val_every of the text, in the order of keys, is
+          validation.
 Order     order(epoch) permutes blocks, then documents within a block. A parquet row group is a block, since it is
           decoded as a whole; every other document is a block of its own. It is built from raw PCG64 output, which numpy
           promises never to change (its shuffling methods are not covered by that promise).
@@ -21,94 +26,120 @@ Errors    whatever is wrong with the data is a UserError of one sentence that na
 """
 
 import hashlib
-import json
 import os
 import sysconfig
 import threading
-import uuid
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from core.data.files import CACHE_FOLDERS, NoDocuments, Progress, format_of, hash_key, walk
+from core.data.sources import JsonLines, NotUtf8, Parquet, Recent, TextFiles, cut_before, open_source
 from core.stopping import UserError
 
-_EDGE_BYTES = 1 << 20  # of either end of a file, for fingerprints: a file of twice this is hashed whole
-_CHUNK_BYTES = 16 << 20  # of one read when a whole file is passed through
-_ROW_GROUP_CACHE_BYTES = 512 << 20
 _ORDERS_KEPT = 3  # streams drift apart, so at the turn of an epoch two orders are in use
-_COMPRESSION = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
+_BYTES_PER_TOKEN = 4  # of ordinary text
+_PART_ROWS = 256  # rows of tokens in a part of a long document, about
+
+Source = TextFiles | JsonLines | Parquet
 
 
-def open_corpus(data: str, *, seed: int, val_every: int = 50, cache_dir: Path) -> tuple["Corpus", "Corpus"]:
+def open_corpus(
+    data: str,
+    *,
+    seed: int,
+    val_every: int = 50,
+    cache_dir: Path,
+    row_tokens: int = 2048,
+    progress: Callable[[str], None] | None = None,
+) -> tuple["Corpus", "Corpus"]:
     """Open `data` and split it into (training, validation).
 
-    data       "stdlib", or the path of a folder or file (see the module docstring)
-    seed       of the order of documents; split and fingerprint do not depend on it
-    val_every  on average one document in so many is validation data
-    cache_dir  compressed .jsonl files are unpacked here, once
+    data        "stdlib", or the path of a folder or file (see the module docstring)
+    seed        of the order of documents; split and fingerprint do not depend on it
+    val_every   on average one document in so many is validation data
+    cache_dir   compressed files are unpacked here, once, and digests of large files remembered
+    row_tokens  tokens in a row: a split by position gives each side text enough for one, and long documents are read in
+                parts of a few hundred
+    progress    called with a sentence every few seconds, if opening takes longer
     Raises UserError for a path that does not exist, unreadable or corrupt files, and empty splits.
     """
     if val_every < 1:
         raise UserError(f"val_every is {val_every}, expected 1 or more: one document in val_every is validation data")
-    if data == "stdlib":
-        root, files = _stdlib_files()
-        name = "stdlib"
-    else:
-        root, files = _files_under(Path(data))
-        name = Path(data).resolve().name
-
-    sources: list[_TextFile | _JsonLines | _Parquet] = []
-    row_groups = _RowGroups()
-    content = hashlib.sha256()
-    skipped = 0
-    for path in files:
-        key = path.relative_to(root).as_posix()
-        try:
-            with open(path, "rb") as file:
-                content.update(_file_fingerprint(key, file))
-            source = _open_source(path, key, Path(cache_dir), row_groups, skip_not_utf8=data == "stdlib")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-        if source is None:
-            skipped += 1
-        else:
-            sources.append(source)
-
-    train_rows: list[np.ndarray] = []
-    val_rows: list[np.ndarray] = []
-    for source in sources:
-        hashes = (int.from_bytes(_hash_key(source.key_of(row)), "big") for row in source.rows.tolist())
-        in_validation = np.fromiter((value % val_every == 0 for value in hashes), dtype=bool)
-        train_rows.append(source.rows[~in_validation])
-        val_rows.append(source.rows[in_validation])
-    num_validation = sum(rows.size for rows in val_rows)
-    num_documents = num_validation + sum(rows.size for rows in train_rows)
-    if num_documents == 0:
-        raise UserError(f"{data}: no documents found; expected text files, .jsonl(.gz|.zst) or .parquet with content")
-    if num_validation == 0:
-        raise UserError(
-            f"{data}: none of the {num_documents} documents falls into the validation split of one in "
-            f"{val_every}; give "
-            f"more documents (a .jsonl with a document a line instead of one big file) or a lower --val-every"
-        )
-    if num_validation == num_documents:
+    documents = _read(data, cache_dir, row_tokens, progress)
+    masks = [source.in_validation(val_every) for source in documents.sources]
+    num_documents, num_validation = _count(masks)
+    if num_validation == num_documents and val_every == 1:
         raise UserError(
             f"{data}: all of the {num_documents} documents fall into the validation split of one in {val_every}, "
-            "nothing "
-            f"is left to train on; give more documents (a .jsonl with a document a line) or a higher --val-every"
+            "nothing is left to train on; give a higher --val-every"
         )
+    if num_documents == 1 or num_validation in (0, num_documents):
+        return _split_by_position(documents, data, seed, val_every, row_tokens)
+    train = _select(documents, [~mask for mask in masks], seed, f"train {val_every}")
+    val = _select(documents, masks, seed, f"val {val_every}")
+    _check_text(train, f"{data}: the documents to train on")
+    _check_text(val, f"{data}: the documents of the validation split")
+    return train, val
 
-    def split(which: str, rows: list[np.ndarray]) -> Corpus:
-        digest = content.copy()
-        digest.update(f"{which} {val_every}".encode())
-        return Corpus(name, sources, rows, seed=seed, fingerprint=digest.hexdigest(), skipped=skipped)
 
-    return split("train", train_rows), split("val", val_rows)
+def open_validation(
+    data: str,
+    *,
+    seed: int,
+    val_every: int,
+    cache_dir: Path,
+    row_tokens: int,
+    progress: Callable[[str], None] | None = None,
+) -> "Corpus":
+    """What to score of a text that was not trained on: its validation split, all of it where that is by position."""
+    documents = _read(data, cache_dir, row_tokens, progress)
+    masks = [source.in_validation(val_every) for source in documents.sources]
+    num_documents, num_validation = _count(masks)
+    if num_documents == 1 or num_validation == 0:
+        masks = [np.ones_like(mask) for mask in masks]
+    val = _select(documents, masks, seed, f"val {val_every}")
+    _check_text(val, f"{data}: the documents to score")
+    return val
+
+
+def _count(masks: list[np.ndarray]) -> tuple[int, int]:
+    return sum(mask.size for mask in masks), sum(int(mask.sum()) for mask in masks)
+
+
+def _select(documents: "Documents", masks: list[np.ndarray], seed: int, split: str) -> "Corpus":
+    rows = [Rows.of(source, source.rows[mask]) for source, mask in zip(documents.sources, masks)]
+    return Corpus(documents, rows, seed=seed, split=split)
+
+
+def _check_text(corpus: "Corpus", what: str) -> None:
+    if not any(corpus.num_bytes(i) for i in range(len(corpus))):
+        raise UserError(f"{what} are all empty ({len(corpus):,} of them); give some with text, or another --val-every")
+
+
+class Documents(NamedTuple):
+    """What `data` holds, before it is split."""
+
+    name: str
+    sources: list[Source]
+    content: bytes  # sha256 over every file's relative path, size and content
+    skipped: dict[str, int]
+
+
+class Rows(NamedTuple):
+    """The rows of a source that belong to a split, ascending, and the cuts of those that are read in parts."""
+
+    rows: np.ndarray  # int64
+    cuts: dict[int, list[int]]
+
+    @staticmethod
+    def of(source: Source, rows: np.ndarray) -> "Rows":
+        chosen = set(rows.tolist()) if source.parts else set()
+        return Rows(rows, {row: cuts for row, cuts in source.parts.items() if row in chosen})
 
 
 class Corpus:
@@ -116,35 +147,42 @@ class Corpus:
 
     name         for people: "stdlib" or the last part of the path
     seed         of order()
-    fingerprint  hex sha256 over every file's relative path, size and ends, and the split; not over seed or file times
-    skipped      files of the folder that are no documents: empty, or (stdlib) not UTF-8
+    fingerprint  hex sha256 over every file's relative path, size and content, and the split; not over seed or file
+                 times
+    skipped      how many files of the folder hold no documents, by what they are
+    notes        sentences for people: an unusual split, what was skipped
     """
 
-    def __init__(
-        self,
-        name: str,
-        sources: list["_TextFile | _JsonLines | _Parquet"],
-        rows: list[np.ndarray],  # per source, int64, ascending: the rows that belong to this split
-        *,
-        seed: int,
-        fingerprint: str,
-        skipped: int,
-    ):
-        self.name = name
+    def __init__(self, documents: Documents, selection: list[Rows], *, seed: int, split: str, note: str | None = None):
+        self.name = documents.name
         self.seed = seed
-        self.fingerprint = fingerprint
-        self.skipped = skipped
-        self._sources = sources
+        self.skipped = documents.skipped
+        self.notes = [note] if note else []
+        if documents.skipped:
+            self.notes.append(_in_words(documents.skipped))
+        self.fingerprint = hashlib.sha256(documents.content + split.encode()).hexdigest()
+        self._sources = documents.sources
+        self._parts: dict[int, tuple[int, int]] = {}  # by document: its bytes, where that is not the whole row
+        rows: list[np.ndarray] = []
+        new_block: list[np.ndarray] = []  # whether a document begins a block
+        total = 0
+        for source, (r, cuts) in zip(self._sources, selection, strict=True):
+            copies = np.ones(r.size, dtype=np.int64)
+            first = np.searchsorted(r, np.array(list(cuts), dtype=np.int64))
+            copies[first] = [len(c) - 1 for c in cuts.values()]
+            block = source.blocks(r).repeat(copies)
+            begins = np.diff(block, prepend=-1) != 0
+            starts = total + np.cumsum(copies) - copies
+            for start, c in zip(starts[first].tolist(), cuts.values()):
+                self._parts |= {start + i: span for i, span in enumerate(zip(c, c[1:]))}
+                begins[start - total : start - total + len(c) - 1] |= source.scattered
+            rows.append(r.repeat(copies))
+            new_block.append(begins)
+            total += int(copies.sum())
         self._row = np.concatenate(rows)  # (N,) int64
-        self._source = np.repeat(np.arange(len(sources), dtype=np.int32), [r.size for r in rows])  # (N,)
-        blocks: list[np.ndarray] = []
-        first_block = 0
-        for source, r in zip(sources, rows, strict=True):
-            blocks.append(source.blocks(r) + first_block)
-            first_block += source.num_blocks
-        block = np.concatenate(blocks)
+        self._source = np.repeat(np.arange(len(rows), dtype=np.int32), [r.size for r in rows])  # (N,)
         # numbered without gaps: a block that is wholly in the other split has no say in this one's order
-        self._block = np.cumsum(np.diff(block, prepend=block[:1]) != 0)  # (N,) int64
+        self._block = np.cumsum(np.concatenate(new_block)) - 1  # (N,) int64
         self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -154,19 +192,23 @@ class Corpus:
     def __getitem__(self, i: int) -> str:
         """Document i. Raises UserError naming file and row if it is not what the format promises."""
         source, row = self._locate(i)
-        return source.read(row)
+        part = self._parts.get(i)
+        return source.read_part(row, *part) if part else source.read(row)
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
 
     def key(self, i: int) -> str:
+        """That of the row; of a part of one, with the bytes that it covers: "book.txt[0:1048576]"."""
         source, row = self._locate(i)
-        return source.key_of(row)
+        part = self._parts.get(i)
+        return f"{source.key_of(row)}[{part[0]}:{part[1]}]" if part else source.key_of(row)
 
     def num_bytes(self, i: int) -> int:
         """Length of document i in UTF-8 bytes."""
         source, row = self._locate(i)
-        return source.num_bytes(row)
+        part = self._parts.get(i)
+        return part[1] - part[0] if part else source.num_bytes(row)
 
     def order(self, epoch: int) -> np.ndarray:
         """(N,) int64, read-only: the permutation of the documents for `epoch`, a function of (seed, epoch)."""
@@ -190,331 +232,135 @@ class Corpus:
             return np.argsort(block_key[self._block], kind="stable")
         return np.lexsort((bits.random_raw(len(self)), block_key[self._block]))
 
-    def _locate(self, i: int) -> tuple["_TextFile | _JsonLines | _Parquet", int]:
+    def _locate(self, i: int) -> tuple[Source, int]:
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
         return self._sources[self._source[i]], int(self._row[i])
 
 
+def _split_by_position(
+    documents: Documents, data: str, seed: int, val_every: int, row_tokens: int
+) -> tuple[Corpus, Corpus]:
+    """The last 1/val_every of the bytes is validation, at least a row's worth; the rest is left to train on."""
+    sizes = [np.array([source.num_bytes(row) for row in source.rows.tolist()]) for source in documents.sources]
+    total = sum(int(size.sum()) for size in sizes)
+    num_documents = sum(size.size for size in sizes)
+    enough = row_tokens * _BYTES_PER_TOKEN
+    place = total - max(enough, -(-total // val_every))
+    if place < enough:
+        what = "a single document" if num_documents == 1 else f"none of the {num_documents} documents falls"
+        why = "" if num_documents == 1 else f" into the validation split of one in {val_every}"
+        raise UserError(
+            f"{data}: {what}{why}, and {total:,} bytes are too few to split by position (from {2 * enough:,} on, a row "
+            f"of {row_tokens} tokens for either side); give more text, or other --val-every or --seq-len"
+        )
+
+    train_rows: list[Rows] = []
+    val_rows: list[Rows] = []
+    num_validation = before = 0
+    for source, size in zip(documents.sources, sizes):
+        begins = before + np.cumsum(size) - size
+        train_rows.append(Rows.of(source, source.rows[begins < place]))
+        val_rows.append(Rows.of(source, source.rows[begins + size > place]))
+        before += int(size.sum())
+        for row, begin, length in zip(source.rows.tolist(), begins.tolist(), size.tolist()):
+            if begin < place < begin + length:
+                at = cut_before(place - begin, partial(source.read_bytes, row))
+                cuts = source.parts.get(row, [0, length])
+                train_rows[-1].cuts[row] = [cut for cut in cuts if cut < at] + [at]
+                val_rows[-1].cuts[row] = [at] + [cut for cut in cuts if cut > at]
+                num_validation += length - at
+            elif begin >= place:
+                num_validation += length
+    share = f"its last {num_validation:,} of {total:,} bytes are validation"
+    note = (
+        f"the data is one document: {share}"
+        if num_documents == 1
+        else f"the hash of their paths puts all {num_documents} documents on one side, so the text is split by "
+        f"position: {share}"
+    )
+    train, val = (
+        Corpus(documents, rows, seed=seed, split=f"{which} {val_every} from byte {total - num_validation}", note=note)
+        for which, rows in (("train", train_rows), ("val", val_rows))
+    )
+    return train, val
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _stdlib_files() -> tuple[Path, list[Path]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        path for path in _walk(root, {"site-packages", "dist-packages"}) if path.suffix == ".py" and path.is_file()
-    ]
-    return root, _by_key(root, files)
+def _read(data: str, cache_dir: Path, row_tokens: int, say: Callable[[str], None] | None) -> Documents:
+    """Open every file of `data` in the order of keys."""
+    cache_dir = Path(cache_dir)
+    skipped: Counter[str] = Counter()
+    stdlib = data == "stdlib"
+    alone = False
+    if stdlib:
+        root, name = sysconfig.get_paths()["stdlib"], data
+        keys = [
+            key
+            for key in walk(root, {"__pycache__", "site-packages", "dist-packages"}, Counter())
+            if key.endswith(".py")
+        ]
+        keys = [key for key in keys if os.path.isfile(os.path.join(root, key))]
+    else:
+        name = Path(data).resolve().name
+        alone = os.path.isfile(data)
+        if alone:
+            root, key = os.path.split(data)
+            keys = [key]
+        elif os.path.isdir(data):
+            root = data
+            own = {os.path.realpath(cache_dir / folder) for folder in CACHE_FOLDERS}
+            keys = walk(root, {"__pycache__"}, skipped, own)
+        else:
+            raise UserError(f"{data}: no such file or folder; give the path of existing data, or 'stdlib'")
 
-
-def _files_under(path: Path) -> tuple[Path, list[Path]]:
-    if path.is_file():
-        return path.parent, [path]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder; give the path of existing data, or 'stdlib'")
-    return path, _by_key(path, _walk(path, set()))
-
-
-def _walk(root: Path, left_out: set[str]) -> list[Path]:
-    """The files below `root` that are not hidden, without the folders named in left_out and __pycache__."""
-
-    def unreadable(error: OSError):
-        raise UserError(f"{error.filename}: folder cannot be read ({error.strerror})") from error
-
-    files: list[Path] = []
-    visited = set()
-    for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
-        # links to folders are followed (datasets are often shared that way), so there may be cycles
-        real = os.path.realpath(folder)
-        if real in visited:
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted({name for name in subfolders if name[0] != "."} - left_out - {"__pycache__"})
-        paths = (Path(folder, name) for name in names if name[0] != ".")
-        # a broken link stays in, to be reported when it is opened; pipes and devices are passed over
-        files += [path for path in paths if path.is_file() or not path.exists()]
-    return files
-
-
-def _by_key(root: Path, files: list[Path]) -> list[Path]:
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _open_source(
-    path: Path, key: str, cache_dir: Path, row_groups: "_RowGroups", *, skip_not_utf8: bool
-) -> "_TextFile | _JsonLines | _Parquet | None":
-    """The reader of one file, or None for one that holds no document."""
-    if path.suffix == ".parquet":
-        return _Parquet(path, key, row_groups)
-    if path.suffix == ".jsonl":
-        return _JsonLines(path, key, path)
-    for suffix, codec in _COMPRESSION.items():
-        if path.name.endswith(suffix):
-            return _JsonLines(path, key, _unpacked(path, codec, cache_dir))
-    content = path.read_bytes()
-    if not content:
-        return None
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if skip_not_utf8:
-            return None
-        raise _not_utf8(path, error) from None
-    return _TextFile(path, key, len(content))
-
-
-def _not_utf8(where: Path | str, error: UnicodeDecodeError) -> UserError:
-    return UserError(
-        f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start}: {error.reason}); "
-        f"convert it to UTF-8, or remove it if it is no text"
-    )
-
-
-def _ends(file: BinaryIO) -> tuple[int, bytes, bytes]:
-    size = os.fstat(file.fileno()).st_size
-    first = file.read(_EDGE_BYTES)
-    file.seek(max(0, size - _EDGE_BYTES))
-    return size, first, file.read(_EDGE_BYTES)
-
-
-def _file_fingerprint(key: str, file: BinaryIO) -> bytes:
-    size, first, last = _ends(file)
-    line = f"{_hash_key(key).hex()} {size} {hashlib.sha256(first).hexdigest()} {hashlib.sha256(last).hexdigest()}\n"
-    return line.encode()
-
-
-def _hash_key(key: str) -> bytes:
-    # file names need not be UTF-8; those that are hash as their plain encoding
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-def _unpacked(path: Path, codec: str, cache_dir: Path) -> Path:
-    """The decompressed twin of `path` in cache_dir, made if it is not there yet."""
-    with open(path, "rb") as file:
-        size, first, last = _ends(file)
-        file.seek(size // 2)
-        sample = first + file.read(_EDGE_BYTES) + last
-    if size == 0:
-        raise UserError(f"{path}: truncated, an empty file is no {codec} stream; fetch it again")
-    digest = hashlib.sha256(f"{path.name} {size} ".encode("utf-8", "surrogateescape") + sample).hexdigest()[:32]
-    target = cache_dir / "unpacked" / f"{digest}.jsonl"
-    if target.exists():
-        return target
-    temporary = target.with_name(f".{digest}.{uuid.uuid4().hex}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as out, pa.CompressedInputStream(os.fspath(path), codec) as stream:
-            while chunk := _read_stream(stream, path, codec):
-                out.write(chunk)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be unpacked into {target.parent} ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-def _read_stream(stream: pa.CompressedInputStream, path: Path, codec: str) -> bytes:
-    try:
-        return stream.read(_CHUNK_BYTES)
-    except (pa.ArrowException, OSError) as error:
+    progress = Progress(say)
+    progress.num_files = len(keys)
+    sources: list[Source] = []
+    texts: TextFiles | None = None
+    recent = Recent()
+    part_bytes = min(max(64 << 10, row_tokens * _BYTES_PER_TOKEN * _PART_ROWS), 1 << 20)
+    content = hashlib.sha256()
+    for key in sorted(keys):
+        path = os.path.join(root, key)
+        try:
+            if stdlib or format_of(path)[0] == "text":
+                # neighbours share a source: an object a file would cost more memory than a small file has text
+                texts = texts or TextFiles(root, part_bytes)
+                digest = texts.add(key, progress)
+                if texts is not (sources[-1] if sources else None):
+                    sources.append(texts)
+            else:
+                source = open_source(path, key, cache_dir, recent, progress, part_bytes)
+                if not source.rows.size:
+                    raise NoDocuments("empty files", "give one with documents in it")
+                digest = bytes.fromhex(source.digest)
+                sources.append(source)
+                texts = None
+        except NoDocuments as error:
+            if alone:
+                raise UserError(f"{path}: nothing to train on ({error.kind} are not read); {error.advice}") from None
+            skipped[error.kind] += 1
+        except NotUtf8:
+            if not stdlib:
+                raise
+            skipped["files that are not UTF-8"] += 1
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        else:
+            content.update(hash_key(key) + digest)
+        progress.files_read += 1
+    if not any(source.rows.size for source in sources):
         raise UserError(
-            f"{path}: damaged or truncated {codec} stream ({_first_line(error)}); fetch it again"
-        ) from error
+            f"{data}: no documents found; expected text files, .jsonl(.gz|.zst) or .parquet with content"
+            + (f"; {_in_words(skipped)}" if skipped else "")
+        )
+    if any(source.parts for source in sources):
+        content.update(b"parts %d" % part_bytes)
+    return Documents(name, sources, content.digest(), dict(skipped))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0].rstrip(". ")
-
-
-# -- sources ----------------------------------------------------------------------------------------------------------
-# Each reads one file by row number. `rows` (int64) are the rows that hold a document, blocks() maps rows to the units
-# of shuffling. Files are opened per read, since a corpus may have more of them than a process may hold open.
-
-
-class _TextFile:
-    num_blocks = 1
-
-    def __init__(self, path: Path, key: str, size: int):
-        self._path = path
-        self._key = key
-        self._size = size
-        self.rows = np.zeros(1, dtype=np.int64)
-
-    def blocks(self, rows: np.ndarray) -> np.ndarray:
-        return rows
-
-    def key_of(self, row: int) -> str:
-        return self._key
-
-    def num_bytes(self, row: int) -> int:
-        return self._size
-
-    def read(self, row: int) -> str:
-        try:
-            return self._path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise _not_utf8(self._path, error) from None
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be read any more ({error.strerror})") from error
-
-
-class _JsonLines:
-    def __init__(self, path: Path, key: str, plain: Path):
-        """path is the file as the user knows it, plain the uncompressed one that is read."""
-        self._path = path
-        self._key = key
-        self._plain = plain
-        self._starts, self.rows = _index_lines(plain)
-        self.num_blocks = self._starts.size - 1
-
-    def blocks(self, rows: np.ndarray) -> np.ndarray:
-        return rows
-
-    def key_of(self, row: int) -> str:
-        return f"{self._key}:{row}"
-
-    def num_bytes(self, row: int) -> int:
-        return len(self.read(row).encode())
-
-    def read(self, row: int) -> str:
-        where = f"{self._path}, line {row + 1}"
-        start, stop = int(self._starts[row]), int(self._starts[row + 1])
-        try:
-            with open(self._plain, "rb", buffering=0) as file:
-                file.seek(start)
-                line = file.read(stop - start).decode("utf-8")
-            if row == 0:
-                line = line.removeprefix("\ufeff")  # a BOM marks the file, it is not part of the document
-            record = json.loads(line)
-        except OSError as error:
-            raise UserError(f"{where}: cannot be read any more ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise _not_utf8(where, error) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f'{where}: not valid JSON ({_first_line(error)}); expected one object a line, like {{"text": "..."}}'
-            ) from None
-        if type(record) is not dict:
-            raise UserError(f'{where}: got a JSON {type(record).__name__}, expected an object with a "text" field')
-        if "text" not in record:
-            raise UserError(
-                f'{where}: no "text" field, the line has {_names(record)}; rename the one with the document'
-            )
-        text = record["text"]
-        if type(text) is not str:
-            got = "null" if text is None else type(text).__name__
-            raise UserError(f'{where}: field "text" is {got}, expected a string; fix or remove the line')
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f'{where}: field "text" has a lone surrogate \\u{ord(text[error.start]):04x} at character '
-                f"{error.start}, "
-                f"which no UTF-8 text can hold; fix or remove the line"
-            ) from None
-        return text
-
-
-class _Parquet:
-    def __init__(self, path: Path, key: str, row_groups: "_RowGroups"):
-        self._path = path
-        self._key = key
-        self._row_groups = row_groups
-        try:
-            with pq.ParquetFile(path) as file:
-                schema = file.schema_arrow
-                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: truncated or no parquet file ({_first_line(error)}); fetch it again") from error
-        if "text" not in schema.names:
-            raise UserError(
-                f'{path}: no column "text", the file has {_names(schema.names)}; rename the one with documents'
-            )
-        kind = schema.field("text").type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise UserError(f'{path}: column "text" is {kind}, expected string; convert the column')
-        self._group_starts = np.cumsum([0, *sizes])  # (num_blocks + 1,) int64, row numbers
-        self.rows = np.arange(self._group_starts[-1])
-        self.num_blocks = len(sizes)
-
-    def blocks(self, rows: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self._group_starts, rows, side="right") - 1
-
-    def key_of(self, row: int) -> str:
-        return f"{self._key}:{row}"
-
-    def num_bytes(self, row: int) -> int:
-        return len(self.read(row).encode())
-
-    def read(self, row: int) -> str:
-        group = int(self.blocks(np.array([row]))[0])
-        start, stop = self._group_starts[group : group + 2].tolist()
-        try:
-            column = self._row_groups.get(self._path, group)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"{self._path}, rows {start} to {stop - 1}: damaged parquet data ({_first_line(error)}); fetch it again"
-            ) from error
-        try:
-            text = column[row - start].as_py()
-        except UnicodeDecodeError as error:
-            raise _not_utf8(f"{self._path}, row {row}", error) from None
-        if text is None:
-            raise UserError(
-                f'{self._path}, row {row}: column "text" is null, expected a string; fill or remove the row'
-            )
-        return text
-
-
-class _RowGroups:
-    """The text columns of the parquet row groups read last, of all files, least recently used first.
-
-    Bounded by bytes rather than by count: streams drift apart by thousands of documents, so many small row groups are
-    in use at once; of large ones it is at most two.
-    """
-
-    def __init__(self):
-        self._columns: OrderedDict[tuple[Path, int], pa.ChunkedArray] = OrderedDict()
-        self._num_bytes = 0
-        self._lock = threading.Lock()
-
-    def get(self, path: Path, group: int) -> pa.ChunkedArray:
-        with self._lock:
-            column = self._columns.get((path, group))
-            if column is not None:
-                self._columns.move_to_end((path, group))
-                return column
-            with pq.ParquetFile(path) as file:
-                column = file.read_row_group(group, columns=["text"], use_threads=False).column("text")
-            self._columns[path, group] = column
-            self._num_bytes += column.nbytes
-            while self._num_bytes > _ROW_GROUP_CACHE_BYTES and len(self._columns) > 2:
-                self._num_bytes -= self._columns.popitem(last=False)[1].nbytes
-            return column
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "nothing"
-
-
-def _index_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """starts (num_lines + 1,) int64: where each line begins, then the size; rows int64: lines that are not blank."""
-    starts = [np.zeros(1, dtype=np.int64)]
-    size = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            starts.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + (size + 1))
-            size += len(chunk)
-        starts = np.concatenate(starts)
-        if starts[-1] != size:
-            starts = np.append(starts, size)
-        lengths = np.diff(starts)
-        blank = np.zeros(lengths.size, dtype=bool)
-        for row in np.flatnonzero(lengths <= 2).tolist():
-            file.seek(int(starts[row]))
-            blank[row] = file.read(int(lengths[row])) in (b"\n", b"\r\n")
-    return starts, np.flatnonzero(~blank)
+def _in_words(skipped: dict[str, int]) -> str:
+    return "skipped in the data: " + ", ".join(f"{kind} ({count:,})" for kind, count in sorted(skipped.items()))

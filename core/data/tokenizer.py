@@ -51,6 +51,7 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 _FORMAT = 1
 _RANKS_FILE = "tokenizer.tiktoken"
 _SETTINGS_FILE = "tokenizer.json"
+_TEXTS_HELD = 256  # by the trainer at a time: parts of a book have up to a megabyte each
 # tiktoken's regex engine backtracks over `\s+(?!\S)` and panics at a million white-space characters in a row
 _WHITESPACE_CUT = 500_000
 _LONG_WHITESPACE = re.compile(rf"\s{{{_WHITESPACE_CUT}}}")
@@ -186,7 +187,7 @@ def train_tokenizer(
                 return
 
     trainer = rustbpe.Tokenizer()  # pyrefly: ignore[missing-attribute]  # a compiled module without stubs
-    trainer.train_from_iterator(excerpts(), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+    trainer.train_from_iterator(excerpts(), vocab_size - len(SPECIAL_TOKENS), _TEXTS_HELD, SPLIT_PATTERN)
     ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
     return Tokenizer([token for _, token in ranks], trained_on={"num_chars": num_chars})
 

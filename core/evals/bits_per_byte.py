@@ -97,11 +97,12 @@ def compressor_bits_per_byte(data: bytes) -> dict[str, float]:
 
 
 def documents_within(corpus: Corpus, max_bytes: int | None) -> Iterator[tuple[int, str]]:
-    """(i, text) of the documents in path order that max_bytes holds whole, one at least; None: all."""
+    """(i, text) of the documents in path order that max_bytes holds whole, one with text at least; None: all."""
     total = 0
     for i in range(len(corpus)):
+        before = total
         total += corpus.num_bytes(i)
-        if max_bytes is not None and total > max_bytes and i > 0:
+        if max_bytes is not None and total > max_bytes and before > 0:
             return
         yield i, corpus[i]
 
