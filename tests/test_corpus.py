@@ -257,18 +257,24 @@ WRITERS = {
 @pytest.mark.parametrize("long", [False, True])
 def test_one_document_is_split_by_position(tmp_path, monkeypatch, write, long):
     """Its end is validation, the same bytes in every format, whether it is read in parts or not."""
+    text = LINES
     if long:
         monkeypatch.setattr(sources, "LONG_BYTES", 1000)
-    path = write(tmp_path / "book", [LINES])
-    train, val = open_(path, tmp_path, row_tokens=16, val_every=10)
-    assert "".join(train[i] for i in range(len(train))) + "".join(val) == LINES
+        text *= 40
+    path = write(tmp_path / "book", [text])
+    train, val = open_(path, tmp_path, row_tokens=16, val_every=3)
+    assert "".join(train[i] for i in range(len(train))) + "".join(val) == text
+    assert (len(train) > 3 and len(val) > 2) == long
     size = sum(val.num_bytes(i) for i in range(len(val)))
     assert size == len("".join(val).encode())
-    assert len(LINES.encode()) / 10 <= size < len(LINES.encode()) / 10 + 50  # to the line before
+    total = len(text.encode())
+    assert total / 3 <= size < total / 3 + 50  # to the line before
     assert val[0].startswith("line ")
     assert train.notes[0] == val.notes[0]
-    assert f"its last {size:,} of {len(LINES.encode()):,} bytes are validation" in train.notes[0]
+    assert f"its last {size:,} of {total:,} bytes are validation" in train.notes[0]
     assert train.fingerprint != val.fingerprint
+    # other parts are other documents to the tokenizer and to the state of a loader
+    assert (open_(path, tmp_path, row_tokens=160, val_every=3)[0].fingerprint != train.fingerprint) == long
 
 
 def test_split_by_position_leaves_a_row_for_validation(tmp_path):
@@ -424,6 +430,7 @@ def test_a_run_and_the_cache_inside_the_data_are_no_data(folder, tmp_path, tiny)
         ("a.csv", b"a,b\n1,2\n", ["tables are not read", ".jsonl"]),
         ("a.json", b' [\n{"text": "a"}]', ["JSON files without an object a line"]),
         ("a.json", b'{\n"text": "a"}', ["JSON files without an object a line"]),
+        ("a.json", b'{"text": "a",\n"id": 1}', ["JSON files without an object a line"]),
         ("a.txt.gz", gzip.compress(b"text"), ["archives", "unpack it"]),
         ("a.pdf", b"%PDF-", ["office documents", "convert it"]),
         ("a.txt", b"PK\x03\x04", ["binary files"]),
