@@ -377,6 +377,11 @@ def test_an_object_a_line_by_any_name(tmp_path, name, codec):
     assert by_key(*open_(path, tmp_path)) == {f"{name}:{i}": text for i, text in enumerate(TEXTS)}
 
 
+def test_names_of_a_runs_files_are_ordinary_where_there_is_no_run(folder, tmp_path):
+    (folder / "report.md").write_text("a report")
+    assert by_key(*open_(folder, tmp_path))["report.md"] == "a report"
+
+
 def test_case_of_the_parquet_suffix_does_not_matter(tmp_path):
     assert len(by_key(*open_(write_parquet(tmp_path / "A.Parquet", TEXTS), tmp_path))) == len(TEXTS)
 
