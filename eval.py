@@ -1,5 +1,11 @@
 """Evaluates a trained model: `python eval.py RUN_OR_CHECKPOINT [--metrics bpb,sample] [--prompt TEXT ...]`."""
 
+# ruff: noqa: E402
+from core.starting import hear_signals
+
+if __name__ == "__main__":
+    hear_signals()  # before the imports, which take seconds
+
 import json
 import sys
 from collections.abc import Iterable

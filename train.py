@@ -6,6 +6,12 @@ trains nothing. A resumed run enters the loop where the checkpoint was saved. SI
 between steps, with a checkpoint, and so do errors outside a step.
 """
 
+# ruff: noqa: E402
+from core.starting import hear_signals
+
+if __name__ == "__main__":
+    hear_signals()  # before the imports, which take seconds
+
 import dataclasses
 import json
 import math
