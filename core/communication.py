@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from core import machine
 from core.stopping import UserError
@@ -104,6 +105,7 @@ def _meet(rank: int, world_size: int, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))
+        store.set_timeout(default_pg_timeout)  # rank 0 may train a tokenizer while the others wait
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("default_pg", store),
