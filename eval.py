@@ -14,7 +14,6 @@ from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from core import checkpoint, communication, machine
@@ -64,12 +63,12 @@ class EvalConfig:
     """Print one JSON object instead of text."""
 
 
-def load_model(folder: Path, device: torch.device, kernels: str, batch_size: int) -> tuple[GPT, Tokenizer, State]:
+def load_model(folder: Path, world: World, kernels: str, batch_size: int) -> tuple[GPT, Tokenizer, State]:
     """The model of a checkpoint, in the types it was trained in, its tokenizer and its state."""
     state = State.read(folder)
-    communication.main_first(lambda: checkpoint.verify(folder))
-    backends = Backends(kernels, device=device, dtype=state.dtype)
-    with device:
+    communication.main_first(lambda: checkpoint.verify(folder) if world.is_main else None)
+    backends = Backends(kernels, device=world.device, dtype=state.dtype)
+    with world.device:
         model = GPT(ModelConfig(**state.model), backends, batch_size)
     checkpoint.load_model(folder, model)
     return model, Tokenizer.load(folder), state
@@ -86,7 +85,7 @@ def main(argv: list[str]) -> None:
     check_ranges(cfg)
     folder = checkpoint.find(cfg.path)
     with joined_world(cfg.device) as world:
-        model, tokenizer, state = load_model(folder, world.device, cfg.kernels, cfg.device_batch_size)
+        model, tokenizer, state = load_model(folder, world, cfg.kernels, cfg.device_batch_size)
         device = machine.device_name(world.device)
         result: dict[str, Any] = {"checkpoint": str(folder), "device": device}
         talks = world.is_main and not cfg.json

@@ -186,16 +186,16 @@ class Run:
 
     def _find(self) -> None:
         cfg = self.cfg
-        resumes = cfg.resume is not None and cfg.resume != AUTO
-        if resumes:
-            home = checkpoint.run_folder(cfg.resume, cfg.out)
+        resume = cfg.resume if cfg.resume != AUTO else None
+        if resume:
+            home = checkpoint.run_folder(resume, cfg.out)
             if self.out.resolve() != home.resolve():
                 raise UserError(f"--resume continues in the folder of the run, {home}: omit --out {self.out}")
-        if resumes or (self.out / "log.jsonl").exists() or (self.out / OWNER_FILE).exists():
+        if resume or (self.out / "log.jsonl").exists() or (self.out / OWNER_FILE).exists():
             communication.main_first(self._own)
-        if resumes:
-            self.checkpoint = checkpoint.find(cfg.resume)
-            self.saved = State.read(self.checkpoint)
+        if resume:
+            self.checkpoint = found = checkpoint.find(resume)
+            self.saved = State.read(found)
             saved = from_dict(self.saved.config)
             changed = [name for name in changed_fields(saved, cfg) if name != "steps"]
             if changed:
@@ -207,10 +207,9 @@ class Run:
                 other = [name for name in changed_fields(_read_config(config), saved) if name != "steps"]
                 if other:
                     raise UserError(
-                        f"{self.checkpoint} is a checkpoint of another run than {config}: they differ in "
-                        f"{', '.join(other)}"
+                        f"{found} is a checkpoint of another run than {config}: they differ in {', '.join(other)}"
                     )
-            communication.main_first(lambda: checkpoint.verify(self.checkpoint))
+            communication.main_first(lambda: checkpoint.verify(found) if self.world.is_main else None)
         elif checkpoint.checkpoints(self.out):
             raise UserError(
                 f"{self.out} holds a run already: continue it with --resume {self._quoted}, or choose another --out"

@@ -3,7 +3,6 @@
 import os
 import signal
 from types import FrameType
-from typing import NoReturn
 
 
 def hear_signals() -> None:
@@ -14,7 +13,7 @@ def hear_signals() -> None:
             signal.signal(s, _end)
 
 
-def _end(signum: int, frame: FrameType | None) -> NoReturn:
+def _end(signum: int, frame: FrameType | None) -> None:
     try:
         if os.environ.get("RANK", "0") == "0":
             os.write(2, f"stopped by {signal.Signals(signum).name}\n".encode())
