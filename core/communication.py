@@ -106,9 +106,12 @@ def _meet(rank: int, world_size: int, device: torch.device) -> None:
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))
         store.set_timeout(default_pg_timeout)  # rank 0 may train a tokenizer while the others wait
+        # torchrun keeps one store over its restarts on one node: a process must not find addresses of the dead ones
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("default_pg", store),
+            store=dist.PrefixStore(f"attempt_{attempt}", store),
             rank=rank,
             world_size=world_size,
             device_id=device if device.type == "cuda" else None,
