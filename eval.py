@@ -1,25 +1,31 @@
 """Evaluates a trained model: `python eval.py RUN_OR_CHECKPOINT [--metrics bpb,sample] [--prompt TEXT ...]`."""
 
+# ruff: noqa: E402
+from core.starting import hear_signals
+
+if __name__ == "__main__":
+    hear_signals()  # before the imports, which take seconds
+
 import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from core import checkpoint, communication, machine
 from core.communication import World, joined_world
-from core.config import STDLIB, Config, ModelConfig, check_ranges, from_dict, option
+from core.config import STDLIB, ModelConfig, check_ranges, from_dict, option
 from core.data.corpus import Corpus, open_corpus, open_validation
 from core.data.tokenizer import Tokenizer
 from core.evals.bits_per_byte import score, validation_whole
 from core.generate import sample_texts, stream_text
 from core.models.gpt2 import GPT
 from core.run import State
-from core.stopping import UserError, one_sentence, out_of_memory
+from core.stopping import UserError, check_utf8, expanded, one_sentence, out_of_memory
 from kernels.dispatch import Backends
 
 METRICS = ("bpb", "sample")
@@ -57,17 +63,19 @@ class EvalConfig:
     """Print one JSON object instead of text."""
 
 
-def load_model(folder: Path, device: torch.device, kernels: str, batch_size: int) -> tuple[GPT, Tokenizer, Config]:
-    """The model of a checkpoint, in the types it was trained in, its tokenizer and the config of its run."""
+def load_model(folder: Path, world: World, kernels: str, batch_size: int) -> tuple[GPT, Tokenizer, State]:
+    """The model of a checkpoint, in the types it was trained in, its tokenizer and its state."""
     state = State.read(folder)
-    backends = Backends(kernels, device=device, dtype=state.dtype)
-    with device:
+    communication.main_first(lambda: checkpoint.verify(folder) if world.is_main else None)
+    backends = Backends(kernels, device=world.device, dtype=state.dtype)
+    with world.device:
         model = GPT(ModelConfig(**state.model), backends, batch_size)
     checkpoint.load_model(folder, model)
-    return model, Tokenizer.load(folder), from_dict(state.config)
+    return model, Tokenizer.load(folder), state
 
 
 def main(argv: list[str]) -> None:
+    check_utf8(argv)
     cfg = tyro.cli(EvalConfig, prog="eval.py", description=__doc__, args=argv)
     metrics = [name.strip() for name in cfg.metrics.split(",") if name.strip()]
     if unknown := sorted(set(metrics) - set(METRICS)):
@@ -77,26 +85,27 @@ def main(argv: list[str]) -> None:
     check_ranges(cfg)
     folder = checkpoint.find(cfg.path)
     with joined_world(cfg.device) as world:
-        model, tokenizer, trained = load_model(folder, world.device, cfg.kernels, cfg.device_batch_size)
+        model, tokenizer, state = load_model(folder, world, cfg.kernels, cfg.device_batch_size)
         device = machine.device_name(world.device)
         result: dict[str, Any] = {"checkpoint": str(folder), "device": device}
         talks = world.is_main and not cfg.json
         if talks:
             print(f"{folder} on {device}")
         if "bpb" in metrics:
-            result |= score_text(cfg, model, tokenizer, trained, world)
+            result |= score_text(cfg, model, tokenizer, state, world)
             if talks:
                 print(f"{result['data']}: {result['val_bpb']:.4f} bits per byte\n  ({result['val_scope']})")
         if "sample" in metrics and world.is_main:
-            prompts = list(cfg.prompt or trained.sample_prompts)
+            prompts = list(cfg.prompt or from_dict(state.config).sample_prompts)
             with out_of_memory("samples", lambda: "try shorter prompts, fewer of them, or fewer --sample-tokens"):
                 result["samples"] = write_samples(cfg, model, tokenizer, prompts, shown=talks)
         if world.is_main and cfg.json:
             print(json.dumps(result))
 
 
-def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, trained: Config, world: World) -> dict[str, Any]:
-    cache_dir = Path(trained.data.cache_dir).expanduser()
+def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, state: State, world: World) -> dict[str, Any]:
+    trained = from_dict(state.config)
+    cache_dir = expanded(trained.data.cache_dir)
     source = cfg.data or trained.data.path
     options: dict[str, Any] = {"seed": trained.seed, "val_every": trained.data.val_every, "cache_dir": cache_dir}
     options["row_tokens"] = trained.model.seq_len
@@ -104,9 +113,14 @@ def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, trained: Confi
         options["progress"] = print
 
     def open_text() -> Corpus:
-        if source == STDLIB or Path(source).resolve() == Path(trained.data.path).resolve():  # what it was trained on
-            return open_corpus(source, **options)[1]
-        return open_validation(source, **options)
+        if source != STDLIB and Path(source).resolve() != Path(trained.data.path).resolve():
+            return open_validation(source, **options)
+        train, corpus = open_corpus(source, **options)
+        if cfg.data is None and train.fingerprint != state.loader["corpus"]:  # some of it may have been trained on
+            raise UserError(
+                f"{source} has changed since it was trained on: score it as it is now with --data {quote(source)}"
+            )
+        return corpus
 
     corpus = communication.main_first(open_text)
     for note in corpus.notes if world.is_main and not cfg.json else ():

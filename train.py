@@ -2,9 +2,15 @@
 torchrun.
 
 Iteration k of the loop first evaluates, samples and saves the model after k steps, then trains step k; the last one
-trains nothing. A resumed run enters the loop where the checkpoint was saved. SIGINT and SIGTERM end the loop between
-steps, with a checkpoint.
+trains nothing. A resumed run enters the loop where the checkpoint was saved. SIGINT, SIGTERM and SIGHUP end the loop
+between steps, with a checkpoint, and so do errors outside a step.
 """
+
+# ruff: noqa: E402
+from core.starting import hear_signals
+
+if __name__ == "__main__":
+    hear_signals()  # before the imports, which take seconds
 
 import dataclasses
 import json
@@ -15,7 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +49,16 @@ from core.optim import Gradients, Optimizer
 from core.plan import Plan, make_plan, smaller_device_batch
 from core.profiling import SETTLING_STEPS, longest_quiet_steps
 from core.run import Run
-from core.stopping import StopFlag, Stopped, TrainingError, one_sentence, out_of_memory
+from core.stopping import (
+    StopFlag,
+    Stopped,
+    TrainingError,
+    UnreadableData,
+    UserError,
+    expanded,
+    one_sentence,
+    out_of_memory,
+)
 from core.wandb_mirror import load_wandb
 from kernels import dispatch
 from kernels.dispatch import Backends
@@ -77,7 +92,9 @@ def train(cfg: Config, world: World, started: float) -> None:
             files.callback(run.log.close)
             warm_up(run, trainer, setup)
             loop(run, text, trainer, subset, profiled)
-            finish(run, text, trainer, setup)
+            with run.ending(trainer.plan.steps):
+                finish(run, text, trainer, setup)
+            run.check_saved()
 
 
 # plan ---------------------------------------------------------------------
@@ -132,7 +149,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
     run.check_horizon(plan)
 
     # text and tokens; a text may be too small for as many tokens as were asked for
-    text = communication.main_first(lambda: read_text(cfg, is_main=world.is_main))
+    text = communication.main_first(lambda: read_text(cfg, is_main=world.is_main, learned=run.tokenizer()))
     if text.tokenizer.vocab_size != real.model.vocab_size:
         real, plan = plan_for(text.tokenizer.vocab_size)
 
@@ -169,7 +186,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
         mode=cfg.data.packing,
         buffer_docs=cfg.data.buffer_docs,
         device=world.device,
-        state=saved.loader if saved else None,
+        state=run.loader_state(text.train),
     )
     return text, Trainer(
         cfg=cfg,
@@ -183,9 +200,10 @@ def build(run: Run) -> tuple[Text, Trainer]:
     )
 
 
-def read_text(cfg: Config, *, is_main: bool) -> Text:
-    """Documents and tokenizer. Rank 0 comes first: it trains and stores the tokenizer, the others find it."""
-    cache_dir = Path(cfg.data.cache_dir).expanduser()
+def read_text(cfg: Config, *, is_main: bool, learned: Tokenizer | None) -> Text:
+    """Documents and tokenizer. Rank 0 comes first: it trains and stores the tokenizer, unless it was learned before,
+    and the others find it."""
+    cache_dir = expanded(cfg.data.cache_dir)
     train, val = open_corpus(
         cfg.data.path,
         seed=cfg.seed,
@@ -197,7 +215,7 @@ def read_text(cfg: Config, *, is_main: bool) -> Text:
     if is_main:
         check_readable(val, cfg.final_eval_bytes)
     options = {"cache_dir": cache_dir, "doc_cap": cfg.data.doc_cap, "on_train": print}
-    return Text(train, val, get_tokenizer(train, cfg.model.vocab_size, **options))
+    return Text(train, val, learned or get_tokenizer(train, cfg.model.vocab_size, **options))
 
 
 def announce(run: Run, text: Text, trainer: Trainer) -> tuple[dict[str, Any], ValidationSet, range]:
@@ -277,6 +295,10 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
     go on."""
     cfg, plan, log, clock = run.cfg, trainer.plan, run.log, run.clock
     losses, stopping, evaluated = LaggingLoss(), False, False
+
+    def save(step: int, *, evaluated: bool) -> None:
+        run.save(step, trainer.model, trainer.optimizer, trainer.loader, text.tokenizer, plan, evaluated=evaluated)
+
     with StopFlag() as stop, ExitStack() as profiling:
         for step in range(run.start_step, plan.steps + 1):
             last = step == plan.steps
@@ -301,34 +323,48 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
                 clock.stop()
                 log.pause_rate()
 
-            if evaluates:  # the end scores the whole split instead
-                log.eval(step, evaluate(trainer, text, subset), subset.scope, data_stats(trainer))
-            if samples:
-                sample(run, text, trainer, step)
+            if evaluates or samples:  # the end scores the whole split instead of the subset
+                error = None
+                try:
+                    look(run, text, trainer, step, subset if evaluates else None, samples=samples)
+                except Exception as e:
+                    error = e
+                if any(communication.gather_objects(error is not None)):
+                    save(step, evaluated=False)
+                    raise run.went_wrong(step, error) if error else SystemExit(1)
             if saves:
-                run.save(step, trainer.model, trainer.optimizer, trainer.loader, text.tokenizer, plan, evaluated=True)
+                save(step, evaluated=True)
             if last:
                 stopping, evaluated = any(communication.gather_objects(stop.signum)), True
                 break
 
             # step: on the clock, unless it is profiled
-            if step in profiled:
-                if step == profiled.start:
-                    profiling.enter_context(run.profile)
-                losses.put(step, train_step(trainer, step, stop))
-                if step + 1 == profiled.stop:
-                    profiling.close()
-            else:
-                clock.before_step(step)
-                losses.put(step, train_step(trainer, step, stop))
-                clock.after_step()
+            try:
+                if step in profiled:
+                    if step == profiled.start:
+                        profiling.enter_context(run.profile)
+                    losses.put(step, train_step(trainer, step, stop))
+                    if step + 1 == profiled.stop:
+                        profiling.close()
+                else:
+                    clock.before_step(step)
+                    losses.put(step, train_step(trainer, step, stop))
+                    clock.after_step()
+            except UnreadableData as error:  # before the step: what `step` steps made is whole
+                if plan.world_size > 1:  # the others are in the step's reduction and cannot join a save
+                    raise
+                clock.stop()
+                for done, loss, _ in losses.take(flush=True):
+                    log.step(done, loss)
+                save(step, evaluated=evaluates or samples or again)
+                raise run.went_wrong(step, error) from error
 
         if stopping:  # after `step` steps, because a process had a signal
             clock.stop()
             signum = max(communication.gather_objects(stop.signum))
             name = signal.Signals(signum).name
             log.event("stop", step, reason=name)
-            run.save(step, trainer.model, trainer.optimizer, trainer.loader, text.tokenizer, plan, evaluated=evaluated)
+            save(step, evaluated=evaluated)
             raise Stopped(f"stopped by {name} after {step} of {plan.steps} steps; {run.how_to_go_on()}", signum)
 
 
@@ -340,7 +376,10 @@ def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
     """One optimizer step. Returns (2,): its loss, and more than 0 where a process shall stop; means over ranks, on the
     device."""
     cfg, plan, world = trainer.cfg, trainer.plan, trainer.world
-    inputs, targets = trainer.loader.next_step()  # each (micro-steps, B, T)
+    try:
+        inputs, targets = trainer.loader.next_step()  # each (micro-steps, B, T)
+    except UserError as error:
+        raise UnreadableData(str(error)) from error
     # micro-steps: each loss is a mean over its tokens, so their mean is that of the step
     loss_sum = torch.zeros((), device=world.device)
     for micro_inputs, micro_targets in zip(inputs, targets):
@@ -355,6 +394,17 @@ def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
     trainer.optimizer.step(trainer.gradients, step=step, **schedule.at(step, plan.steps, cfg.optim))
     trainer.gradients.zero()
     return outcome
+
+
+def look(run: Run, text: Text, trainer: Trainer, step: int, subset: ValidationSet | None, *, samples: bool) -> None:
+    """What the model is like after `step` steps: its score on the subset, and samples."""
+    if subset is not None:
+        bpb = evaluate(trainer, text, subset)
+        if not math.isfinite(bpb):
+            raise TrainingError(f"training stopped at step {step}: validation gives {bpb} bits per byte")
+        run.log.eval(step, bpb, subset.scope, data_stats(trainer))
+    if samples:
+        sample(run, text, trainer, step)
 
 
 def evaluate(trainer: Trainer, text: Text, valset: ValidationSet) -> float:
@@ -373,8 +423,7 @@ def sample(run: Run, text: Text, trainer: Trainer, step: int) -> None:
         return
     cfg = run.cfg
     options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
-    advice = "try fewer --sample-tokens or shorter --sample-prompts"
-    with out_of_memory("samples", lambda: f"{advice}; {run.how_to_go_on()}"):
+    with out_of_memory("samples", lambda: "try fewer --sample-tokens or shorter --sample-prompts"):
         texts = sample_texts(trainer.model, text.tokenizer, list(cfg.sample_prompts), cfg.sample_tokens, **options)
     run.log.sample(step, list(zip(cfg.sample_prompts, texts)), **options)
 
@@ -385,8 +434,8 @@ def fewer_rows(run: Run, plan: Plan) -> str:
     if rows is None:
         return f"fewer than one is impossible; try a shorter --seq-len, {LESS_MEMORY}; {run.how_to_go_on()}"
     saved = checkpoint.checkpoints(run.out)
-    command = f"continue {saved[-1].name} with: python train.py --resume {run.out}" if saved else "start again with"
-    return f"{command} --device-batch-size {rows}"
+    again = f"continue {saved[-1].name} with: python train.py --resume {quote(str(run.out))}" if saved else None
+    return f"{again or 'start again with'} --device-batch-size {rows}"
 
 
 # report -------------------------------------------------------------------
@@ -430,9 +479,9 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
     run.log.event("end", plan.steps, val_bpb=bpb, scope=valset.scope, total_training_time_s=clock.counted_s)
     if run.log.mirror:
         run.log.mirror.summary(summary)
-    run.log.close()
     checkpoint.write_json(run.out / "summary.json", summary)
     report.write_report(run.out, summary)
+    run.log.close()
     run.log.print(report.verdict(run.out, summary))
 
 

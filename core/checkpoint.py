@@ -2,18 +2,23 @@
 
     model-00001-of-00001.safetensors   every tensor: model.<parameter>, optim.<parameter>.<state>, rng.*
     model.safetensors.index.json       written by torch.distributed.checkpoint's Hugging Face writer
-    state.json                         everything that is not a tensor: `core.run.State`
+    state.json                         everything that is not a tensor: `core.run.State`; the SHA-256 of every file
     tokenizer.*                        so that a checkpoint can be evaluated on its own
 
 Written beside its final place under a dotted name, flushed to disk, then renamed: a process killed at any instant
-leaves the previous checkpoints as they were. No pickle is read or written.
+leaves the previous checkpoints as they were. One that is replaced, .step_000123.old.tmp for a moment, counts until its
+successor is there. What is read is compared with its checksum first. No pickle is read or written.
 """
 
+import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +31,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from core.data.tokenizer import Tokenizer
 from core.models.gpt2 import GPT
-from core.stopping import UserError
+from core.stopping import UserError, expanded, is_out_of_memory, naming
 
 STATE_FILE = "state.json"
-_NAME = re.compile(r"step_(\d{6,})")
+_NAME = re.compile(r"step_(\d{6,})|\.step_(\d{6,})\.old\.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes under a temporary name, then renames."""
     tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(tmp, path)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    with naming(path):
+        tmp.write_text(text, encoding="utf-8")
+        os.replace(tmp, path)
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
@@ -44,24 +51,58 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
 
 
 def save(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Writes one checkpoint from one process; an older folder of the same name is replaced."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir()
+    """Writes one checkpoint from one process; an older folder of the same name is replaced. An OSError names `folder`
+    and leaves the older one."""
+    tmp, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old.tmp")
+    with naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        recover(folder.parent)
+        try:
+            _write(tmp, tensors, state, tokenizer)
+            if folder.exists():  # out of the way under a dotted name: a half-deleted folder must not look whole
+                os.replace(folder, old)
+            os.replace(tmp, folder)
+        except OSError:
+            recover(folder.parent)  # this also makes room on a full disk for what else has to be written
+            raise
+        _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], tokenizer: Tokenizer) -> None:
+    folder.mkdir()
+    with _dcp():
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
+    tokenizer.save(folder)
+    state = state | {"files": {path.name: _file_digest(path) for path in sorted(folder.iterdir())}}
+    write_json(folder / STATE_FILE, state | {"sha256": _json_digest(state)})
+    for path in (*folder.iterdir(), folder):
+        _fsync(path)
+
+
+@contextmanager
+def _dcp() -> Iterator[None]:
+    """Inside, torch.distributed.checkpoint works for one process and raises what was raised in it.
+
+    It wraps every exception: a full disk or Ctrl-C would not be recognised as such."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we mean
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(tmp)), no_dist=True)
-    tokenizer.save(tmp)
-    write_json(tmp / STATE_FILE, state)
-    for path in (*tmp.iterdir(), tmp):
-        _fsync(path)
-    old = folder.with_name(f".{folder.name}.old.tmp")
-    if folder.exists():  # out of the way under a dotted name first: a half-deleted folder must not look whole
-        os.replace(folder, old)
-    os.replace(tmp, folder)
-    _fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        try:
+            yield
+        except CheckpointException as error:
+            (cause, _), *_ = error.failures.values()
+            raise cause from error
+
+
+def recover(folder: Path) -> None:
+    """Gives replaced checkpoints in `folder` their names back where a killed or failed save left no successor, and
+    deletes the other leftovers. For the owner of the run alone: it would undo half of a save that is under way."""
+    for old in folder.glob(".step_*.old.tmp"):
+        path = old.with_name(f"step_{step_of(old):06d}")
+        if not path.exists() and (old / STATE_FILE).exists():
+            os.replace(old, path)
+    for rest in folder.glob(".step_*.tmp"):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
@@ -72,15 +113,25 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by its name; -1 for another folder."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1] or match[2]) if match else -1
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    folders = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name)]
-    return sorted((p for p in folders if (p / STATE_FILE).exists()), key=lambda p: int(p.name[5:]))
+    by_step: dict[int, Path] = {}
+    for pattern in (".step_*.old.tmp", "step_*"):  # a replaced one counts until its successor is there
+        for path in (run_dir / "checkpoints").glob(pattern):
+            if step_of(path) >= 0 and (path / STATE_FILE).exists():
+                by_step[step_of(path)] = path
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def drop_after(run_dir: Path, step: int) -> list[Path]:
     """Deletes the checkpoints beyond `step`, which a run that continues there will make anew; returns them."""
-    later = [p for p in checkpoints(run_dir) if int(p.name[5:]) > step]
+    later = [path for path in checkpoints(run_dir) if step_of(path) > step]
     for path in later:
         shutil.rmtree(path)
     return later
@@ -88,15 +139,14 @@ def drop_after(run_dir: Path, step: int) -> list[Path]:
 
 def prune(run_dir: Path, keep: int) -> None:
     """Deletes all but the `keep` newest checkpoints, and leftovers of killed saves."""
+    recover(run_dir / "checkpoints")
     for path in checkpoints(run_dir)[: -max(keep, 1)]:
-        shutil.rmtree(path)
-    for path in (run_dir / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(path)
 
 
 def find(path: str | Path) -> Path:
     """The checkpoint at `path`: itself, or the newest of the run folder it names. UserError when there is none."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if (path / STATE_FILE).exists():
         return path
     if not path.exists():
@@ -107,26 +157,111 @@ def find(path: str | Path) -> Path:
     return found[-1]
 
 
+def run_folder(path: str | Path, out: str | None = None) -> Path:
+    """The run folder that `path` is or, for a checkpoint, lies in, also where links lead there; out: a folder that it
+    may be. UserError when it is not found."""
+    path = expanded(path)
+    if not (path / STATE_FILE).exists():
+        return path
+    there = path.resolve()
+    # link by link: checkpoints/ may be one to another disk, from which nothing leads back
+    hop = _working_folder() / path
+    candidates = [Path(os.path.normpath(hop)).parent.parent]
+    while hop.is_symlink():
+        hop = hop.parent / hop.readlink()
+        candidates.append(Path(os.path.normpath(hop)).parent.parent)
+    for home in (*candidates, there.parent.parent, *([expanded(out)] if out else [])):
+        same = home / "checkpoints" / there.name
+        if same.exists() and same.samefile(there):
+            return home
+    raise UserError(f"{path} lies in no run folder, as RUN/checkpoints/{there.name}: give the run folder")
+
+
+def _working_folder() -> Path:
+    """As the shell calls it, through the links that led there."""
+    here, named = Path.cwd(), Path(os.environ.get("PWD", "."))
+    return named if named.is_absolute() and named.exists() and named.samefile(here) else here
+
+
 def load_json(path: Path) -> Any:
     """What a JSON file of a checkpoint holds; UserError when it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise UserError(f"{path} is damaged ({error}): use another checkpoint") from error
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+        raise damaged(path, error) from error
+
+
+# trust: what was read is what was written
+
+
+def verify(folder: Path) -> None:
+    """UserError, naming the file and another checkpoint, where a file of this one is not what was written."""
+    if (problem := _problem(folder)) is not None:
+        raise UserError(f"{problem}: {_another(folder)}")
+
+
+def verify_state(folder: Path, state: dict[str, Any]) -> None:
+    """The same for state.json alone, of which `state` is what it holds."""
+    rest = {name: value for name, value in state.items() if name != "sha256"}
+    if state.get("sha256") != _json_digest(rest):
+        raise damaged(folder / STATE_FILE, "its values differ from its checksum")
+
+
+def damaged(path: Path, what: Any) -> UserError:
+    """The error to raise for a damaged file or folder of a checkpoint."""
+    folder = path if path.is_dir() else path.parent
+    return UserError(f"{path} is damaged ({(str(what).splitlines() or [repr(what)])[-1]}): {_another(folder)}")
+
+
+def _problem(folder: Path) -> str | None:
+    """What of a checkpoint is not as it was written, in words that name the file."""
+    path = folder / STATE_FILE
+    try:
+        state = json.loads(path.read_bytes())
+        files = state["files"]
+        if state.pop("sha256") != _json_digest(state):
+            return f"{path} is damaged (its values differ from its checksum)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{path} is damaged ({type(error).__name__}: {error})"
+    for name, digest in files.items():
+        file = folder / name
+        if not file.exists():
+            return f"{folder} has lost its {file.suffix} file {name}"
+        if _file_digest(file) != digest:
+            return f"{file} is damaged (its bytes differ from their checksum)"
+    foreign = {path.name for path in folder.glob("*.safetensors")} - files.keys()
+    return f"{folder} has a file that is not its own, {min(foreign)}" if foreign else None
+
+
+def _another(folder: Path) -> str:
+    """Advice that names the newest older checkpoint that is whole."""
+    run_dir = folder.parent.parent
+    older = [path for path in checkpoints(run_dir) if path.name != folder.name and step_of(path) < step_of(folder)]
+    good = next((path for path in reversed(older) if _problem(path) is None), None)
+    return f"use another checkpoint{f': {shlex.quote(str(good))} is whole' if good else ', no older one here is whole'}"
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json_digest(values: dict[str, Any]) -> str:
+    """SHA-256 of values as JSON will give them back."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(values)), sort_keys=True).encode()).hexdigest()
+
+
+# tensors
 
 
 def _stored(folder: Path) -> dict[str, Any]:
     """Metadata of every tensor of a checkpoint by name."""
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} has lost its .safetensors file: use another checkpoint")
+        raise UserError(f"{folder} has lost its .safetensors file: {_another(folder)}")
     try:
         return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise _damaged(folder, error) from error
-
-
-def _damaged(folder: Path, error: BaseException) -> UserError:
-    return UserError(f"{folder} is damaged ({str(error).splitlines()[-1]}): use another checkpoint")
+        raise damaged(folder, error) from error
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -139,12 +274,16 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         if meta.size != t.shape or meta.properties.dtype != t.dtype:
             there = f"{meta.properties.dtype} {tuple(meta.size)}"
             raise UserError(f"{folder}: {name} is {there}, this run has {t.dtype} {tuple(t.shape)}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
+    kinds = {name.partition(".")[0] for name in tensors}
+    if extra := [name for name in stored if name not in tensors and name.partition(".")[0] in kinds - {"rng"}]:
+        raise UserError(f"{folder} has {min(extra)!r} besides: it belongs to another model or configuration")
+    try:
+        with _dcp():
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-        except CheckpointException as error:
-            raise _damaged(folder, error) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise damaged(folder, error) from error
 
 
 def load_model(folder: Path, model: GPT) -> None:

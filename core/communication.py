@@ -4,21 +4,28 @@ One process per device, started by torchrun or alone. Averaging is plain for now
 gradients are summed over ranks in a few flat buckets after backward.
 """
 
+import ctypes
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from core import machine
 from core.stopping import UserError
 
 BUCKET_BYTES = 64 * 2**20
+RENDEZVOUS_SECONDS = 300  # for the slowest process to import what it needs
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+HOW_TO_START = "start all processes with torchrun --nproc-per-node=N train.py ..., or unset WORLD_SIZE"
 T = TypeVar("T")
 
 
@@ -37,8 +44,19 @@ class World:
 
 def rank_and_size() -> tuple[int, int]:
     """This process's rank and the number of processes, as torchrun describes them in the environment; alone without
-    it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    it. UserError when that description makes no sense."""
+    rank, world_size = _from_environment("RANK", "0"), _from_environment("WORLD_SIZE", "1")
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE is {world_size}: {HOW_TO_START}")
+    return rank, world_size
+
+
+def _from_environment(name: str, default: str) -> int:
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"{name} is {text!r} in the environment, expected a number: {HOW_TO_START}") from error
 
 
 @contextmanager
@@ -58,7 +76,7 @@ def _join(device_type: str) -> World:
     rank, world_size = rank_and_size()
     device = torch.device("cpu")
     if device_type == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_rank = _from_environment("LOCAL_RANK", "0")
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"process {local_rank} of this node has no GPU: {torch.cuda.device_count()} found; lower "
@@ -67,9 +85,40 @@ def _join(device_type: str) -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
-        backend = "nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=device if device_type == "cuda" else None)
+        _end_with_launcher()
+        _meet(rank, world_size, device)
     return World(rank, world_size, device)
+
+
+def _end_with_launcher() -> None:
+    """The kernel sends this process SIGTERM when torchrun is gone: nobody stops or restarts its workers any more, and
+    they would train on beside the run that is started in their place."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def _meet(rank: int, world_size: int, device: torch.device) -> None:
+    """Joins the process group; UserError where the other processes are not found, after RENDEZVOUS_SECONDS at most."""
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: {HOW_TO_START}")
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))
+        store.set_timeout(default_pg_timeout)  # rank 0 may train a tokenizer while the others wait
+        # torchrun keeps one store over its restarts on one node: a process must not find addresses of the dead ones
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"attempt_{attempt}", store),
+            rank=rank,
+            world_size=world_size,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (dist.DistError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{world_size} processes did not meet at {address} ({reason}): {HOW_TO_START}") from error
 
 
 # tensors
@@ -169,14 +218,15 @@ def broadcast_object(value: T) -> T:
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """`work()` on rank 0, then on the others; its UserError is raised on rank 0 alone, the others end quietly."""
+    """`work()` on rank 0, then on the others; its UserError or OSError is raised on rank 0 alone, the others end
+    quietly."""
     if dist.is_initialized() and dist.get_rank() > 0:
         if broadcast_object(False):
             raise SystemExit(2)
         return work()
     try:
         value = work()
-    except UserError:
+    except (UserError, OSError):
         broadcast_object(True)
         raise
     broadcast_object(False)

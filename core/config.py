@@ -167,11 +167,16 @@ class Config:
     out: str | None = option(None, resumable=True)
     """Run folder; unset: runs/<preset>-<time>."""
     resume: str | None = option(None, resumable=True)
-    """Run folder or checkpoint to continue exactly where it stopped."""
+    """Run folder or checkpoint to continue exactly where it stopped; auto: continue what --out holds, else start."""
+    mended_data: bool = option(False, resumable=True)
+    """With --resume: go on although the text was changed since, as after mending a bad line. Documents come in the
+    order of the text as it is now, so that some may come twice or not at all in this epoch."""
     save_every: int | None = option(None, 1, resumable=True)
     """Steps between checkpoints; unset: only at the end."""
     keep_checkpoints: int = option(2, 1, resumable=True)
     """Newest checkpoints kept."""
+    on_save_error: Literal["stop", "continue"] = option("stop", resumable=True)
+    """When the disk takes no checkpoint: stop with the last one, or train on and say so at the end."""
     eval_every: int | None = option(250, 1, resumable=True)
     """Steps between evaluations on a fixed subset; unset: none. The end always scores the whole split."""
     eval_tokens: int = option(80 * 524288, 1, resumable=True)

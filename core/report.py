@@ -1,8 +1,8 @@
 """What a run shows and leaves behind: console, log.jsonl, summary.json, report.md with its loss curve.
 
 Only rank 0 writes. log.jsonl has one object per line with `event` (start, compile, step, eval, sample, checkpoint,
-resume, stop, end), `step` and the event's own fields; each line is flushed as it is written. Times are seconds, rates
-per second.
+unsaved, resume, stop, end), `step` and the event's own fields. A line is in the file when `event` returns, whole or
+not at all, and on the disk before a checkpoint that counts on it. Times are seconds, rates per second.
 """
 
 import json
@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -21,6 +21,7 @@ from core import machine
 from core.communication import World
 from core.machine import UNCOUNTED_STEPS
 from core.plan import Plan
+from core.stopping import UserError, naming
 from core.wandb_mirror import WandbMirror
 from kernels import dispatch
 
@@ -58,6 +59,11 @@ def longest_run(text: str, char: str) -> int:
 # the run's log and console
 
 
+def _new(path: str, flags: int) -> int:
+    """Opens a file that must not be there; it is appended to, so that what was cut off leaves no hole."""
+    return os.open(path, flags | os.O_EXCL, 0o666)
+
+
 class RunLog:
     """The run folder and the console of one run."""
 
@@ -71,8 +77,13 @@ class RunLog:
         start_step: int = 0,
         log_bytes: int | None = None,
         mirror: WandbMirror | None = None,
+        drops_lines: bool = False,
     ):
+        """log_bytes: of the log that a resumed run continues; None starts one. drops_lines: a line that cannot be
+        written is left out, instead of an OSError."""
         self.out, self.plan, self.log_every, self.mirror = out, plan, log_every, mirror
+        self.drops_lines = drops_lines
+        self.notes: list[str] = []  # what was wrong with the log of a resumed run
         self.is_main = world.is_main
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.is_main)
         if not self.console.is_terminal:
@@ -81,18 +92,18 @@ class RunLog:
         peak = machine.peak_flops(name) if world.device.type == "cuda" else None
         self.peak = peak and peak * world.world_size
         self._times: deque[tuple[int, float]] = deque(maxlen=RATE_STEPS + 1)
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._path = out / "log.jsonl"
+        self.log_bytes = 0  # of log.jsonl so far; a checkpoint stores it, a resumed run cuts the file back to it
         self._progress: Progress | None = None
         if not self.is_main:
             return
         out.mkdir(parents=True, exist_ok=True)
-        path = out / "log.jsonl"
-        if log_bytes is None:
-            self._file = path.open("x")
-        else:
-            if path.exists():
-                os.truncate(path, min(log_bytes, path.stat().st_size))
-            self._file = path.open("a")
+        if log_bytes is not None and (note := mend_log(self._path, log_bytes)):
+            self.notes.append(note)
+        # unbuffered: a line that did not fit on a full disk is not kept to be written half later
+        self._file = open(self._path, "ab", buffering=0, opener=_new if log_bytes is None else None)
+        self.log_bytes = os.fstat(self._file.fileno()).st_size
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("step"),
@@ -104,19 +115,40 @@ class RunLog:
             self._task = self._progress.add_task("", total=plan.steps, completed=start_step, status="")
             self._progress.start()
 
-    @property
-    def log_bytes(self) -> int:
-        """Size of log.jsonl so far; a checkpoint stores it, a resumed run cuts the file back to it."""
-        return self._file.tell() if self._file else 0
-
     def event(self, event: str, step: int, **fields: Any) -> None:
         if not self._file:
             return
         line = {"event": event, "step": step, "time": round(time.time(), 3), **fields}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            with naming(self._path):
+                self._write((json.dumps(line, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            self.cut(self.log_bytes)  # part of a line would spoil the next one
+            if not self.drops_lines:
+                raise
+            self.print(f"note: the log lacks the {event} of step {step} ({error.strerror})")
         if self.mirror:
             self.mirror.event(line)
+
+    def _write(self, data: bytes) -> None:
+        """All of `data`: a write to a disk that fills up takes a part of it first."""
+        assert self._file
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        self.log_bytes += len(data)
+
+    def cut(self, size: int) -> None:
+        """Takes back what was logged beyond `size` bytes."""
+        if self._file:
+            self._file.truncate(size)
+            self.log_bytes = size
+
+    def sync(self) -> None:
+        """Waits until the log is on the disk."""
+        if self._file:
+            with naming(self._path):
+                os.fsync(self._file.fileno())
 
     def print(self, text: Any = "") -> None:
         self.console.print(text, markup=False) if isinstance(text, str) else self.console.print(text)
@@ -236,15 +268,51 @@ def verdict(out: Path, summary: dict[str, Any]) -> str:
     )
 
 
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event of a whole line of a log."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = line.endswith(b"\n") and isinstance(event, dict)
+    return event if whole and isinstance(event.get("event"), str) and isinstance(event.get("step"), int) else None
+
+
+def mend_log(path: Path, size: int) -> str | None:
+    """Cuts a log back to the `size` bytes that a checkpoint counts on, and leaves out damaged lines. Returns a sentence
+    on what is missing."""
+    data = path.read_bytes() if path.exists() else b""
+    lines = [line + b"\n" for line in data[:size].split(b"\n")]
+    lines[-1] = lines[-1][:-1]
+    kept = b"".join(line for line in lines if _event(line))
+    if len(kept) == size:
+        if len(data) > size:
+            os.truncate(path, size)
+        return None
+    mended = path.with_name(f".{path.name}.tmp")
+    with naming(path):
+        mended.write_bytes(kept)
+        os.replace(mended, path)
+    return f"{path} was damaged: {size - len(kept)} of {size} bytes are missing, and so are their steps in the report"
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The events of a log; UserError naming the line that is none."""
+    events = []
+    for i, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if (event := _event(line)) is None:
+            raise UserError(f"{path}, line {i} is no event: it was changed while the run went on")
+        events.append(event)
+    return events
 
 
 def plot_loss(events: list[dict[str, Any]], path: Path) -> None:
     """Training loss (nats per token) and validation bits per byte over steps, as a PNG."""
     steps = [(e["step"] + 1, e["loss"]) for e in events if e["event"] == "step" and isinstance(e["loss"], float)]
     evals = [(e["step"], e["val_bpb"]) for e in events if e["event"] == "eval"]
-    # here, since importing matplotlib takes half a second that no start should wait for
+    # here, since importing matplotlib takes half a second that no start should wait for; it reads this variable then,
+    # and fails on a backend that a notebook has set or nobody has heard of
+    os.environ["MPLBACKEND"] = "agg"
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -268,14 +336,14 @@ def plot_loss(events: list[dict[str, Any]], path: Path) -> None:
         right.set_ylabel("validation, fixed subset (bits per byte)", color="tab:red")
     ax.grid(alpha=0.3)
     tmp = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(tmp, dpi=120)
-    os.replace(tmp, path)
+    with naming(path):
+        figure.savefig(tmp, dpi=120)
+        os.replace(tmp, path)
 
 
 def write_report(out: Path, summary: dict[str, Any]) -> None:
     """report.md and loss.png from the summary and log.jsonl."""
     events = read_log(out / "log.jsonl")
-    plot_loss(events, out / "loss.png")
     s = summary
     lines = [
         f"# {s['preset']}: {s['val_bpb']:.4f} bits per byte",
@@ -338,5 +406,7 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
             fence = "`" * max(3, 1 + longest_run(sample["prompt"] + sample["text"], "`"))
             lines += [fence, sample["prompt"] + sample["text"], fence, ""]
     tmp = out / ".report.md.tmp"
-    tmp.write_text("\n".join(lines))
-    os.replace(tmp, out / "report.md")
+    with naming(out / "report.md"):
+        tmp.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
+        os.replace(tmp, out / "report.md")
+    plot_loss(events, out / "loss.png")  # last: the numbers are safe whatever matplotlib meets

@@ -2,16 +2,22 @@
 
 config.json     the options          checkpoints/   see core/checkpoint.py, with `State` as state.json
 log.jsonl       an event a line      summary.json, report.md, loss.png   when it has ended
+owner           locked by rank 0 of the process that trains, which it names; the kernel releases the lock
+
+One process owns a folder: two that train in it would write one log and delete each other's checkpoints.
 """
 
 import dataclasses
-import json
+import fcntl
+import os
 import shlex
+import socket
 import time
+import traceback
 import types
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +27,7 @@ import torch
 from core import checkpoint, communication, machine
 from core.communication import World
 from core.config import Config, changed_fields, from_dict, to_dict
+from core.data.corpus import Corpus
 from core.data.loader import Loader, merge_states
 from core.data.tokenizer import Tokenizer
 from core.machine import TrainingClock
@@ -29,10 +36,22 @@ from core.optim import Optimizer
 from core.plan import Plan
 from core.profiling import StepProfile
 from core.report import RunLog
-from core.stopping import Stopped, TrainingError, UserError, signal_of
+from core.stopping import (
+    STORAGE_ERRORS,
+    Stopped,
+    TrainingError,
+    UnreadableData,
+    UserError,
+    expanded,
+    is_out_of_memory,
+    naming,
+    signal_of,
+)
 from core.wandb_mirror import WandbMirror
 
-FORMAT = 3
+FORMAT = 4
+AUTO = "auto"  # --resume auto: continue what --out holds, else start
+OWNER_FILE = "owner"
 
 
 # the state of a checkpoint
@@ -71,15 +90,16 @@ class State:
         path = folder / checkpoint.STATE_FILE
         values = checkpoint.load_json(path)
         if not isinstance(values, dict):
-            raise UserError(f"{path} is damaged (it holds no object): use another checkpoint")
-        if (found := values.pop("format", None)) != FORMAT:
+            raise checkpoint.damaged(path, "it holds no object")
+        if (found := values.get("format")) != FORMAT:
             raise UserError(f"{path} has format {found}, this Redline reads {FORMAT}: use the version that wrote it")
         hints = typing.get_type_hints(State)
         for name, hint in hints.items():
             if name not in values:
-                raise UserError(f"{path} is damaged (no {name}): use another checkpoint")
+                raise checkpoint.damaged(path, f"no {name}")
             if not isinstance(values[name], _json_types(hint)):
-                raise UserError(f"{path} is damaged ({name} is {str(values[name])[:40]}): use another checkpoint")
+                raise checkpoint.damaged(path, f"{name} is {str(values[name])[:40]}")
+        checkpoint.verify_state(folder, values)
         return State(**{name: values[name] for name in hints})
 
 
@@ -90,10 +110,51 @@ def _json_types(hint: Any) -> tuple[type, ...]:
     return (int, float) if hint is float else (typing.get_origin(hint) or hint,)
 
 
-def saved_config(path: str) -> Config:
-    """The options of the run that `--resume path` continues, with its folder."""
-    folder = checkpoint.find(path)
-    return dataclasses.replace(from_dict(State.read(folder).config), out=str(folder.parent.parent))
+def saved_config(path: str, out: str | None) -> Config:
+    """The options of the run that `--resume path` continues, with its folder; out: where that may be."""
+    try:
+        folder = checkpoint.find(path)
+    except UserError as error:
+        if owner := _owner_of(expanded(path)):
+            raise UserError(f"{path} is being trained by {owner}: wait for it, or stop it first") from error
+        raise
+    return dataclasses.replace(from_dict(State.read(folder).config), out=str(checkpoint.run_folder(path, out)))
+
+
+# the owner
+
+
+def _claim(out: Path) -> int:
+    """Makes this process the owner of the folder until it ends or closes the descriptor that is returned; UserError
+    naming the owner where there is one, and nothing is touched then."""
+    path = out / OWNER_FILE
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with naming(path):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except BlockingIOError as error:
+        os.close(fd)
+        owner = path.read_text().strip() or "another process"
+        raise UserError(f"{out} is being trained by {owner}: wait for it, or stop it first") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _owner_of(out: Path) -> str | None:
+    """Who trains in the folder now."""
+    path = out / OWNER_FILE
+    if not path.exists():
+        return None
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+    return None
 
 
 # the run
@@ -107,28 +168,75 @@ class Run:
     profile: StepProfile
 
     def __init__(self, cfg: Config, world: World, started: float) -> None:
-        """Claims a new folder or finds the checkpoint to continue; UserError where neither can be. started: the wall
-        clock's time at the start of the program."""
+        """Finds the checkpoint to continue, as the owner of its folder, or sees that a new run's folder is free;
+        UserError where neither can be. started: the wall clock's time at the start of the program."""
         self.cfg, self.world = cfg, world
-        self.checkpoint = checkpoint.find(cfg.resume) if cfg.resume else None
-        self.saved = State.read(self.checkpoint) if self.checkpoint else None
-        self.started = started - (self.saved.wall_time_s if self.saved else 0.0)
+        self.unsaved: str | None = None  # why the newest checkpoint is missing
+        self._owned: int | None = None
+        self.checkpoint: Path | None = None
+        self.saved: State | None = None
         stamp = f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.out = Path(communication.broadcast_object(cfg.out or stamp)).expanduser()
-        if self.saved and self.checkpoint:
-            changed = [name for name in changed_fields(from_dict(self.saved.config), cfg) if name != "steps"]
+        self.out = expanded(communication.broadcast_object(cfg.out or stamp))
+        try:
+            self._find()
+        except BaseException:
+            self.release()
+            raise
+        self.started = started - (self.saved.wall_time_s if self.saved else 0.0)
+
+    def _find(self) -> None:
+        cfg = self.cfg
+        resume = cfg.resume if cfg.resume != AUTO else None
+        if resume:
+            home = checkpoint.run_folder(resume, cfg.out)
+            if self.out.resolve() != home.resolve():
+                raise UserError(f"--resume continues in the folder of the run, {home}: omit --out {self.out}")
+        if resume or (self.out / "log.jsonl").exists() or (self.out / OWNER_FILE).exists():
+            communication.main_first(self._own)
+        if resume:
+            self.checkpoint = found = checkpoint.find(resume)
+            self.saved = State.read(found)
+            saved = from_dict(self.saved.config)
+            changed = [name for name in changed_fields(saved, cfg) if name != "steps"]
             if changed:
                 raise UserError(
                     f"--resume continues a run as it was, but these differ: {', '.join(changed)}; start a new run "
                     "instead"
                 )
-            home = self.checkpoint.parent.parent
-            if self.out.resolve() != home.resolve():
-                raise UserError(f"--resume continues in the folder of the run, {home}: omit --out {self.out}")
-        elif (self.out / "log.jsonl").exists():
-            has_any = checkpoint.checkpoints(self.out)
-            advice = f"continue it with --resume {self.out}" if has_any else "it saved nothing: remove the folder"
-            raise UserError(f"{self.out} holds a run already: {advice}, or choose another --out")
+            if (config := self.out / "config.json").exists():
+                other = [name for name in changed_fields(_read_config(config), saved) if name != "steps"]
+                if other:
+                    raise UserError(
+                        f"{found} is a checkpoint of another run than {config}: they differ in {', '.join(other)}"
+                    )
+            communication.main_first(lambda: checkpoint.verify(found) if self.world.is_main else None)
+        elif checkpoint.checkpoints(self.out):
+            raise UserError(
+                f"{self.out} holds a run already: continue it with --resume {self._quoted}, or choose another --out"
+            )
+        elif (self.out / "log.jsonl").exists() and cfg.resume != AUTO:
+            raise UserError(
+                f"{self.out} holds a run already: it saved nothing: remove the folder, start over in it with "
+                "--resume auto, or choose another --out"
+            )
+
+    def _own(self) -> None:
+        """Rank 0 becomes the owner of the run's folder."""
+        if self.world.is_main and self._owned is None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._owned = _claim(self.out)
+            checkpoint.recover(self.out / "checkpoints")
+
+    def release(self) -> None:
+        """The folder has no owner any more; done by the kernel where the process just ends."""
+        if self._owned is not None:
+            os.close(self._owned)
+            self._owned = None
+
+    @property
+    def _quoted(self) -> str:
+        """The folder as a shell takes it."""
+        return shlex.quote(str(self.out))
 
     @property
     def start_step(self) -> int:
@@ -143,6 +251,16 @@ class Run:
         """Whether the run had ended at the start step, and goes on because --steps was raised."""
         return self.saved is not None and self.start_step == self.saved.plan_steps < plan.steps
 
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's, where the text was mended since: another text would teach another one."""
+        return Tokenizer.load(self.checkpoint) if self.checkpoint and self.cfg.mended_data else None
+
+    def loader_state(self, corpus: Corpus) -> dict[str, Any] | None:
+        """Where the checkpoint's rows ended; a mended text counts as that of the checkpoint."""
+        if self.saved is None:
+            return None
+        return self.saved.loader | ({"corpus": corpus.fingerprint} if self.cfg.mended_data else {})
+
     def check_horizon(self, plan: Plan) -> None:
         """UserError where a resumed run shall have fewer steps than it has made."""
         if self.saved and plan.steps != self.saved.plan_steps and plan.steps <= self.start_step:
@@ -155,7 +273,12 @@ class Run:
         """Creates the folder: last, after every user error. Returns sentences on what became of an earlier run's
         files."""
         cfg, saved = self.cfg, self.saved
-        config = to_dict(dataclasses.replace(cfg, out=str(self.out), resume=None))
+        config = to_dict(dataclasses.replace(cfg, out=str(self.out), resume=None, mended_data=False))
+        communication.main_first(self._own)
+        notes = []
+        if self.world.is_main and cfg.resume == AUTO and (log := self.out / "log.jsonl").exists():
+            notes.append("the run that was here had saved nothing and starts over; its log is log-unsaved.jsonl")
+            log.replace(log.with_name("log-unsaved.jsonl"))
 
         def open_mirror() -> WandbMirror | None:
             if cfg.wandb is None or not self.world.is_main:
@@ -171,12 +294,13 @@ class Run:
             start_step=self.start_step,
             log_bytes=saved.log_bytes if saved else None,
             mirror=communication.main_first(open_mirror),
+            drops_lines=cfg.on_save_error == "continue",
         )
         self.clock = TrainingClock(
             self.world.device, saved.counted_s if saved else 0.0, saved.counted_steps if saved else 0
         )
         self.profile = StepProfile(self.world, self.out, saved.profile if saved else {})
-        notes = []
+        notes += self.log.notes
         if self.world.is_main:
             checkpoint.write_json(self.out / "config.json", config)
             if saved:  # otherwise pruning would keep the stale later ones and delete the fresh ones
@@ -192,7 +316,9 @@ class Run:
         summary = self.out / "summary.json"
         if not summary.exists():
             return []
-        steps = json.loads(summary.read_text())["steps"]
+        values = checkpoint.load_json(summary)
+        if not isinstance(values, dict) or not isinstance(steps := values.get("steps"), int):
+            raise UserError(f"{summary} is damaged (it has no number of steps): remove it")
         moved = []
         for path in (summary, self.out / "report.md"):
             if path.exists():
@@ -221,12 +347,13 @@ class Run:
             if t.is_floating_point() and not t.isfinite().all():  # it would replace a good checkpoint
                 raise self.failed(step, f"{name} is not finite")
         folder = checkpoint.checkpoint_dir(self.out, step)
+        before = self.log.log_bytes
         self.log.event("checkpoint", step, path=folder.name)  # a run that resumes here keeps the log up to this line
         state = State(
             step=step,
             evaluated=evaluated,
             plan_steps=plan.steps,
-            config=to_dict(dataclasses.replace(self.cfg, out=None, resume=None)),
+            config=to_dict(dataclasses.replace(self.cfg, out=None, resume=None, mended_data=False)),
             model=dataclasses.asdict(model.cfg),
             precision=str(optimizer.compute_dtype).removeprefix("torch."),
             loader=merge_states(loader_states),
@@ -238,8 +365,18 @@ class Run:
             profile=dict(self.profile.seconds),
             wandb=self.log.mirror.id if self.log.mirror else None,
         )
-        checkpoint.save(folder, tensors | checkpoint.rng_tensors(self.world.device), state.to_json(), tokenizer)
-        checkpoint.prune(self.out, self.cfg.keep_checkpoints)
+        try:
+            self.log.sync()  # first: a checkpoint counts on the log up to its own line
+            checkpoint.save(folder, tensors | checkpoint.rng_tensors(self.world.device), state.to_json(), tokenizer)
+            checkpoint.prune(self.out, self.cfg.keep_checkpoints)
+            self.unsaved = None
+        except OSError as error:
+            self.log.cut(before)
+            self.unsaved = f"the checkpoint of step {step} cannot be saved ({error.filename}: {error.strerror})"
+            if self.cfg.on_save_error == "stop":
+                raise TrainingError(f"{self.unsaved}; {self.how_to_go_on()}") from error
+            self.log.event("unsaved", step, reason=self.unsaved)
+            self.log.print(f"note: {self.unsaved}; the run goes on (--on-save-error continue)")
 
     def peak_memory(self) -> int:
         """Most bytes that one process of the run has held, before it was resumed or since."""
@@ -256,19 +393,55 @@ class Run:
             if saved
             else "no checkpoint had been saved yet (see --save-every)"
         )
-        self.log.event("stop", step, reason=why)
+        with suppress(OSError):  # a full disk must not hide why
+            self.log.event("stop", step, reason=why)
         return TrainingError(f"training stopped at step {step}: {why}; {last}")
+
+    def went_wrong(self, step: int, error: Exception) -> Exception:
+        """The error to raise after the checkpoint of `step` was saved because of `error`."""
+        if isinstance(error, UnreadableData):
+            return UserError(f"{error}; {self.how_to_go_on()} --mended-data, once the text is mended")
+        if isinstance(error, TrainingError | UserError):
+            with suppress(OSError):
+                self.log.event("stop", step, reason=str(error))
+            return TrainingError(f"{error}; {self.how_to_go_on()}")
+        return error
+
+    def check_saved(self) -> None:
+        """TrainingError at the end of a run whose last checkpoint could not be saved."""
+        if self.unsaved:
+            raise TrainingError(f"the report is written, but {self.unsaved}; {self.how_to_go_on()}")
 
     def how_to_go_on(self) -> str:
         """What a run that ended early left, and the command that continues it."""
         saved = checkpoint.checkpoints(self.out)
         if not saved:
             return "no checkpoint had been saved yet (see --save-every): start again"
-        return f"{saved[-1]} is saved, continue with: python train.py --resume {shlex.quote(str(self.out))}"
+        return f"{saved[-1]} is saved, continue with: python train.py --resume {self._quoted}"
+
+    @contextmanager
+    def ending(self, step: int) -> Iterator[None]:
+        """Inside, where all steps are made and saved, an error is one sentence that says how the end is made again;
+        its traceback goes to the log."""
+        try:
+            yield
+        except TrainingError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            with suppress(OSError):
+                self.log.event("stop", step, reason=repr(error), traceback=traceback.format_exc())
+            what = (str(error).splitlines() or [""])[0]
+            raise TrainingError(
+                f"all {step} steps are trained, but the end of the run failed ({type(error).__name__}: {what}; "
+                f"traceback in {self.out / 'log.jsonl'}); {self.how_to_go_on()}"
+            ) from error
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, Ctrl-C and SIGTERM end the run with a sentence that says how it goes on."""
+        """Inside, Ctrl-C and SIGTERM end the run with a sentence that says how it goes on, and so does a disk that is
+        full; then the folder has no owner any more."""
         try:
             yield
         except Stopped:
@@ -277,3 +450,17 @@ class Run:
         except KeyboardInterrupt as error:
             signum = signal_of(error)
             raise Stopped(f"stopped by {signum.name}; {self.how_to_go_on()}", signum) from None
+        except OSError as error:
+            if error.errno not in STORAGE_ERRORS:
+                raise
+            where = error.filename or "a file"
+            raise TrainingError(f"{where} cannot be written: {error.strerror}; {self.how_to_go_on()}") from error
+        finally:
+            self.release()
+
+
+def _read_config(path: Path) -> Config:
+    values = checkpoint.load_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged (it holds no object): remove it, a checkpoint has the same options")
+    return from_dict(values)

@@ -1,16 +1,23 @@
 """A run's metrics on Weights & Biases, as log.jsonl has them: `--wandb PROJECT`. wandb is an optional dependency."""
 
+import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from core.stopping import UserError
 
+MODES = ("online", "offline", "disabled", "shared")
+ANSWER_SECONDS = 60  # for the server to take a run, and its last metrics
 MISSING = "--wandb needs the package wandb, which is not installed: pip install -e '.[wandb]'"
 
 
 def load_wandb() -> ModuleType:
-    """The package; UserError when it is not installed."""
+    """The package; UserError when it is not installed, or WANDB_MODE is none of its modes."""
+    if (mode := os.environ.get("WANDB_MODE", "online")) not in MODES:
+        raise UserError(f"WANDB_MODE is {mode!r}: expected one of {', '.join(MODES)}")
     try:
         import wandb  # pyrefly: ignore[missing-import]  # optional
     except ModuleNotFoundError as error:
@@ -29,10 +36,16 @@ class WandbMirror:
         wandb = load_wandb()
         out.mkdir(parents=True, exist_ok=True)
         again = {"id": run_id, "resume": "allow", "allow_val_change": True} if run_id else {}
+        advice = "Or set WANDB_MODE=offline, or omit --wandb"
         try:
-            self._run = wandb.init(project=project, name=out.name, dir=str(out), config=config, **again)
+            self._run = within(
+                ANSWER_SECONDS,
+                lambda: wandb.init(project=project, name=out.resolve().name, dir=str(out), config=config, **again),
+            )
         except wandb.Error as error:
-            raise UserError(f"--wandb {project}: {error} Or set WANDB_MODE=offline, or omit --wandb") from error
+            raise UserError(f"--wandb {project}: {error} {advice}") from error
+        except TimeoutError as error:
+            raise UserError(f"--wandb {project}: no answer in {ANSWER_SECONDS} s. {advice}") from error
         self.id: str = self._run.id
         self._run.define_metric("*", step_metric="step")
         self._complete = False
@@ -52,4 +65,28 @@ class WandbMirror:
 
     def close(self) -> None:
         """Sends what is left; a run without a summary counts as failed there."""
-        self._run.finish(exit_code=0 if self._complete else 1)
+        try:
+            within(ANSWER_SECONDS, lambda: self._run.finish(exit_code=0 if self._complete else 1))
+        except TimeoutError:
+            print(f"note: Weights & Biases did not take the last metrics in {ANSWER_SECONDS} s; log.jsonl has them all")
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """What `work()` gives or raises; TimeoutError after so many seconds, and its thread is left to itself."""
+    outcome: list[Any] = []
+
+    def keep() -> None:
+        try:
+            outcome.append((work(), None))
+        except BaseException as error:  # raised below, in the caller's thread
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value

@@ -56,7 +56,7 @@ def test_samples_ask_for_shorter_ones(tiny, tmp_path, monkeypatch):
     for module in (train, evaluation):
         short_of_memory(monkeypatch, module, "sample_texts", 0)
     with pytest.raises(
-        TrainingError, match="out of memory for samples: try fewer --sample-tokens.*step_000004 is saved"
+        TrainingError, match="out of memory for samples: try fewer --sample-tokens.*step_000006 is saved"
     ):
         run(tiny, tmp_path / "other")
     with pytest.raises(TrainingError, match="out of memory for samples: try shorter prompts"):

@@ -162,3 +162,24 @@ def test_a_signal_during_the_last_visit_keeps_the_finished_training(tiny, tmp_pa
     monkeypatch.undo()
     train.main(["--resume", str(out)])
     assert len(events(out, "sample")) == 1 and (out / "report.md").exists()
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_a_signal_during_imports_is_one_sentence(program, signum, tmp_path):
+    """A torch that takes its time stands in for the real one."""
+    (tmp_path / "torch.py").write_text("import time\nopen('here', 'w').close()\ntime.sleep(60)\n")
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / program)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONSAFEPATH": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "here").exists():
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signum)
+    _, error = child.communicate(timeout=10)
+    assert child.returncode == 128 + signum and error == f"stopped by {signum.name}\n"

@@ -538,6 +538,8 @@ def test_damaged_checkpoints_are_named(finished, tmp_path, damage, says):
 def test_each_value_of_a_checkpoints_state_is_checked(finished, tmp_path, name):
     folder = checkpoint.find(finished)
     state = json.loads((folder / "state.json").read_text())
+    for checksum in ("files", "sha256"):
+        del state[checksum]
     assert State.read(folder).to_json() == state
     for damage, says in ((lambda: state.pop(name), f"no {name}"), (lambda: state.update({name: [None]}), f"{name} is")):
         damage()

@@ -2,14 +2,15 @@
 
 import json
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 import train
-from core import checkpoint
+from core import checkpoint, wandb_mirror
 from core.run import State
-from core.stopping import TrainingError
+from core.stopping import TrainingError, UserError
 from tests.test_train import losses, run
 
 
@@ -80,3 +81,31 @@ def test_a_missing_login_is_one_sentence(tiny, tmp_path, fake):
     with pytest.raises(ValueError, match="--wandb mine: No API key configured.*WANDB_MODE=offline"):
         run(tiny, tmp_path / "run", "--wandb", "mine")
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_mistyped_mode_is_told_before_any_work(tiny, tmp_path, fake, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(UserError, match="WANDB_MODE is 'ofline': expected one of online, offline, disabled, shared"):
+        run(tiny, tmp_path / "run", "--wandb", "mine")
+    assert not (tmp_path / "run").exists() and not fake.runs
+
+
+def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_said(tiny, tmp_path, fake, monkeypatch, capsys):
+    answers, honest = threading.Event(), fake.init
+    monkeypatch.setattr(wandb_mirror, "ANSWER_SECONDS", 0.2)
+
+    def finishes_late(**options):
+        r = honest(**options)
+        r.finish = lambda **_: answers.wait(60)
+        return r
+
+    try:
+        monkeypatch.setattr(fake, "init", lambda **_: answers.wait(60))
+        with pytest.raises(UserError, match=r"--wandb mine: no answer in 0.2 s. Or set WANDB_MODE=offline"):
+            run(tiny, tmp_path / "run", "--wandb", "mine")
+        assert not (tmp_path / "run" / "log.jsonl").exists()
+        monkeypatch.setattr(fake, "init", finishes_late)
+        out = run(tiny, tmp_path / "late", "--wandb", "mine")
+        assert (out / "report.md").exists() and "did not take the last metrics in 0.2 s" in capsys.readouterr().out
+    finally:
+        answers.set()
