@@ -48,7 +48,7 @@ from core.models.gpt2 import GPT, choose_ops
 from core.optim import Gradients, Optimizer
 from core.plan import Plan, make_plan, smaller_device_batch
 from core.profiling import SETTLING_STEPS, longest_quiet_steps
-from core.run import Run
+from core.run import AUTO, Run, State
 from core.stopping import (
     StopFlag,
     Stopped,
@@ -105,6 +105,9 @@ def show_plan(cfg: Config) -> None:
     rank, world_size = communication.rank_and_size()
     device_type = cfg.device or machine.choose_device_type(None)
     dtype = choose_dtype(cfg.precision, device_type)
+    if cfg.resume and cfg.resume != AUTO:  # the text may have yielded fewer tokens than were asked for
+        vocab_size = State.read(checkpoint.find(cfg.resume)).model["vocab_size"]
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
     plan = make_plan(cfg, device_type=device_type, world_size=world_size, compute_dtype=dtype)
     if rank == 0:
         print(json.dumps(dataclasses.asdict(plan)) if cfg.json else report.render(report.plan_table(plan)))

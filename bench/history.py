@@ -90,7 +90,7 @@ def load(path: Path) -> list[Row]:
 
 def newest(rows: Iterable[Row]) -> list[Row]:
     """The last row of each item and backend, or of each kind of training run."""
-    return list({tuple(row.get(key) for key in (*KEY, *TRAIN_COLUMNS[1:5])): row for row in rows}.values())
+    return list({tuple(row.get(key) for key in (*KEY, *TRAIN_COLUMNS[1:6])): row for row in rows}.values())
 
 
 COLUMNS = (
@@ -181,7 +181,9 @@ def draw(where: Path) -> None:
         plot([row for row in rows if row["op"] == op and not row.get("error")], where / plot_name(op))
 
 
-TRAIN_COLUMNS = ("commit", "depth", "precision", "kernels", "compiled", "tok_per_s", "mfu", "peak_memory_gb", "error")
+TRAIN_COLUMNS = (
+    "commit", "depth", "precision", "kernels", "compiled", "fp8_head", "tok_per_s", "mfu", "peak_memory_gb", "error"
+)  # fmt: skip
 
 
 def train_cells(row: Row) -> list[str]:

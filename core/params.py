@@ -62,6 +62,9 @@ class MuonView:
     split: int = 1  # equal matrices, one above the other, that each stored matrix consists of
     transposed: bool = False  # what is stored is the transpose of Muon's matrix
 
+    def __post_init__(self) -> None:
+        assert self.rows is None or self.split == 1, "a view takes some rows of each matrix, or splits it"
+
     def take(self, bank: Tensor) -> Tensor:
         """Works on the bank and on every state that is shaped like it."""
         if self.split > 1:

@@ -65,12 +65,12 @@ def adam_update_ref(
     *,
     eps: float = ADAM_EPS,
 ) -> None:
-    wide = torch.promote_types(p.dtype, torch.float32)
-    lr, beta1, beta2, weight_decay, c1, c2 = hyper.to(wide).unbind()
-    g, m, v = (t.to(wide) for t in (g, exp_avg, exp_avg_sq))  # states that are fp32 already change in place
+    acc_dtype = wide(p.dtype)
+    lr, beta1, beta2, weight_decay, c1, c2 = hyper.to(acc_dtype).unbind()
+    g, m, v = (t.to(acc_dtype) for t in (g, exp_avg, exp_avg_sq))  # states that are fp32 already change in place
     m.lerp_(g, 1 - beta1)
     v.lerp_(g.square(), 1 - beta2)
-    master = p.to(wide)
+    master = p.to(acc_dtype)
     if low is not None:
         master = join_master(p, low)
     change = m / v.sqrt().mul_(c2.sqrt()).add_(eps)

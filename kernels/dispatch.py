@@ -35,7 +35,7 @@ class Choice:
         return self.line(" ".join(f"{dim}={n}" for dim, n in self.shape.items()))
 
     def line(self, sizes: str) -> str:
-        return f"{self.op:<14} {sizes:<30} {self.dtype:<8}  {self.backend:<6}  {self.reason}"
+        return f"{self.op:<15} {sizes:<30} {self.dtype:<8}  {self.backend:<6}  {self.reason}"
 
 
 def summary(choices: Sequence[Choice]) -> list[str]:

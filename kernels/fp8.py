@@ -12,20 +12,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.op import UserError, capability, check_number, check_tensor, describe
+from kernels.op import Device, UserError, capability, check_number, check_tensor, describe, needs_triton
 from kernels.tile import launch
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E4M3_MAX, E5M2_MAX = torch.finfo(E4M3).max, torch.finfo(E5M2).max
-MIN_CAPABILITY = (8, 9)
+FP8_CAPABILITY = (8, 9)
 TINY_SCALE = 1e-12  # the scale of a tensor of zeros
 TRANSPOSE_BLOCK = 64  # rows and columns that a program transposes
 
 
+def needs_fp8(device: Device) -> str | None:
+    """Why a Triton kernel that makes fp8 numbers cannot run on the device; None if it can."""
+    if device.capability is not None and device.capability < FP8_CAPABILITY:
+        least = ".".join(map(str, FP8_CAPABILITY))
+        return f"fp8 needs compute capability {least} or newer, {device.name} has {device.capability}: omit --fp8-head"
+    return needs_triton(device)
+
+
 def check_capability(op: str, device: torch.device) -> None:
     """UserError where the device has no fp8."""
-    if (here := capability(device)) < MIN_CAPABILITY:
-        least, has = (".".join(map(str, version)) for version in (MIN_CAPABILITY, here))
+    if (here := capability(device)) < FP8_CAPABILITY:
+        least, has = (".".join(map(str, version)) for version in (FP8_CAPABILITY, here))
         raise UserError(f"{op}: fp8 needs a GPU of compute capability {least} or newer, not {has}; leave it out")
 
 

@@ -544,7 +544,14 @@ def _check(
 ) -> Problem:
     if reduction not in REDUCTIONS:
         raise ValueError(f"lm_head_loss: reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
-    if x.dim() != 2 or w.dim() != 2 or x.size(1) != w.size(1) or x.dtype != w.dtype or x.device != w.device:
+    if (
+        x.dim() != 2
+        or w.dim() != 2
+        or w.size(0) == 0
+        or x.size(1) != w.size(1)
+        or x.dtype != w.dtype
+        or x.device != w.device
+    ):
         raise ValueError(
             f"lm_head_loss: x {describe(x)}, w {describe(w)}; expected (M, C) and (V, C) of one dtype and device"
         )

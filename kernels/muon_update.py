@@ -98,13 +98,13 @@ def muon_apply_ref(
     low: Tensor | None = None,
     beta2: float = BETA2,
 ) -> None:
-    wide = second.dtype
-    master = p.to(wide)
+    acc_dtype = second.dtype
+    master = p.to(acc_dtype)
     if low is not None:
         master = join_master(p, low)
-    y = (x.mT if transposed else x).to(wide)
+    y = (x.mT if transposed else x).to(acc_dtype)
     rows, cols = y.shape[-2:]
-    lr, weight_decay, _ = hyper.to(wide).unbind()
+    lr, weight_decay, _ = hyper.to(acc_dtype).unbind()
     lr = lr * max(1.0, rows / cols) ** 0.5
     y = y * (min(rows, cols) ** 0.5 / torch.linalg.matrix_norm(y, keepdim=True).clamp_min(1e-6))
     second.lerp_(y.square().mean(dim=-1 if rows >= cols else -2, keepdim=True), 1 - beta2)

@@ -60,8 +60,8 @@ def polar_express_ref(
     x: Tensor, scale: Tensor | None = None, *, coefficients: Coefficients = COEFFICIENTS, safety: float = SAFETY
 ) -> Tensor:
     if scale is None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x = x / (safety * torch.linalg.matrix_norm(x.to(wide), keepdim=True) + TINY_NORM).to(x.dtype)
+        acc_dtype = wide(x.dtype)
+        x = x / (safety * torch.linalg.matrix_norm(x.to(acc_dtype), keepdim=True) + TINY_NORM).to(x.dtype)
     else:
         x = x * scale.to(x.dtype)[:, None, None]
     tall = x.size(-2) > x.size(-1)

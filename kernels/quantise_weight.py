@@ -23,9 +23,10 @@ from kernels.fp8 import (
     check_fp8_weight,
     empty_fp8,
     fill_fp8,
+    needs_fp8,
     transpose,
 )
-from kernels.op import DTYPES, Backend, Op, Problem, describe, needs_triton, takes_dtypes
+from kernels.op import DTYPES, Backend, Op, Problem, describe, takes_dtypes
 
 # reference
 
@@ -79,6 +80,6 @@ quantise_weight = Op(
     check=_check_quantise,
     backends={
         "ref": Backend(quantise_weight_ref),
-        "triton": Backend(_quantise_weight, needs_triton, takes_dtypes),
+        "triton": Backend(_quantise_weight, needs_fp8, takes_dtypes),
     },
 )

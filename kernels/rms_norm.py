@@ -71,8 +71,8 @@ def rms_norm_ref(
 ) -> RMSNorm:
     h = x
     if x0 is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        h, h0 = x.to(wide), x0.to(wide)
+        acc_dtype = wide(x.dtype)
+        h, h0 = x.to(acc_dtype), x0.to(acc_dtype)
         h = (h if a is None else a * h) + (h0 if b is None else b * h0)
         h = h.to(x.dtype)
     y = F.rms_norm(h, (h.size(-1),), eps=eps)

@@ -1,8 +1,8 @@
 """Splits the packed projection into q, k and v: rotary positions, norm per head, scale, value embeddings, in one pass.
 
 Each head of q and k, with z1 and z2 the two halves of its D channels:
-    r1 = z1 cos + z2 sin,  r2 = z2 cos - z1 sin             rotation by minus the position's angle [Su et al. 2021, eq.
-    34] out = scale * r rstd,  rstd = (mean_D(r^2) + eps)^-1/2  QK-norm after the rotation [nanochat 92d63d4, gpt.py]
+    r1 = z1 cos + z2 sin,  r2 = z2 cos - z1 sin         rotation by minus the angle [Su et al. 2021, eq. 34]
+    out = scale * r rstd,  rstd = (mean_D(r^2) + eps)^-1/2      QK-norm after it [nanochat 92d63d4, gpt.py]
 Each head of v:  out = v + gate ve
 
 Shapes    qkv (B, T, (H + 2G) D): H heads of q, then G of k, then G of v; cos, sin (T, D/2), or (B, T, D/2) where each
@@ -73,21 +73,21 @@ def rope_qk_norm_ref(
     norm: bool = True,
     eps: float = EPS,
 ) -> QKV:
-    wide = torch.promote_types(qkv.dtype, torch.float32)
+    acc_dtype = wide(qkv.dtype)
     B, T, width = qkv.shape
     packed = heads + 2 * kv_heads
     q, k, v = qkv.view(B, T, packed, width // packed).split((heads, kv_heads, kv_heads), dim=2)
 
     def turned(z: Tensor) -> Tensor:
-        z = z.to(wide)
+        z = z.to(acc_dtype)
         if cos is not None and sin is not None:
             z1, z2 = z.chunk(2, dim=-1)
-            c, s = cos.to(wide).unsqueeze(-2), sin.to(wide).unsqueeze(-2)  # (…, T, 1, D/2)
+            c, s = cos.to(acc_dtype).unsqueeze(-2), sin.to(acc_dtype).unsqueeze(-2)  # (…, T, 1, D/2)
             z = torch.cat((z1 * c + z2 * s, z2 * c - z1 * s), dim=-1)
         return scale * F.rms_norm(z, (z.size(-1),), eps=eps) if norm else z
 
     if gate is not None and ve is not None:
-        v = v.to(wide) + gate.to(wide).unsqueeze(-1) * ve.to(wide)
+        v = v.to(acc_dtype) + gate.to(acc_dtype).unsqueeze(-1) * ve.to(acc_dtype)
     return QKV(*(t.to(qkv.dtype) for t in (turned(q), turned(k), v)))
 
 

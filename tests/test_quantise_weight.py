@@ -1,4 +1,4 @@
-"""quantise_weight: both layouts bit for bit, weights of zeros, what is refused, and mutations."""
+"""quantise_weight: both layouts bit for bit, weights of zeros, what is refused."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def copies(w):
 @pytest.mark.parametrize("shape", [(112, 32), (101, 16), (70, 80)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("top", [7.0, 7.3125, 5.90625])
-def test_weights_are_quantised_bit_by_bit_in_both_layouts(shape, dtype, top):
+def test_both_layouts_are_bit_for_bit_what_float64_rounds_to(shape, dtype, top):
     """With scales that are a power of two, where every division is exact, and that are not."""
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     w[0, 0] = top

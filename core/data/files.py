@@ -13,7 +13,7 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class Progress:
 # -- what is in a folder -----------------------------------------------------------------------------------------------
 
 
-def walk(root: str, left_out: set[str], skipped: Counter[str], own: set[str] = frozenset()) -> list[str]:
+def walk(root: str, left_out: set[str], skipped: Counter[str], own: Collection[str] = ()) -> list[str]:
     """Keys of the files below `root`, without the folders named in left_out and those at the real paths in `own`."""
 
     def unreadable(error: OSError):
