@@ -11,6 +11,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from kernels.op import UserError
 
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch raises a plain RuntimeError for it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ECHO_S = 2.0  # within which SIGTERM under torchrun is the one that was heard
 # a disk that is full, over its quota or its largest file, broken, read-only, or gone
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 
@@ -209,11 +211,11 @@ class StopFlag:
 
     Inside `with StopFlag() as stop:` the first signal only sets `stop.signum` (0 before). It also puts the earlier
     handlers back, so that a second signal ends the process at once. A signal that the parent process set to be ignored
-    stays ignored.
+    stays ignored. When torchrun dies, the kernel may send SIGTERM once for each of its threads: those are one signal.
     """
 
     def __init__(self) -> None:
-        self.signum = 0
+        self.signum, self._noted = 0, 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -227,8 +229,14 @@ class StopFlag:
             signal.signal(*self._before.popitem())
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self.__exit__()
+        if self.signum:
+            if time.monotonic() - self._noted > ECHO_S:
+                self.__exit__()
+                os.kill(os.getpid(), signum)
+            return
+        self.signum, self._noted = signum, time.monotonic()
+        if signum != signal.SIGTERM or "TORCHELASTIC_RUN_ID" not in os.environ:
+            self.__exit__()
         if os.environ.get("RANK", "0") == "0":
             name = signal.Signals(signum).name
             text = f"\n{name}: finishing the step under way and saving a checkpoint; a second signal stops at once\n"

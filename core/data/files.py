@@ -30,7 +30,9 @@ _SAYS_EVERY_S = 5.0
 _SPARK = re.compile(
     "_SUCCESS|_metadata|_common_metadata|_committed_.*|_started_.*|_temporary|_delta_log|_spark_metadata"
 )
-_RUN_FILE = re.compile(r"config\.json|log\.jsonl|summary.*\.json|report.*\.md|loss\.png|checkpoints|profile|wandb")
+_RUN_FILE = re.compile(
+    r"config\.json|log(-unsaved)?\.jsonl|owner|summary.*\.json|report.*\.md|loss\.png|checkpoints|profile|wandb"
+)
 CACHE_FOLDERS = ("unpacked", "tokenizers", "digests")
 
 _JSON_LINES = (".jsonl", ".ndjson")
