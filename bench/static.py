@@ -168,7 +168,9 @@ def compiled_facts(files: Mapping[Task, Path], root: Path) -> tuple[list[Row], d
     if missing := [task for task in files if task not in found]:
         print(f"compiling {len(missing)} of {len(files)} pairs of op and GPU", file=sys.stderr)
         command = [sys.executable, "-m", "bench.aot", *(f"{name}@{capability}" for name, capability in missing)]
-        env = aot.environment() | {"PYTHONPATH": str(root)}  # that checkout's modules, wherever this one's are found
+        # that checkout's modules, wherever this one's are found, and this process's Triton
+        env = aot.environment()
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), env.get("PYTHONPATH"))))
         with subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 done = json.loads(line)
