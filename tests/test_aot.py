@@ -163,7 +163,7 @@ def test_a_spill_would_be_seen(tmp_path):
 
 GREEDY = """
 import json, torch, triton, triton.language as tl
-from bench.aot import compile_only
+from bench.aot import compile_only, with_instructions
 
 @triton.jit
 def greedy(x_ptr, y_ptr, BLOCK: tl.constexpr):
@@ -173,7 +173,7 @@ def greedy(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 with compile_only() as compiled:
     greedy[(1,)](torch.empty(2**15), torch.empty(2**15), BLOCK=2**15, num_warps=2)
-print(json.dumps(compiled))
+print(json.dumps(with_instructions(compiled)))
 """
 
 
@@ -194,12 +194,12 @@ def test_fp8_copies_in_the_epilogue_of_relu2_mlp_fit():
 
 COPIES = """
 import json, torch
-from bench.aot import compile_only
+from bench.aot import compile_only, with_instructions
 from kernels.relu2_mlp import _relu2_up, relu2_mlp
 
 with compile_only() as compiled:
     for case, (M, C, F) in relu2_mlp.cases.items():
         if case != "quickstart":
             _relu2_up(*(torch.empty(n, C, dtype=torch.bfloat16) for n in (M, F)), torch.empty(()))
-print(json.dumps(compiled))
+print(json.dumps(with_instructions(compiled)))
 """

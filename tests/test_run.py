@@ -163,7 +163,8 @@ def test_resume_auto_starts_over_where_nothing_was_saved(tiny, tmp_path, monkeyp
 
 def test_torchrun_restarts_continue_the_run(tiny, tmp_path):
     out = tmp_path / "run"
-    argv = [*tiny, "--steps", "400", "--sample-every", "500", "--eval-every", "500", "--out", str(out)]
+    pace = ["--steps", "160", "--save-every", "10", "--sample-every", "500", "--eval-every", "500"]
+    argv = [*tiny, *pace, "--out", str(out)]
     child = subprocess.Popen(
         [*TORCHRUN, "--max-restarts=2", str(ROOT / "train.py"), *argv, "--resume", "auto"],
         stdout=subprocess.DEVNULL,
@@ -175,7 +176,7 @@ def test_torchrun_restarts_continue_the_run(tiny, tmp_path):
     os.kill(int(workers[0]), signal.SIGKILL)
     _, error = child.communicate(timeout=300)
     assert child.returncode == 0, error[-2000:]
-    assert sorted(losses(out)) == list(range(400)) and len(events(out, "resume")) == 1
+    assert sorted(losses(out)) == list(range(160)) and len(events(out, "resume")) == 1
 
 
 @pytest.mark.parametrize(
@@ -464,7 +465,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tiny, tmp_path):
     assert done.stdout.count("\n") == 3 and (out / "report.md").exists() and len(losses(out)) == 12
 
 
-@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">/dev/full 2>&1", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_a_console_that_is_full_or_closed_does_not_end_the_run(tiny, tmp_path, redirection):
     out = tmp_path / "run"
     done = subprocess.run(
