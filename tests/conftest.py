@@ -5,6 +5,7 @@ Without a GPU, Triton kernels run in Triton's interpreter, which has to be said 
 
 import os
 import random
+import signal
 
 import pytest
 
@@ -19,10 +20,24 @@ if not torch.cuda.is_available():
 
     interpreter.install()
 
+from core.stopping import SIGNALS  # noqa: E402
+
 
 def pytest_xdist_auto_num_workers(config):
     """Two processes on a CPU, whose cores they share; one on a GPU, which two would share too."""
     return 0 if torch.cuda.is_available() else 2
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals as at a terminal: the parent of the tests may ignore some, as nohup and a shell's `&` do."""
+    before = {s: signal.getsignal(s) for s in SIGNALS}
+    for s, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
 
 
 LETTERS = "etaoinshrdlucmfwygpb"

@@ -30,14 +30,6 @@ def wait_for_step(child, out, step):
         time.sleep(0.005)
 
 
-@pytest.fixture(autouse=True)
-def heard():
-    """Signals as at a terminal: the parent of the tests may ignore SIGINT, as a shell's `&` does."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, corpus_dir, cache_dir, tiny_options):
     return run(tiny_options, tmp_path_factory.mktemp("whole") / "run", *SLOW)
