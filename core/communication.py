@@ -143,7 +143,8 @@ def average_(tensors: Iterable[Tensor]) -> None:
 
 
 def _average_bucket_(tensors: list[Tensor]) -> None:
-    flat = torch.cat([t.reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
+    # contiguous: gloo reduces the memory from the first element on, whatever the strides
+    flat = torch.cat([t.reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1).contiguous()
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     torch._foreach_copy_(

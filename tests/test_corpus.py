@@ -187,6 +187,8 @@ def test_split_is_the_hash_of_the_key(folder, tmp_path):
         for i in range(len(corpus)):
             value = int(hashlib.sha256(corpus.key(i).encode()).hexdigest(), 16)
             assert (value % 5 == 0) is in_validation
+    other = open_(folder, tmp_path, seed=1)  # nor does the seed have a say
+    assert [by_key(corpus).keys() for corpus in other] == [by_key(corpus).keys() for corpus in (train, val)]
 
 
 def test_order_is_a_permutation_of_seed_and_epoch(folder, tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 from core.data.corpus import Corpus, open_corpus
 from core.data.loader import Loader, merge_states
+from core.data.packing import BestFitPacker
 from core.data.tokenizer import Tokenizer, train_tokenizer
 
 SIZES = {"seq_len": 24, "rows_per_step": 16, "device_batch_size": 2, "num_streams": 8, "buffer_docs": 5}
@@ -71,6 +72,18 @@ def global_rows(ranks: list[Loader], num_steps: int, num_streams: int = 8) -> li
     return steps
 
 
+def count_rows(monkeypatch) -> list[BestFitPacker]:
+    """An entry for every row that any loader has filled from now on."""
+    filled, honest = [], BestFitPacker.fill
+
+    def fill(self, *args):
+        honest(self, *args)
+        filled.append(self)
+
+    monkeypatch.setattr(BestFitPacker, "fill", fill)
+    return filled
+
+
 def world(load, world_size: int, **options) -> list[Loader]:
     return [load(rank=rank, world_size=world_size, **options) for rank in range(world_size)]
 
@@ -117,12 +130,13 @@ def test_micro_batch_size_only_regroups_rows(load):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("worlds", [(1, 1), (1, 4), (4, 1), (2, 8)])
-def test_resumed_run_is_the_uninterrupted_one(load, mode, worlds):
+def test_resumed_run_is_the_uninterrupted_one(load, mode, worlds, monkeypatch):
     before, after = worlds
     expected = global_rows(world(load, 1, mode=mode), 20)
+    filled = count_rows(monkeypatch)
     ranks = world(load, before, mode=mode, prefetch_steps=3)
     global_rows(ranks, 9)
-    while not all(rank._pending[-1].done() for rank in ranks):
+    while len(filled) < (9 + 3) * 16:
         time.sleep(0.001)  # what was prepared ahead must not show in the state
     states = [json.loads(json.dumps(rank.state())) for rank in ranks]
     state = merge_states(states[::-1])
@@ -317,12 +331,13 @@ def test_steps_before_the_fault_are_handed_out(tmp_path, tokenizer, load):
 
 
 def test_prefetch_is_bounded_and_close_is_prompt(load, corpus, monkeypatch):
+    filled = count_rows(monkeypatch)
     loader = load(prefetch_steps=3)
     loader.next_step()
-    while not loader._pending[-1].done():
+    while len(filled) < (1 + 3) * 16:
         time.sleep(0.001)
-    ahead = loader._pending[-1].result()[1]
-    assert sum(stream.num_rows for stream in ahead) == (1 + 3) * 16
+    time.sleep(0.05)
+    assert len(filled) == (1 + 3) * 16
 
     original = Corpus.__getitem__
     monkeypatch.setattr(Corpus, "__getitem__", lambda self, i: time.sleep(0.002) or original(self, i))

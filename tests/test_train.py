@@ -22,6 +22,8 @@ import eval as evaluation
 import train
 from core import checkpoint, schedule
 from core.config import from_dict
+from core.data.corpus import open_corpus
+from core.data.tokenizer import Tokenizer
 from core.models.gpt2 import GPT
 from core.optim import Optimizer
 from core.run import FORMAT, State
@@ -105,13 +107,31 @@ def test_log_has_every_step_and_the_intervals(finished):
     assert losses(finished)[13] < losses(finished)[0]
 
 
-def test_final_score_covers_every_byte(finished, corpus_dir):
-    from core.data.corpus import open_corpus
-
-    _, val = open_corpus(str(corpus_dir), seed=42, val_every=10, cache_dir=corpus_dir)
+def test_final_score_covers_every_byte(finished, corpus_dir, tmp_path, capsys):
+    _, val = open_corpus(str(corpus_dir), seed=42, val_every=10, cache_dir=tmp_path)
     size = sum((corpus_dir / val.key(i)).stat().st_size for i in range(len(val)))
     assert f"all {len(val)} validation documents" in events(finished, "end")[0]["scope"]
     assert f"({size:,} bytes)" in events(finished, "end")[0]["scope"]
+    evaluation.main([str(finished), "--metrics", "bpb", "--json"])
+    scored = json.loads(capsys.readouterr().out)  # what was counted, not what was meant
+    tokenizer = Tokenizer.load(checkpoint.find(finished))
+    assert scored["val_bytes"] == size and scored["val_tokens"] == sum(len(tokenizer.encode(text)) for text in val)
+    assert scored["val_bpb"] == events(finished, "end")[0]["val_bpb"]
+
+
+def test_samples_are_made_as_the_config_says(finished, capsys):
+    cfg = from_dict(json.loads((finished / "config.json").read_text()))
+    last = events(finished, "sample")[-1]
+    assert (last["temperature"], last["top_k"], last["seed"]) == (cfg.temperature, cfg.top_k, cfg.seed)
+    sampling = ["--temperature", str(cfg.temperature), "--top-k", str(cfg.top_k), "--seed", str(cfg.seed)]
+
+    def samples(*options):
+        evaluation.main([str(finished), "--metrics", "sample", "--sample-tokens", "4", "--json", *options])
+        return json.loads(capsys.readouterr().out)["samples"]
+
+    assert samples(*sampling) == last["samples"]
+    assert samples(*sampling, "--seed", "7") != last["samples"]
+    assert samples("--temperature", "2", "--top-k", "1") == samples("--temperature", "0")
 
 
 def test_evaluation_repeats_the_score(finished, capsys):
@@ -186,7 +206,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--precision", "bf16"], ["--packing", "crop", "--device-batch-size", "4"]])
-def test_resume_is_exact_in_other_modes(tiny, tmp_path, options):
+def test_resume_is_exact_in_other_modes(tiny, tmp_path, options, capsys):
     whole = run(tiny, tmp_path / "whole", *options, "--keep-checkpoints", "9")
     other = tmp_path / "other"
     shutil.copytree(whole, other)
@@ -196,6 +216,35 @@ def test_resume_is_exact_in_other_modes(tiny, tmp_path, options):
     a, b = final_tensors(whole), final_tensors(other)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert losses(whole) == losses(other)
+    capsys.readouterr()
+    evaluation.main([str(other), "--metrics", "bpb", "--json"])  # in the types that it was trained in
+    score = json.loads((whole / "summary.json").read_text())["val_bpb"]
+    assert json.loads(capsys.readouterr().out)["val_bpb"] == score
+
+
+def test_resuming_keeps_generators_memory_and_wall_time(tiny, tmp_path, monkeypatch):
+    honest_step, honest_read = train.train_step, State.read
+
+    def draws(*args):
+        torch.rand(1)  # nothing in a step does today
+        return honest_step(*args)
+
+    monkeypatch.setattr(train, "train_step", draws)
+    out = run(tiny, tmp_path / "run")
+    whole = final_tensors(out)
+    shutil.rmtree(checkpoint.find(out))
+    monkeypatch.setattr(
+        State,
+        "read",
+        lambda folder: dataclasses.replace(honest_read(folder), wall_time_s=1e6, peak_memory_bytes=10**15),
+    )
+    train.main(["--resume", str(out)])
+    assert torch.equal(final_tensors(out)["rng.cpu"], whole["rng.cpu"])
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["peak_memory_bytes"] == 10**15 and 1e6 < summary["wall_time_s"] < 1e6 + 600
+    monkeypatch.undo()
+    saved = State.read(checkpoint.find(out))
+    assert saved.peak_memory_bytes == 10**15 and saved.wall_time_s > 1e6
 
 
 def test_resuming_a_finished_run_only_reports_again(finished, tmp_path):
@@ -492,17 +541,18 @@ def test_moved_data_can_be_resumed(tiny, tmp_path, corpus_dir):
     data, moved = tmp_path / "data", tmp_path / "moved"
     shutil.copytree(corpus_dir, data)
     out = run(tiny, tmp_path / "run", "--data", str(data))
+    before, score = losses(out), events(out, "end")[0]["val_bpb"]
     data.rename(moved)
+    shutil.rmtree(checkpoint.find(out))
     train.main(["--resume", str(out), "--data", str(moved)])
-    assert (out / "report.md").exists()
+    assert losses(out) == before and events(out, "end")[0]["val_bpb"] == score
+    assert json.loads((out / "config.json").read_text())["data"]["path"] == str(moved)
 
 
 def test_damaged_validation_rows_are_found_before_training(tiny, tmp_path):
     lines = [json.dumps({"text": f"document {i} " + "with words in it " * 20}) for i in range(300)]
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(lines))
-    from core.data.corpus import open_corpus
-
     _, val = open_corpus(str(data), seed=42, val_every=10, cache_dir=tmp_path)
     row = int(val.key(len(val) - 1).split(":")[1])
     lines[row] = json.dumps({"words": "?"})
@@ -556,9 +606,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(finished, tmp_path, monke
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_fsync", killed)
-    from core.data.tokenizer import Tokenizer
-
+    monkeypatch.setattr(os, "fsync", killed)
     tokenizer = Tokenizer.load(checkpoint.find(out))
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(checkpoint.checkpoint_dir(out, 20), {"a": torch.ones(3)}, {"step": 20}, tokenizer)
