@@ -152,7 +152,9 @@ def build(run: Run) -> tuple[Text, Trainer]:
     run.check_horizon(plan)
 
     # text and tokens; a text may be too small for as many tokens as were asked for
-    text = communication.main_first(lambda: read_text(cfg, is_main=world.is_main, learned=run.tokenizer()))
+    text = communication.main_first(
+        lambda: read_text(cfg, is_main=world.is_main, learned=run.tokenizer()), "the text and its tokenizer"
+    )
     if text.tokenizer.vocab_size != real.model.vocab_size:
         real, plan = plan_for(text.tokenizer.vocab_size)
 
@@ -283,7 +285,7 @@ def warm_up(run: Run, trainer: Trainer, setup: dict[str, Any]) -> None:
         raise TrainingError(
             f"torch.compile fails here ({reason}): --no-compile trains without it; {run.how_to_go_on()}"
         ) from error
-    communication.barrier()
+    communication.barrier("the other processes to compile the model")
     seconds = time.perf_counter() - started
     setup["compile_s"] = seconds
     run.log.event("compile", run.start_step, seconds=seconds)

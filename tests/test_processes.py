@@ -8,16 +8,17 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 
 import train
-from core import communication
+from core import checkpoint, communication
 from core.communication import average_, gather_objects, joined_world, main_first
 from core.optim import Gradients
-from core.stopping import UserError
+from core.stopping import TrainingError, UserError
 from tests.test_train import events, final_tensors, losses, run
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -111,7 +112,7 @@ def first(fails):
             return gather_objects
 
         try:
-            main_first(work)
+            main_first(work, "nothing")
         except SystemExit as end:
             return done, end.code
         except (UserError, OSError) as error:
@@ -147,3 +148,60 @@ def test_two_processes_train_like_one_in_bf16(tiny, tmp_path):
     for stats in (summaries[1]["data_stats"], events(two, "eval")[-1]["data"]):
         assert stats["tokens"] == 512 * (6 if stats is summaries[1]["data_stats"] else 5)
     assert summaries[1]["data_stats"] == pytest.approx(summaries[0]["data_stats"])
+
+
+# waiting
+
+
+def slow_main(step_seconds, patience, alone):
+    """Rank 0 takes `alone` seconds before the others follow; then both reduce a tensor."""
+    communication.STEP_SECONDS, communication.PATIENCE_SECONDS = step_seconds, patience
+    with joined_world("cpu") as world:
+        try:
+            main_first(lambda: time.sleep(alone if world.is_main else 0), "a tokenizer")
+        except TrainingError as error:
+            return str(error)
+        return communication.all_sum(torch.ones(1)).item()
+
+
+def test_what_rank_0_does_alone_may_take_longer_than_a_step():
+    assert together(slow_main, 1, 60, 2.5) == [2.0, 2.0]
+
+
+def test_no_wait_is_without_end_and_its_error_says_for_what():
+    main, other = together(slow_main, 60, 1, 2.5)
+    assert other.startswith("waiting for a tokenizer, which did not come in 1 s (")
+    assert "another process has ended" in main
+
+
+def slow_save(argv):
+    honest = checkpoint.save
+
+    def save(*args):
+        time.sleep(1.6)
+        honest(*args)
+
+    checkpoint.save, communication.STEP_SECONDS = save, 1
+    trained(argv)
+
+
+def test_ranks_wait_for_a_save_outside_of_the_next_step(tiny, tmp_path):
+    options = ["--steps", "3", "--save-every", "2", "--out", str(tmp_path / "run")]
+    assert together(slow_save, [*tiny, *options]) == [None, None]
+
+
+def full_disk(argv):
+    def save(*args):
+        raise OSError(28, "No space left on device", "checkpoints")
+
+    checkpoint.save = save
+    try:
+        trained(argv)
+    except TrainingError as error:
+        return str(error)
+
+
+def test_a_full_disk_ends_the_others_quietly(tiny, tmp_path):
+    error, end = together(full_disk, [*tiny, "--steps", "3", "--save-every", "2", "--out", str(tmp_path / "run")])
+    assert "the checkpoint of step 2 cannot be saved (checkpoints: No space left" in error
+    assert isinstance(end, SystemExit) and end.code == 1
