@@ -46,7 +46,7 @@ from core.generate import sample_texts
 from core.machine import choose_dtype
 from core.models.gpt2 import GPT, choose_ops
 from core.optim import Gradients, Optimizer
-from core.plan import Plan, make_plan, smaller_device_batch
+from core.plan import Plan, is_compiled, make_plan, smaller_device_batch
 from core.profiling import SETTLING_STEPS, longest_quiet_steps
 from core.run import AUTO, Run, State
 from core.stopping import (
@@ -173,8 +173,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
         compute_dtype=dtype,
         backends=backends,
     )
-    # compilation pays on a GPU; on a CPU it takes longer than the quickstart
-    compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
+    compiled = is_compiled(cfg, world.device.type)
     if run.checkpoint:
         checkpoint.load_training(run.checkpoint, model, optimizer.state)
         checkpoint.restore_rng(run.checkpoint, world.device)

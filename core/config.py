@@ -162,7 +162,8 @@ class Config:
     compile: Annotated[bool | None, tyro.conf.arg(constructor=bool)] = option(None, resumable=True)
     """Compile the training forward and backward with torch.compile, before the clock starts; unset: on a GPU only."""
     deterministic: bool = option(False, resumable=True)
-    """On a GPU, use deterministic algorithms only (slower); a CPU run always is."""
+    """On a GPU, use deterministic algorithms only (slower), so that a run repeats and resumes to the same bits; on a
+    CPU it always does."""
 
     out: str | None = option(None, resumable=True)
     """Run folder; unset: runs/<preset>-<time>."""

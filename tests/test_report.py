@@ -1,5 +1,6 @@
 """The training clock, rates, and the report's small parts."""
 
+import os
 import time
 
 import pytest
@@ -85,6 +86,19 @@ def test_products_on_a_gpu_are_summed_in_fp32():
         assert not flags.allow_bf16_reduced_precision_reduction
     finally:
         flags.allow_bf16_reduced_precision_reduction = before
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_on_a_gpu_bits_repeat_where_that_is_asked_for(deterministic, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        prepare_process("cuda", deterministic=deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def test_words():
