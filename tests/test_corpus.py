@@ -591,6 +591,13 @@ def test_missing_path(tmp_path):
     one_sentence(error, str(tmp_path / "nowhere"), "no such file or folder")
 
 
+def test_a_pipe_is_no_data(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError) as error:
+        open_(tmp_path / "pipe", tmp_path)
+    one_sentence(error, "pipe", "is a pipe or a device, expected a file or a folder")
+
+
 def test_broken_link(folder, tmp_path):
     (folder / "x.txt").symlink_to(tmp_path / "gone")
     with pytest.raises(ValueError) as error:

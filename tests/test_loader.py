@@ -264,7 +264,7 @@ def test_state_of_another_corpus_seed_or_tokenizer(load, corpus, tokenizer, tmp_
         load(corpus=open_(write(tmp_path / "a.jsonl", 71)), state=state)
     with pytest.raises(ValueError, match="data state has seed 3, this run has 4"):
         load(corpus=open_(write(tmp_path / "a.jsonl"), seed=4), state=state)
-    with pytest.raises(ValueError, match="the tokenizer changed since the checkpoint"):
+    with pytest.raises(ValueError, match="the tokenizer is not that of the checkpoint"):
         load(tokenizer=train_tokenizer(corpus, 299), state=state)
 
 
