@@ -173,6 +173,22 @@ def test_lines_across_read_chunks(tmp_path, monkeypatch):
     assert by_key(*open_(path, tmp_path)) == {f"a.jsonl:{i}": text for i, text in enumerate(TEXTS)}
 
 
+@pytest.mark.parametrize("chunk", range(1, 14))
+def test_blank_lines_and_characters_across_read_chunks(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(sources, "CHUNK_BYTES", chunk)
+    text = "é\U0001f600" * 5
+    record = json.dumps({"text": text}, ensure_ascii=False).encode()
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jsonl").write_bytes(record + b"\r\n\r\n" + record + b"\n\n\r\n" + b"\r\n" + record)
+    (data / "b.txt").write_text(text, encoding="utf-8")
+    documents = by_key(*open_(data, tmp_path, val_every=2))
+    assert documents == {"a.jsonl:0": text, "a.jsonl:2": text, "a.jsonl:6": text, "b.txt": text}
+    (data / "b.txt").write_bytes(text.encode() + b"a\xffa")
+    with pytest.raises(ValueError, match=f"b.txt: not UTF-8 .byte 0xff at offset {len(text.encode()) + 1}:"):
+        open_(data, tmp_path, val_every=2)
+
+
 def test_num_bytes_is_that_of_the_text(folder, tmp_path):
     for corpus in open_(folder, tmp_path):
         assert [corpus.num_bytes(i) for i in range(len(corpus))] == [len(text.encode()) for text in corpus]
@@ -288,7 +304,7 @@ def test_split_by_position_leaves_a_row_for_validation(tmp_path):
     one_sentence(error, "a single document", "too few to split by position", "80,000", "--seq-len")
 
 
-@pytest.mark.parametrize("text", ["x" * 5000, "wörd " * 1000, "\U0001f600" * 2000])
+@pytest.mark.parametrize("text", ["x" * 5000, "wörds and " * 1000, "\U0001f600" * 2000])
 def test_a_cut_is_before_a_word_or_at_least_a_character(tmp_path, text):
     train, val = open_(as_text(tmp_path / "a", [text]), tmp_path, row_tokens=16, val_every=7)
     assert train[0] + val[0] == text
@@ -622,6 +638,34 @@ def test_text_that_changes_while_in_use(folder, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=path.name):
         train[index]
+
+
+def test_a_text_that_grows_or_breaks_while_in_use_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LONG_BYTES", 1000)
+    path = tmp_path / "book.txt"
+    book = b"a word and another\n" * 20_000
+    path.write_bytes(book)
+    train, val = open_(path, tmp_path, row_tokens=16)
+    part = next(i for i in range(len(train)) if not train.key(i).startswith("book.txt[0:"))
+    at = int(train.key(part).split("[")[1].split(":")[0]) + 5
+    path.write_bytes(book[:at] + b"\xff" + book[at + 1 :])
+    with pytest.raises(ValueError, match=f"book.txt: not UTF-8 .byte 0xff at offset {at}:"):
+        train[part]
+    path.write_bytes(book + b"more\n")
+    for corpus in (train, val):
+        with pytest.raises(ValueError, match=f"changed while in use, from {len(book):,} to {len(book) + 5:,} bytes"):
+            corpus[0]
+
+
+def test_the_cache_inside_the_data_is_not_read(folder, tmp_path):
+    write_jsonl(folder / "c.jsonl.gz", TEXTS[:9], "gzip")
+    (folder / "cache" / "tokenizers").mkdir(parents=True)
+    (folder / "cache" / "tokenizers" / "note.txt").write_text("no document")
+    first = open_(folder, tmp_path, cache_dir=folder / "cache")
+    assert list((folder / "cache" / "unpacked").iterdir())
+    again = open_(folder, tmp_path, cache_dir=folder / "cache")
+    assert by_key(*again) == by_key(*first) and not any("cache" in key for key in by_key(*again))
+    assert again[0].fingerprint == first[0].fingerprint
 
 
 @pytest.mark.parametrize(
