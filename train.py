@@ -63,6 +63,7 @@ from core.wandb_mirror import load_wandb
 from kernels import dispatch
 from kernels.dispatch import Backends
 
+PREFETCH_STEPS = 2  # beyond those that are looked at before their time
 LESS_MEMORY = "--precision bf16, a smaller --depth, or fewer other programs on this machine (--dry-run predicts memory)"
 
 
@@ -191,6 +192,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
         buffer_docs=cfg.data.buffer_docs,
         device=world.device,
         state=run.loader_state(text.train),
+        prefetch_steps=PREFETCH_STEPS + lookahead(world),
     )
     return text, Trainer(
         cfg=cfg,
@@ -303,6 +305,8 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
     def save(step: int, *, evaluated: bool) -> None:
         run.save(step, trainer.model, trainer.optimizer, trainer.loader, text.tokenizer, plan, evaluated=evaluated)
 
+    if plan.world_size > 1:
+        stopping = any(communication.gather_objects(fault_ahead(trainer, run.start_step) is not None))
     with StopFlag() as stop, ExitStack() as profiling:
         for step in range(run.start_step, plan.steps + 1):
             last = step == plan.steps
@@ -363,9 +367,14 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
                 save(step, evaluated=evaluates or samples or again)
                 raise run.went_wrong(step, error) from error
 
-        if stopping:  # after `step` steps, because a process had a signal
+        if stopping:  # after `step` steps, because a process had a signal, or one of several cannot read on
             clock.stop()
-            signum = max(communication.gather_objects(stop.signum))
+            fault = fault_ahead(trainer, step)
+            heard, faults = zip(*communication.gather_objects((stop.signum, fault and str(fault))))
+            if unreadable := next(filter(None, faults), None):
+                save(step, evaluated=evaluated)
+                raise run.went_wrong(step, UnreadableData(unreadable)) if run.world.is_main else SystemExit(2)
+            signum = max(heard)
             name = signal.Signals(signum).name
             log.event("stop", step, reason=name)
             save(step, evaluated=evaluated)
@@ -376,8 +385,21 @@ def due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
+def lookahead(world: World) -> int:
+    """Steps that several processes look at before their time: as many as begin before all have heard of a fault."""
+    if world.world_size == 1:
+        return 0
+    return 2 if world.device.type == "cuda" else 1  # see LaggingLoss
+
+
+def fault_ahead(trainer: Trainer, step: int) -> UserError | None:
+    """What this process will not be able to read in `step` and those after it that are looked at before their time: all
+    stop together while they can still save."""
+    return trainer.loader.fault_ahead(min(lookahead(trainer.world), trainer.plan.steps - step))
+
+
 def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
-    """One optimizer step. Returns (2,): its loss, and more than 0 where a process shall stop; means over ranks, on the
+    """One optimizer step. Returns (2,): its loss, and more than 0 where a process has to stop; means over ranks, on the
     device."""
     cfg, plan, world = trainer.cfg, trainer.plan, trainer.world
     try:
@@ -391,7 +413,8 @@ def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
         loss.backward()
         loss_sum += loss.detach()
     # ranks: the flag rides with the gradients, so that all stop at the same step
-    outcome = torch.stack((loss_sum, torch.full_like(loss_sum, stop.signum > 0)))
+    stops = stop.signum > 0 or fault_ahead(trainer, step + 1) is not None
+    outcome = torch.stack((loss_sum, torch.full_like(loss_sum, stops)))
     if world.world_size > 1:
         trainer.gradients.average(lambda grads: communication.average_([*grads, outcome]))
     # update, with hyperparameters that are functions of the step alone: a resumed run needs no scheduler state

@@ -17,6 +17,7 @@ import torch
 import train
 from core import checkpoint, communication
 from core.communication import average_, gather_objects, joined_world, main_first
+from core.data.packing import BestFitPacker
 from core.optim import Gradients
 from core.stopping import TrainingError, UserError
 from tests.test_train import events, final_tensors, losses, run
@@ -148,6 +149,37 @@ def test_two_processes_train_like_one_in_bf16(tiny, tmp_path):
     for stats in (summaries[1]["data_stats"], events(two, "eval")[-1]["data"]):
         assert stats["tokens"] == 512 * (6 if stats is summaries[1]["data_stats"] else 5)
     assert summaries[1]["data_stats"] == pytest.approx(summaries[0]["data_stats"])
+
+
+def bad_line(argv, row):
+    """Rank 1 cannot read row `row` of its stream."""
+    filled, honest = [], BestFitPacker.fill
+
+    def fill(self, *options):
+        filled.append(self)
+        if len(filled) > row and os.environ["RANK"] == "1":
+            raise UserError("rows.jsonl, line 41: no text")
+        honest(self, *options)
+
+    BestFitPacker.fill = fill
+    try:
+        trained(argv)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("row, step", [(2, 0), (8 * 3 + 5, 3), (8 * 4, 4), (8 * 5, None)])
+def test_a_line_that_one_process_cannot_read_stops_all_after_a_checkpoint(tiny, tmp_path, row, step):
+    out = tmp_path / "run"
+    options = ["--steps", "5", "--save-every", "2", "--eval-every", "None", "--sample-every", "None"]
+    error, end = together(bad_line, [*tiny, *options, "--out", str(out)], row)
+    newest = checkpoint.step_of(checkpoint.find(out))
+    if step is None:  # it lies beyond the run
+        assert (error, end, newest) == (None, None, 5) and (out / "report.md").exists()
+        return
+    assert "line 41: no text; " in error and f"step_{step:06d} is saved" in error and "--mended-data" in error
+    assert isinstance(end, SystemExit) and end.code == 2
+    assert newest == step and sorted(losses(out)) == list(range(step))
 
 
 # waiting

@@ -127,6 +127,13 @@ class Loader:
         inputs, targets = host.to(self._device, non_blocking=True)
         return inputs, targets
 
+    def fault_ahead(self, steps: int) -> UserError | None:
+        """What is wrong with the data of the next `steps` steps, as many as are prepared at most; waits for them."""
+        for future in list(self._pending)[:steps]:
+            if isinstance(error := future.exception(), UserError):
+                return error
+        return None
+
     def state(self) -> dict[str, Any]:
         """JSON: settings, number of the last step handed out, and this rank's streams after it."""
         streams = {str(snapshot.index): snapshot.as_json() for snapshot in self._consumed}
