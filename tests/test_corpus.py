@@ -220,6 +220,25 @@ def test_order_is_a_permutation_of_seed_and_epoch(folder, tmp_path):
     assert not np.array_equal(other.order(0), orders[0])
 
 
+def test_orders_in_use_are_kept(tmp_path):
+    train, _ = open_(write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path)
+    for epoch in range(1, 6):
+        orders = [train.order(epoch - 1), train.order(epoch)]
+        assert train.order(epoch - 1) is orders[0] and train.order(epoch) is orders[1]
+
+
+def test_what_was_read_last_is_kept(monkeypatch):
+    monkeypatch.setattr(sources, "_RECENT_BYTES", 30)
+    recent, decoded = sources.Recent(), []
+
+    def get(number):
+        return recent.get("file", number, lambda: decoded.append(number) or bytes(10))
+
+    for number in (1, 2, 3, 1, 4, 1, 3, 2):  # 4 takes the place of 2, which was used longest ago
+        get(number)
+    assert decoded == [1, 2, 3, 4, 2]
+
+
 def test_order_is_the_same_everywhere(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:12])
     assert open_(path, tmp_path)[0].order(3).tolist() == [8, 9, 4, 3, 6, 2, 5, 7, 1, 0]
@@ -336,6 +355,15 @@ def test_long_documents_are_read_in_parts(tmp_path, monkeypatch, write):
     assert len(lengths) > 5
     assert max(lengths) < 80_000
     np.testing.assert_array_equal(np.sort(parts[0].order(0)), np.arange(len(parts[0])))
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_document_is_long_from_one_byte_on(tmp_path, monkeypatch, write):
+    monkeypatch.setattr(sources, "LONG_BYTES", 1000)
+    texts = ["x" * (1000 + i % 2) for i in range(40)]
+    for corpus in open_(write(tmp_path / "a", texts), tmp_path):
+        for i in range(len(corpus)):
+            assert corpus.key(i).endswith("[0:1001]") == (len(corpus[i]) == 1001)
 
 
 def test_parts_of_a_row_stay_together_in_the_order_and_those_of_a_file_do_not(tmp_path, monkeypatch):
@@ -587,8 +615,9 @@ def test_a_digest_is_remembered_only_of_the_file_as_it_was(tmp_path, monkeypatch
     path.write_bytes(b"b" * 100)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert digest() == hashlib.sha256(b"b" * 100).hexdigest()
-    note.write_text('{"file": [')
-    assert digest() == hashlib.sha256(b"b" * 100).hexdigest()
+    for damaged in ('{"file": [', json.dumps({"sha256": "0" * 64}), json.dumps({"file": [], "sha256": "0"}), "[]"):
+        note.write_text(damaged)
+        assert digest() == hashlib.sha256(b"b" * 100).hexdigest()
 
 
 # -- faults: one sentence that names the file -------------------------------------------------------------------------

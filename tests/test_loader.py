@@ -1,6 +1,7 @@
 """Loader: the same global batches on any number of ranks and after any interruption, and errors where they can be
 seen."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -120,6 +121,18 @@ def test_global_rows_do_not_depend_on_the_number_of_ranks(load, mode):
     for world_size in (2, 4, 8):
         for got, want in zip(global_rows(world(load, world_size, mode=mode), 12), expected, strict=True):
             np.testing.assert_array_equal(got, want)
+
+
+def test_rows_are_those_of_before(load, tmp_path):
+    """A checkpoint continues with them: the order, each stream's random choices, the packing."""
+    texts = [f"{i}: " + "".join(chr(97 + i * k * k % 23) for k in range(1 + i * 7 % 90)) for i in range(70)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    bytes_alone = {"corpus": open_(tmp_path / "a.jsonl"), "tokenizer": Tokenizer([bytes([i]) for i in range(256)])}
+    digests = []
+    for mode in MODES:
+        rows = np.concatenate(global_rows([load(mode=mode, **bytes_alone)], 6))
+        digests.append(hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()[:16])
+    assert digests == ["abbbbde909e22e50", "6ccc77e528fc58ba"]
 
 
 def test_micro_batch_size_only_regroups_rows(load):
