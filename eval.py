@@ -66,7 +66,7 @@ class EvalConfig:
 def load_model(folder: Path, world: World, kernels: str, batch_size: int) -> tuple[GPT, Tokenizer, State]:
     """The model of a checkpoint, in the types it was trained in, its tokenizer and its state."""
     state = State.read(folder)
-    communication.main_first(lambda: checkpoint.verify(folder) if world.is_main else None)
+    communication.main_first(lambda: checkpoint.verify(folder) if world.is_main else None, "the checkpoint's checksums")
     backends = Backends(kernels, device=world.device, dtype=state.dtype)
     with world.device:
         model = GPT(ModelConfig(**state.model), backends, batch_size)
@@ -122,7 +122,7 @@ def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, state: State, 
             )
         return corpus
 
-    corpus = communication.main_first(open_text)
+    corpus = communication.main_first(open_text, "the text")
     for note in corpus.notes if world.is_main and not cfg.json else ():
         print(note)
     valset, _ = validation_whole(corpus, tokenizer, model.dims.seq_len, cfg.max_bytes)

@@ -46,7 +46,7 @@ from core.generate import sample_texts
 from core.machine import choose_dtype
 from core.models.gpt2 import GPT, choose_ops
 from core.optim import Gradients, Optimizer
-from core.plan import Plan, make_plan, smaller_device_batch
+from core.plan import Plan, is_compiled, make_plan, smaller_device_batch
 from core.profiling import SETTLING_STEPS, longest_quiet_steps
 from core.run import AUTO, Run, State
 from core.stopping import (
@@ -63,6 +63,7 @@ from core.wandb_mirror import load_wandb
 from kernels import dispatch
 from kernels.dispatch import Backends
 
+PREFETCH_STEPS = 2  # beyond those that are looked at before their time
 LESS_MEMORY = "--precision bf16, a smaller --depth, or fewer other programs on this machine (--dry-run predicts memory)"
 
 
@@ -152,7 +153,9 @@ def build(run: Run) -> tuple[Text, Trainer]:
     run.check_horizon(plan)
 
     # text and tokens; a text may be too small for as many tokens as were asked for
-    text = communication.main_first(lambda: read_text(cfg, is_main=world.is_main, learned=run.tokenizer()))
+    text = communication.main_first(
+        lambda: read_text(cfg, is_main=world.is_main, learned=run.tokenizer()), "the text and its tokenizer"
+    )
     if text.tokenizer.vocab_size != real.model.vocab_size:
         real, plan = plan_for(text.tokenizer.vocab_size)
 
@@ -171,8 +174,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
         compute_dtype=dtype,
         backends=backends,
     )
-    # compilation pays on a GPU; on a CPU it takes longer than the quickstart
-    compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
+    compiled = is_compiled(cfg, world.device.type)
     if run.checkpoint:
         checkpoint.load_training(run.checkpoint, model, optimizer.state)
         checkpoint.restore_rng(run.checkpoint, world.device)
@@ -190,6 +192,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
         buffer_docs=cfg.data.buffer_docs,
         device=world.device,
         state=run.loader_state(text.train),
+        prefetch_steps=PREFETCH_STEPS + lookahead(world),
     )
     return text, Trainer(
         cfg=cfg,
@@ -283,7 +286,7 @@ def warm_up(run: Run, trainer: Trainer, setup: dict[str, Any]) -> None:
         raise TrainingError(
             f"torch.compile fails here ({reason}): --no-compile trains without it; {run.how_to_go_on()}"
         ) from error
-    communication.barrier()
+    communication.barrier("the other processes to compile the model")
     seconds = time.perf_counter() - started
     setup["compile_s"] = seconds
     run.log.event("compile", run.start_step, seconds=seconds)
@@ -302,6 +305,8 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
     def save(step: int, *, evaluated: bool) -> None:
         run.save(step, trainer.model, trainer.optimizer, trainer.loader, text.tokenizer, plan, evaluated=evaluated)
 
+    if plan.world_size > 1:
+        stopping = any(communication.gather_objects(fault_ahead(trainer, run.start_step) is not None))
     with StopFlag() as stop, ExitStack() as profiling:
         for step in range(run.start_step, plan.steps + 1):
             last = step == plan.steps
@@ -362,9 +367,14 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
                 save(step, evaluated=evaluates or samples or again)
                 raise run.went_wrong(step, error) from error
 
-        if stopping:  # after `step` steps, because a process had a signal
+        if stopping:  # after `step` steps, because a process had a signal, or one of several cannot read on
             clock.stop()
-            signum = max(communication.gather_objects(stop.signum))
+            fault = fault_ahead(trainer, step)
+            heard, faults = zip(*communication.gather_objects((stop.signum, fault and str(fault))))
+            if unreadable := next(filter(None, faults), None):
+                save(step, evaluated=evaluated)
+                raise run.went_wrong(step, UnreadableData(unreadable)) if run.world.is_main else SystemExit(2)
+            signum = max(heard)
             name = signal.Signals(signum).name
             log.event("stop", step, reason=name)
             save(step, evaluated=evaluated)
@@ -375,8 +385,21 @@ def due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
+def lookahead(world: World) -> int:
+    """Steps that several processes look at before their time: as many as begin before all have heard of a fault."""
+    if world.world_size == 1:
+        return 0
+    return 2 if world.device.type == "cuda" else 1  # see LaggingLoss
+
+
+def fault_ahead(trainer: Trainer, step: int) -> UserError | None:
+    """What this process will not be able to read in `step` and those after it that are looked at before their time: all
+    stop together while they can still save."""
+    return trainer.loader.fault_ahead(min(lookahead(trainer.world), trainer.plan.steps - step))
+
+
 def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
-    """One optimizer step. Returns (2,): its loss, and more than 0 where a process shall stop; means over ranks, on the
+    """One optimizer step. Returns (2,): its loss, and more than 0 where a process has to stop; means over ranks, on the
     device."""
     cfg, plan, world = trainer.cfg, trainer.plan, trainer.world
     try:
@@ -390,7 +413,8 @@ def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
         loss.backward()
         loss_sum += loss.detach()
     # ranks: the flag rides with the gradients, so that all stop at the same step
-    outcome = torch.stack((loss_sum, torch.full_like(loss_sum, stop.signum > 0)))
+    stops = stop.signum > 0 or fault_ahead(trainer, step + 1) is not None
+    outcome = torch.stack((loss_sum, torch.full_like(loss_sum, stops)))
     if world.world_size > 1:
         trainer.gradients.average(lambda grads: communication.average_([*grads, outcome]))
     # update, with hyperparameters that are functions of the step alone: a resumed run needs no scheduler state

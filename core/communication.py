@@ -2,6 +2,11 @@
 
 One process per device, started by torchrun or alone. Averaging is plain for now: every rank holds every parameter,
 gradients are summed over ranks in a few flat buckets after backward.
+
+Waiting   tensors go through NCCL (gloo between CPUs), where a rank that is STEP_SECONDS late is taken for dead: nothing
+          but a step's own work may lie between two of them. Objects and barriers go through a gloo group of their own,
+          also between GPUs: there the others wait for what rank 0 does alone (reading the text, training a tokenizer,
+          saving), PATIENCE_SECONDS at most. A process that dies is noticed at once in either.
 """
 
 import ctypes
@@ -17,16 +22,19 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.constants import default_pg_timeout
 
 from core import machine
-from core.stopping import UserError
+from core.stopping import TrainingError, UserError
 
 BUCKET_BYTES = 64 * 2**20
 RENDEZVOUS_SECONDS = 300  # for the slowest process to import what it needs
+STEP_SECONDS = 600  # that ranks may be apart in training
+PATIENCE_SECONDS = 6 * 3600  # for what rank 0 does alone: the tokenizer of a terabyte, a checkpoint on a slow disk
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 HOW_TO_START = "start all processes with torchrun --nproc-per-node=N train.py ..., or unset WORLD_SIZE"
 T = TypeVar("T")
+
+_objects: Any = None  # for objects and barriers, while the world is joined
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,13 @@ def joined_world(device: str | None, *, deterministic: bool = False) -> Iterator
     processes."""
     device_type = machine.choose_device_type(device)
     machine.prepare_process(device_type, deterministic=deterministic)
+    global _objects
     try:
         yield _join(device_type)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        _objects = None
 
 
 def _join(device_type: str) -> World:
@@ -98,14 +108,14 @@ def _end_with_launcher() -> None:
 
 
 def _meet(rank: int, world_size: int, device: torch.device) -> None:
-    """Joins the process group; UserError where the other processes are not found, after RENDEZVOUS_SECONDS at most."""
+    """Joins the process groups; UserError where the other processes are not found, after RENDEZVOUS_SECONDS at most."""
+    global _objects
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: {HOW_TO_START}")
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))
-        store.set_timeout(default_pg_timeout)  # rank 0 may train a tokenizer while the others wait
         # torchrun keeps one store over its restarts on one node: a process must not find addresses of the dead ones
         one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
@@ -114,8 +124,10 @@ def _meet(rank: int, world_size: int, device: torch.device) -> None:
             store=dist.PrefixStore(f"attempt_{attempt}", store),
             rank=rank,
             world_size=world_size,
+            timeout=timedelta(seconds=STEP_SECONDS),
             device_id=device if device.type == "cuda" else None,
         )
+        _objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_SECONDS))
     except (dist.DistError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{world_size} processes did not meet at {address} ({reason}): {HOW_TO_START}") from error
@@ -143,7 +155,8 @@ def average_(tensors: Iterable[Tensor]) -> None:
 
 
 def _average_bucket_(tensors: list[Tensor]) -> None:
-    flat = torch.cat([t.reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
+    # contiguous: gloo reduces the memory from the first element on, whatever the strides
+    flat = torch.cat([t.reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1).contiguous()
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     torch._foreach_copy_(
@@ -194,40 +207,54 @@ class LaggingLoss:
 # objects
 
 
-def gather_objects(value: T) -> list[T]:
-    """`value` of every rank, in rank order, on every rank."""
+@contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    """Turns gloo's errors into a TrainingError that says what this process waited for."""
+    try:
+        yield
+    except RuntimeError as error:
+        late = "imed out" in str(error)
+        why = f"did not come in {PATIENCE_SECONDS:,} s" if late else "will not come: another process has ended"
+        raise TrainingError(f"waiting for {what}, which {why} ({str(error).splitlines()[0]})") from error
+
+
+def gather_objects(value: T, what: str = "word from the other processes") -> list[T]:
+    """`value` of every rank, in rank order, on every rank. what: it is, for an error."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    with _waiting(what):
+        dist.all_gather_object(values, value, group=_objects)
     return values
 
 
-def barrier() -> None:
+def barrier(what: str = "the other processes") -> None:
     """Waits until every rank is here."""
     if dist.is_initialized():
-        dist.barrier()
+        with _waiting(what):
+            dist.barrier(group=_objects)
 
 
-def broadcast_object(value: T) -> T:
+def broadcast_object(value: T, what: str = "word from rank 0") -> T:
     """Rank 0's `value`."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box)
+        with _waiting(what):
+            dist.broadcast_object_list(box, group=_objects)
     return box[0]
 
 
-def main_first(work: Callable[[], T]) -> T:
-    """`work()` on rank 0, then on the others; its UserError or OSError is raised on rank 0 alone, the others end
-    quietly."""
+def main_first(work: Callable[[], T], what: str) -> T:
+    """`work()` on rank 0, then on the others, who wait for `what`; an exception is raised on rank 0 alone, the others
+    end quietly."""
     if dist.is_initialized() and dist.get_rank() > 0:
-        if broadcast_object(False):
-            raise SystemExit(2)
+        if status := broadcast_object(0, what):
+            raise SystemExit(status)
         return work()
     try:
         value = work()
-    except (UserError, OSError):
-        broadcast_object(True)
+    except Exception as error:
+        broadcast_object(2 if isinstance(error, (UserError, OSError)) else 1)
         raise
-    broadcast_object(False)
+    broadcast_object(0)
     return value

@@ -142,7 +142,7 @@ class Config:
     """Training compute in FLOPs that sets the number of steps when steps is unset."""
     ratio: float = option(12.0, 0, 1e9)
     """Training tokens per scaling parameter (layers + head) when neither steps nor target_flops is set."""
-    total_batch_size: int | None = option(None, 1)
+    total_batch_size: int | None = option(None, 1, 1e9)
     """Tokens per optimizer step over all processes; unset: by the batch law."""
     device_batch_size: int | None = option(None, 1, resumable=True)
     """Rows per forward pass and process; unset: 16 on a CPU, what fits on a GPU, lowered until it divides the rows per
@@ -162,7 +162,8 @@ class Config:
     compile: Annotated[bool | None, tyro.conf.arg(constructor=bool)] = option(None, resumable=True)
     """Compile the training forward and backward with torch.compile, before the clock starts; unset: on a GPU only."""
     deterministic: bool = option(False, resumable=True)
-    """On a GPU, use deterministic algorithms only (slower); a CPU run always is."""
+    """On a GPU, use deterministic algorithms only (slower), so that a run repeats and resumes to the same bits; on a
+    CPU it always does."""
 
     out: str | None = option(None, resumable=True)
     """Run folder; unset: runs/<preset>-<time>."""

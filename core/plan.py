@@ -22,7 +22,7 @@ from core.data.loader import check_batch, divisors
 from core.layers import WindowMasks
 from core.models.gpt2 import COUNTED, GPT, SCALING, dims, flops_per_token, parameter_table
 from core.optim import learning_rates
-from core.params import num_params, state_bytes, weight_bytes
+from core.params import Table, num_params, state_bytes, weight_bytes
 from core.stopping import UserError
 from kernels.lm_head_loss import reference_bytes
 from kernels.op import Op
@@ -84,7 +84,8 @@ def make_plan(
 
     # 2. rows a forward pass: as asked, else what divides and fits
     def memory(device_batch: int) -> dict[str, int]:
-        return predict_memory(cfg.model, device_batch, compute_dtype, device_type, fp8_head=cfg.fp8_head)
+        options = {"fp8_head": cfg.fp8_head, "compiled": is_compiled(cfg, device_type)}
+        return predict_memory(cfg.model, device_batch, compute_dtype, device_type, **options)
 
     device_batch = _device_batch(cfg, rows // world_size, device_type, lambda n: memory(n)["total"])
     check_batch(batch, cfg.model.seq_len, device_batch, **sizes)
@@ -141,10 +142,22 @@ def _device_batch(cfg: Config, rows_per_rank: int, device_type: str, memory: Cal
     return candidates[-1]
 
 
+def is_compiled(cfg: Config, device_type: str) -> bool:
+    """Whether training goes through torch.compile: unset, on a GPU. On a CPU it takes longer than the quickstart."""
+    return device_type == "cuda" if cfg.compile is None else cfg.compile
+
+
 def predict_memory(
-    cfg: ModelConfig, device_batch: int, dtype: torch.dtype, device_type: str, *, fp8_head: bool = False
+    cfg: ModelConfig,
+    device_batch: int,
+    dtype: torch.dtype,
+    device_type: str,
+    *,
+    fp8_head: bool = False,
+    compiled: bool = False,
 ) -> dict[str, int]:
-    """Bytes per process at the peak: weights, gradients (fp32), optimizer state, activations kept for backward, loss.
+    """Bytes per process at the peak: weights, gradients (their fp32 sums), optimizer state, activations kept for
+    backward, loss, and what a compiled backward holds besides.
 
     The peak of the optimizer's own temporaries is not in it.
     """
@@ -159,8 +172,16 @@ def predict_memory(
         "loss": reference_bytes(tokens, d.d_model, d.padded_vocab, device_type)
         + tokens * d.d_model * dtype.itemsize
         + 2 * fp8_head * d.padded_vocab * d.d_model,
+        "backward": _compiled_backward_bytes(table, dtype) if compiled else 0,
     }
     return memory | {"total": sum(memory.values())}
+
+
+def _compiled_backward_bytes(table: Table, dtype: torch.dtype) -> int:
+    """A compiled backward gives out the gradients of bf16 parameters all at its end, where autograd's are moved into
+    the fp32 sums one by one; and it sums that of the value embeddings in an fp32 table before it rounds it."""
+    rounded = [p for p in table if p.dtype(dtype) != torch.float32]
+    return sum(p.numel * p.dtype(dtype).itemsize + 4 * p.numel * (p.group == "value_embeds") for p in rounded)
 
 
 class _KernelsOfGPU:

@@ -13,17 +13,22 @@ import gzip
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from core.communication import World
 
 ATTENTION = ("scaled_dot_product", "flash_attention", "flex_attention", "efficient_attention", "cudnn_attention")
 MATMUL = ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::_scaled_mm")
+# parts of the names of kernels, in lower case: cuBLAS and CUTLASS (with the sums over a split K), the products of this
+# repository (*_gemm_kernel), Inductor's templates, and attention by each library
+PRODUCT_KERNELS = ("gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk", "triton_tem_", "flash", "fmha", "sdpa")
+NAME_WIDTH = 80  # of a kernel's name where it is shown: those of templates are hundreds of characters long
 COMPILED_GRAPH = "## Call CompiledFxGraph"  # and a hash
 SETTLING_STEPS = 2  # of a resumed run, before its window
 TIMELINE_POINTS = 500
@@ -44,10 +49,8 @@ def longest_quiet_steps(n: int, first: int, stop: int, interrupted: Callable[[in
 
 
 class StepProfile:
-    """Profiles the steps run inside `with profile:`: time inside each op itself, not in ops it calls, and the files
-    above.
-
-    Times are the GPU's if there is one, else the CPU's.
+    """Profiles the steps run inside `with profile:`: time by kernel on a GPU, by op on a CPU (inside each itself, not
+    in ops that it calls), and the files above.
     """
 
     def __init__(self, world: World, out: Path, seconds: dict[str, float]) -> None:
@@ -76,12 +79,14 @@ class StepProfile:
         self._profile.__exit__(error, *exc)
         if error is not None:
             return
-        attr = "self_device_time_total" if self._cuda else "self_cpu_time_total"
         averages = self._profile.key_averages()
-        self.seconds = Counter()
-        for event in averages:
-            name = "compiled graph" if event.key.startswith(COMPILED_GRAPH) else event.key
-            self.seconds[name] += getattr(event, attr) * 1e-6
+        if self._cuda:
+            self.seconds = kernel_seconds(self._profile.events() or ())
+        else:
+            self.seconds = Counter()
+            for event in averages:
+                name = "compiled graph" if event.key.startswith(COMPILED_GRAPH) else event.key
+                self.seconds[name] += event.self_cpu_time_total * 1e-6
         trace = self._path("trace.json.gz")
         self._profile.export_chrome_trace(str(trace))
         if not self._cuda:
@@ -99,12 +104,31 @@ class StepProfile:
         total = sum(self.seconds.values())
         if not total:
             return {}
-        core = sum(t for name, t in self.seconds.items() if name in MATMUL or any(a in name for a in ATTENTION))
+        core = sum(t for name, t in self.seconds.items() if is_product(name))
+        shown = Counter[str]()
+        for name, t in self.seconds.items():
+            shown[name[:NAME_WIDTH]] += t
         return {
             "non_matmul_share": round(1 - core / total, 4),
-            "time_by_op": {name: round(t / total, 4) for name, t in self.seconds.most_common(TOP_OPS)},
+            "time_by_op": {name: round(t / total, 4) for name, t in shown.most_common(TOP_OPS)},
             "profile_files": sorted(f"profile/{path.name}" for path in self._folder.glob("*")),
         }
+
+
+def kernel_seconds(events: Iterable[Any]) -> Counter[str]:
+    """Seconds by the name of what ran on the GPU: kernels, copies and fills.
+
+    Their ops on the CPU and the annotations around them bear the same time once more, and are left out."""
+    seconds = Counter[str]()
+    for event in events:
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            seconds[event.name] += event.time_range.elapsed_us() * 1e-6
+    return seconds
+
+
+def is_product(name: str) -> bool:
+    """Whether an op or a kernel is a matrix product or attention."""
+    return name in MATMUL or any(part in name.lower() for part in (*ATTENTION, *PRODUCT_KERNELS))
 
 
 def memory_summary(trace: dict[str, Any], bytes_by_op: dict[str, int]) -> dict[str, Any]:

@@ -192,7 +192,7 @@ class Run:
             if self.out.resolve() != home.resolve():
                 raise UserError(f"--resume continues in the folder of the run, {home}: omit --out {self.out}")
         if resume or (self.out / "log.jsonl").exists() or (self.out / OWNER_FILE).exists():
-            communication.main_first(self._own)
+            communication.main_first(self._own, "the run's folder")
         if resume:
             self.checkpoint = found = checkpoint.find(resume)
             self.saved = State.read(found)
@@ -209,7 +209,9 @@ class Run:
                     raise UserError(
                         f"{found} is a checkpoint of another run than {config}: they differ in {', '.join(other)}"
                     )
-            communication.main_first(lambda: checkpoint.verify(found) if self.world.is_main else None)
+            communication.main_first(
+                lambda: checkpoint.verify(found) if self.world.is_main else None, "the checkpoint's checksums"
+            )
         elif checkpoint.checkpoints(self.out):
             raise UserError(
                 f"{self.out} holds a run already: continue it with --resume {self._quoted}, or choose another --out"
@@ -274,7 +276,7 @@ class Run:
         files."""
         cfg, saved = self.cfg, self.saved
         config = to_dict(dataclasses.replace(cfg, out=str(self.out), resume=None, mended_data=False))
-        communication.main_first(self._own)
+        communication.main_first(self._own, "the run's folder")
         notes = []
         if self.world.is_main and cfg.resume == AUTO and (log := self.out / "log.jsonl").exists():
             notes.append("the run that was here had saved nothing and starts over; its log is log-unsaved.jsonl")
@@ -293,7 +295,7 @@ class Run:
             log_every=cfg.log_every,
             start_step=self.start_step,
             log_bytes=saved.log_bytes if saved else None,
-            mirror=communication.main_first(open_mirror),
+            mirror=communication.main_first(open_mirror, "Weights & Biases"),
             drops_lines=cfg.on_save_error == "continue",
         )
         self.clock = TrainingClock(
@@ -336,12 +338,28 @@ class Run:
         *,
         evaluated: bool,
     ) -> None:
-        """Saves a checkpoint of the model that `step` steps made; all ranks call it, rank 0 writes. evaluated: see
-        `State`."""
+        """Saves a checkpoint of the model that `step` steps made; all ranks call it, rank 0 writes, and the others wait
+        here instead of in the next step. evaluated: see `State`."""
         loader_states = communication.gather_objects(loader.state())
         memory = self.peak_memory()
-        if not self.world.is_main:
-            return
+
+        def write() -> None:
+            if self.world.is_main:
+                self._write(step, model, optimizer, merge_states(loader_states), tokenizer, plan, memory, evaluated)
+
+        communication.main_first(write, f"the checkpoint of step {step}")
+
+    def _write(
+        self,
+        step: int,
+        model: GPT,
+        optimizer: Optimizer,
+        loader: dict[str, Any],
+        tokenizer: Tokenizer,
+        plan: Plan,
+        memory: int,
+        evaluated: bool,
+    ) -> None:
         tensors = checkpoint.training_tensors(model, optimizer.state)
         for name, t in tensors.items():
             if t.is_floating_point() and not t.isfinite().all():  # it would replace a good checkpoint
@@ -356,7 +374,7 @@ class Run:
             config=to_dict(dataclasses.replace(self.cfg, out=None, resume=None, mended_data=False)),
             model=dataclasses.asdict(model.cfg),
             precision=str(optimizer.compute_dtype).removeprefix("torch."),
-            loader=merge_states(loader_states),
+            loader=loader,
             log_bytes=self.log.log_bytes,
             counted_s=self.clock.counted_s,
             counted_steps=self.clock.counted_steps,

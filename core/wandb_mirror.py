@@ -2,7 +2,8 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,26 +50,45 @@ class WandbMirror:
         self.id: str = self._run.id
         self._run.define_metric("*", step_metric="step")
         self._complete = False
+        self._lost = False
 
     def event(self, event: dict[str, Any]) -> None:
         """Mirrors one event of log.jsonl, if it has metrics."""
         if event["event"] == "step":
             values = {name: v for name, v in event.items() if name not in ("event", "step", "time")}
-            self._run.log({"step": event["step"] + 1, **values})
+            row = {"step": event["step"] + 1, **values}
         elif event["event"] == "eval":
             data = {f"data/{name}": v for name, v in event["data"].items()}
-            self._run.log({"step": event["step"], "val_bpb": event["val_bpb"], **data})
+            row = {"step": event["step"], "val_bpb": event["val_bpb"], **data}
+        else:
+            return
+        if not self._lost:
+            with self._unless_lost():
+                self._run.log(row)
 
     def summary(self, values: dict[str, Any]) -> None:
-        self._run.summary.update(values)
-        self._complete = True
+        with self._unless_lost():
+            self._run.summary.update(values)
+            self._complete = True
+
+    @contextmanager
+    def _unless_lost(self) -> Iterator[None]:
+        """The first error of wandb is said and ends the mirror, not the run."""
+        try:
+            yield
+        except (load_wandb().Error, OSError) as error:  # OSError: its own process, or the disk under its files, is gone
+            if not self._lost:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                print(f"note: Weights & Biases takes no metrics any more ({reason}); log.jsonl has them all")
+            self._lost = True
 
     def close(self) -> None:
         """Sends what is left; a run without a summary counts as failed there."""
-        try:
-            within(ANSWER_SECONDS, lambda: self._run.finish(exit_code=0 if self._complete else 1))
-        except TimeoutError:
-            print(f"note: Weights & Biases did not take the last metrics in {ANSWER_SECONDS} s; log.jsonl has them all")
+        with self._unless_lost():
+            try:
+                within(ANSWER_SECONDS, lambda: self._run.finish(exit_code=0 if self._complete else 1))
+            except TimeoutError:
+                print(f"note: Weights & Biases did not take the last metrics in {ANSWER_SECONDS} s; log.jsonl has them")
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:

@@ -29,7 +29,7 @@ Limits    1 <= K <= 16; in the kernel C is a multiple of 16
 Bound     arithmetic: `lm_head_loss_cost`
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +121,70 @@ def chunks(M: int, rows: int) -> Iterator[slice]:
 # reference
 
 
+def _reference(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    softcap: Softcap | None,
+    vocab_size: int,
+    q: Tensor | None,
+    w_scale: Tensor | None,
+    x_scale: Tensor | None,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses (M,), dx like x and dw like w; losses and dw are in fp32 (float64 of float64)."""
+    acc_dtype = wide(x.dtype)
+    losses = torch.empty(x.size(0), dtype=acc_dtype, device=x.device)
+    dx = torch.empty_like(x) if need_grad else None
+    dw = torch.zeros_like(w, dtype=acc_dtype) if need_grad else None
+    weights = weights.to(acc_dtype)
+    S = weights.sum(1, keepdim=True)
+    head, given = w[:vocab_size], x
+    factor, steepest = scale.to(acc_dtype), 1.0
+    if softcap is not None:
+        factor, steepest = factor * (softcap.height / softcap.width), softcap.steepest
+    z_scale = dx_scale = dw_scale = g_scale = scale  # of the products in fp8
+    if q is not None and w_scale is not None:
+        # fp8 numbers are multiplied in fp32, unscaled, and the products scaled
+        head = q[:vocab_size].to(acc_dtype)
+        x_scale = amax_scale(x, E4M3_MAX) if x_scale is None else x_scale
+        x = quantised(x, x_scale, E4M3).to(acc_dtype)
+        g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * steepest).clamp_min(TINY_SCALE) * scale
+        z_scale, dx_scale, dw_scale = x_scale * w_scale, g_scale * w_scale, g_scale * x_scale
+    for chunk in chunks(x.size(0), reference_rows(w.size(0), w.size(1), x.device.type)):
+        z = x[chunk] @ head.T
+        z = z.to(acc_dtype) if q is None else (z * z_scale).to(given.dtype).to(acc_dtype)
+        s = None
+        if softcap is not None:
+            z = z.add_(softcap.shift) if softcap.shift else z
+            s = z.mul_(1 / softcap.width).sigmoid_()
+            z = softcap.height * s
+        logp = torch.log_softmax(z, dim=-1)
+        target, weight = targets[chunk], weights[chunk]
+        losses[chunk] = -(weight * torch.where(weight == 0, 0.0, logp.gather(1, target))).sum(1)
+        if dx is None or dw is None:
+            continue
+        dz = logp.exp_().mul_(S[chunk] * factor)
+        dz.scatter_add_(1, target, -weight * factor)
+        if s is not None:
+            dz.mul_(s)
+            dz.addcmul_(dz, s, value=-1)
+        if q is not None:
+            dz = quantised(dz, g_scale, E5M2).to(acc_dtype)
+            dx[chunk] = (dz @ head) * dx_scale
+            dw[:vocab_size].addmm_(dz.T, x[chunk] * dw_scale)
+            continue
+        dz = dz.to(x.dtype)
+        torch.mm(dz, head, out=dx[chunk])
+        if dw.dtype == x.dtype:
+            dw[:vocab_size].addmm_(dz.T, x[chunk])
+        else:
+            dw[:vocab_size] += dz.T @ x[chunk]
+    return losses, dx, dw
+
+
 class _Reference(torch.autograd.Function):
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override]  # torch declares (ctx, *args, **kwargs)
@@ -132,60 +196,9 @@ class _Reference(torch.autograd.Function):
         scale: Tensor,
         softcap: Softcap | None,
         reduction: str,
-        vocab_size: int,
-        q: Tensor | None,
-        w_scale: Tensor | None,
-        x_scale: Tensor | None,
-        need_grad: bool,
+        *options: Any,
     ) -> Tensor:
-        acc_dtype = wide(x.dtype)
-        losses = torch.empty(x.size(0), dtype=acc_dtype, device=x.device)
-        dx = torch.empty_like(x) if need_grad else None
-        dw = torch.zeros_like(w, dtype=acc_dtype) if need_grad else None
-        weights = weights.to(acc_dtype)
-        S = weights.sum(1, keepdim=True)
-        head, given = w[:vocab_size], x
-        factor, steepest = scale.to(acc_dtype), 1.0
-        if softcap is not None:
-            factor, steepest = factor * (softcap.height / softcap.width), softcap.steepest
-        z_scale = dx_scale = dw_scale = g_scale = scale  # of the products in fp8
-        if (
-            q is not None and w_scale is not None
-        ):  # fp8 numbers are multiplied in fp32, unscaled, and the products scaled
-            head = q[:vocab_size].to(acc_dtype)
-            x_scale = amax_scale(x, E4M3_MAX) if x_scale is None else x_scale
-            x = quantised(x, x_scale, E4M3).to(acc_dtype)
-            g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * steepest).clamp_min(TINY_SCALE) * scale
-            z_scale, dx_scale, dw_scale = x_scale * w_scale, g_scale * w_scale, g_scale * x_scale
-        for chunk in chunks(x.size(0), reference_rows(w.size(0), w.size(1), x.device.type)):
-            z = x[chunk] @ head.T
-            z = z.to(acc_dtype) if q is None else (z * z_scale).to(given.dtype).to(acc_dtype)
-            s = None
-            if softcap is not None:
-                z = z.add_(softcap.shift) if softcap.shift else z
-                s = z.mul_(1 / softcap.width).sigmoid_()
-                z = softcap.height * s
-            logp = torch.log_softmax(z, dim=-1)
-            target, weight = targets[chunk], weights[chunk]
-            losses[chunk] = -(weight * torch.where(weight == 0, 0.0, logp.gather(1, target))).sum(1)
-            if dx is None or dw is None:
-                continue
-            dz = logp.exp_().mul_(S[chunk] * factor)
-            dz.scatter_add_(1, target, -weight * factor)
-            if s is not None:
-                dz.mul_(s)
-                dz.addcmul_(dz, s, value=-1)
-            if q is not None:
-                dz = quantised(dz, g_scale, E5M2).to(acc_dtype)
-                dx[chunk] = (dz @ head) * dx_scale
-                dw[:vocab_size].addmm_(dz.T, x[chunk] * dw_scale)
-                continue
-            dz = dz.to(x.dtype)
-            torch.mm(dz, head, out=dx[chunk])
-            if dw.dtype == x.dtype:
-                dw[:vocab_size].addmm_(dz.T, x[chunk])
-            else:
-                dw[:vocab_size] += dz.T @ x[chunk]
+        losses, dx, dw = _reference(x, w, targets, weights, scale, softcap, *options)
         ctx.save_for_backward(dx, dw)
         ctx.dtype = w.dtype
         return losses if reduction == "none" else losses.sum() * scale
@@ -248,9 +261,13 @@ def lm_head_loss_ref(
     fp8: Fp8Weight | None = None,
     x_scale: Tensor | None = None,
 ) -> Tensor:
-    """By chunks, as the kernel: one expression for autograd would keep all logits."""
+    """By chunks, as the kernel: one expression for autograd would keep all logits. One node of a compiled graph, as the
+    kernel: hundreds of chunks would take minutes to compile."""
     given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
-    loss: Tensor = _Reference.apply(x, w, *given, _needs_gradients(x, w, reduction))
+    need_grad = _needs_gradients(x, w, reduction)
+    if torch.compiler.is_compiling():
+        return _through_op(_lm_head_loss_ref, x, w, given, need_grad, None)
+    loss: Tensor = _Reference.apply(x, w, *given, need_grad)
     return loss
 
 
@@ -411,8 +428,7 @@ class _Fp8Products:
 # torch ops
 
 
-@torch.library.custom_op("redline::lm_head_loss", mutates_args=())
-def _lm_head_loss(
+def _by_chunks(
     x: Tensor,
     w: Tensor,
     targets: Tensor,
@@ -463,10 +479,37 @@ def _lm_head_loss(
     return losses.sum() * scale, losses, dx, dw
 
 
+def _reference_by_chunks(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    softcap: list[float],
+    vocab_size: int,
+    need_grad: bool,
+    q: Tensor | None,
+    q_t: Tensor | None,
+    w_scale: Tensor | None,
+    x_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same by the reference."""
+    cap = Softcap(*softcap) if softcap else None
+    losses, dx, dw = _reference(x, w, targets, weights, scale, cap, vocab_size, q, w_scale, x_scale, need_grad)
+    if dx is None or dw is None:
+        dx, dw = x.new_empty(0), losses.new_empty(0)
+    return losses.sum() * scale, losses, dx, dw
+
+
+_lm_head_loss = torch.library.custom_op("redline::lm_head_loss", _by_chunks, mutates_args=())
+_lm_head_loss_ref = torch.library.custom_op("redline::lm_head_loss_ref", _reference_by_chunks, mutates_args=())
+
+
 @_lm_head_loss.register_fake
+@_lm_head_loss_ref.register_fake
 def _(x, w, targets, weights, scale, softcap, vocab_size, need_grad, q, q_t, w_scale, x_scale):
-    losses = x.new_empty(x.size(0), dtype=torch.float32)
-    dx, dw = (t.new_empty(t.shape if need_grad else (0,), dtype=d) for t, d in ((x, x.dtype), (w, torch.float32)))
+    losses = x.new_empty(x.size(0), dtype=wide(x.dtype))
+    dx, dw = (t.new_empty(t.shape if need_grad else (0,), dtype=d) for t, d in ((x, x.dtype), (w, wide(w.dtype))))
     return losses.new_empty(()), losses, dx, dw
 
 
@@ -486,6 +529,17 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
 
 
 _lm_head_loss.register_autograd(_backward, setup_context=_setup_context)
+_lm_head_loss_ref.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _through_op(
+    op: Callable[..., tuple[Tensor, ...]], x: Tensor, w: Tensor, given: Prepared, need_grad: bool, q_t: Tensor | None
+) -> Tensor:
+    targets, weights, scale, softcap, reduction, vocab_size, q, w_scale, x_scale = given
+    cap = [] if softcap is None else list(softcap)
+    loss, losses, *_ = op(x, w, targets, weights, scale, cap, vocab_size, need_grad, q, q_t, w_scale, x_scale)
+    result: Tensor = losses if reduction == "none" else loss
+    return result
 
 
 def _lm_head_loss_triton(
@@ -502,15 +556,8 @@ def _lm_head_loss_triton(
     x_scale: Tensor | None = None,
 ) -> Tensor:
     given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
-    targets, weights, scale, softcap, reduction, vocab_size, q, w_scale, x_scale = given
-    need_grad = _needs_gradients(x, w, reduction)
-    cap = [] if softcap is None else list(softcap)
     q_t = None if fp8 is None else fp8.q_t
-    loss, losses, *_ = _lm_head_loss(
-        x, w, targets, weights.float(), scale.float(), cap, vocab_size, need_grad, q, q_t, w_scale, x_scale
-    )
-    result: Tensor = losses if reduction == "none" else loss
-    return result
+    return _through_op(_lm_head_loss, x, w, given, _needs_gradients(x, w, reduction), q_t)
 
 
 # cost

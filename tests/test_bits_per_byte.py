@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from core.communication import World
 from core.config import ModelConfig
-from core.evals.bits_per_byte import bits_per_byte, compressor_bits_per_byte, windows
+from core.data.corpus import open_corpus
+from core.data.tokenizer import train_tokenizer
+from core.evals.bits_per_byte import (
+    bits_per_byte,
+    compressor_bits_per_byte,
+    validation_subset,
+    validation_whole,
+    windows,
+)
 from core.models.gpt2 import GPT
 
 CPU = torch.device("cpu")
@@ -31,6 +39,44 @@ def test_windows_score_each_token_once_with_enough_context(n, seq_len, data):
             assert w.skip >= seq_len - stride
         scored += new
     assert scored == tokens[1:]
+
+
+@pytest.fixture(scope="module")
+def text(corpus_dir, tmp_path_factory):
+    train, val = open_corpus(str(corpus_dir), seed=0, val_every=10, cache_dir=tmp_path_factory.mktemp("cache"))
+    return val, train_tokenizer(train, 300)
+
+
+def test_the_final_score_sees_half_a_context_before_every_token(text):
+    val, tokenizer = text
+    valset, data = validation_whole(val, tokenizer, 32, None)
+    assert data == "".join(val).encode() and valset.num_bytes == len(data)
+    ids = []
+    for w in valset.windows:
+        assert w.skip == 0 and w.tokens[0] == tokenizer.bos_id or w.skip >= 16
+        ids += w.tokens[w.skip + 1 :].tolist()
+    assert ids == [i for document in val for i in tokenizer.encode(document)]
+    part, some = validation_whole(val, tokenizer, 32, 3000)
+    assert data.startswith(some) and 0 < part.num_bytes == len(some) <= 3000 < len(some) + val.num_bytes(2 + 1) * 9
+    assert "the first" in part.scope and "every byte" in valset.scope
+
+
+@pytest.mark.parametrize("max_tokens", [1, 33, 700, 10**9])
+def test_the_subset_is_cut_at_its_size_and_its_windows_do_not_overlap(text, max_tokens):
+    val, tokenizer = text
+    valset = validation_subset(val, tokenizer, 32, max_tokens)
+    documents = [tokenizer.encode(val[int(i)]) for i in val.order(0)]
+    ids = [i for document in documents for i in document][:max_tokens]
+    assert [i for w in valset.windows for i in w.tokens[w.skip + 1 :].tolist()] == ids
+    assert valset.num_bytes == tokenizer.token_bytes[ids].sum()
+    fresh = sum(len(w.tokens) - 1 - w.skip for w in valset.windows if w.skip == 0)
+    assert all(len(w.tokens) == 33 for w in valset.windows if w.skip)  # only the last of a document reaches back
+    lengths = [len(document) for document in documents]
+    used, left = [], max_tokens
+    for n in lengths:
+        used.append(min(n, left))
+        left -= used[-1]
+    assert len(valset.windows) == sum(-(-n // 32) for n in used) and fresh <= len(ids)
 
 
 def test_stride_must_fit():

@@ -90,6 +90,20 @@ def test_a_save_that_fails_gives_the_name_back_and_leaves_no_rest(copy, monkeypa
     checkpoint.verify(checkpoint.find(copy))
 
 
+def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    checkpoint.write_json(path, {"old": 1})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"full.*{path}"):
+        fail_at_rename_to(patch, path.name, OSError(errno.ENOSPC, "full"))
+        checkpoint.write_json(path, {"new": "x" * 10**5})
+    assert json.loads(path.read_text()) == {"old": 1}
+    with pytest.raises(ValueError):
+        checkpoint.write_json(path, {"score": float("nan")})
+    assert json.loads(path.read_text()) == {"old": 1}
+    checkpoint.write_json(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"new": 2}
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -173,6 +173,22 @@ def test_lines_across_read_chunks(tmp_path, monkeypatch):
     assert by_key(*open_(path, tmp_path)) == {f"a.jsonl:{i}": text for i, text in enumerate(TEXTS)}
 
 
+@pytest.mark.parametrize("chunk", range(1, 14))
+def test_blank_lines_and_characters_across_read_chunks(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(sources, "CHUNK_BYTES", chunk)
+    text = "é\U0001f600" * 5
+    record = json.dumps({"text": text}, ensure_ascii=False).encode()
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jsonl").write_bytes(record + b"\r\n\r\n" + record + b"\n\n\r\n" + b"\r\n" + record)
+    (data / "b.txt").write_text(text, encoding="utf-8")
+    documents = by_key(*open_(data, tmp_path, val_every=2))
+    assert documents == {"a.jsonl:0": text, "a.jsonl:2": text, "a.jsonl:6": text, "b.txt": text}
+    (data / "b.txt").write_bytes(text.encode() + b"a\xffa")
+    with pytest.raises(ValueError, match=f"b.txt: not UTF-8 .byte 0xff at offset {len(text.encode()) + 1}:"):
+        open_(data, tmp_path, val_every=2)
+
+
 def test_num_bytes_is_that_of_the_text(folder, tmp_path):
     for corpus in open_(folder, tmp_path):
         assert [corpus.num_bytes(i) for i in range(len(corpus))] == [len(text.encode()) for text in corpus]
@@ -187,6 +203,8 @@ def test_split_is_the_hash_of_the_key(folder, tmp_path):
         for i in range(len(corpus)):
             value = int(hashlib.sha256(corpus.key(i).encode()).hexdigest(), 16)
             assert (value % 5 == 0) is in_validation
+    other = open_(folder, tmp_path, seed=1)  # nor does the seed have a say
+    assert [by_key(corpus).keys() for corpus in other] == [by_key(corpus).keys() for corpus in (train, val)]
 
 
 def test_order_is_a_permutation_of_seed_and_epoch(folder, tmp_path):
@@ -200,6 +218,25 @@ def test_order_is_a_permutation_of_seed_and_epoch(folder, tmp_path):
         np.testing.assert_array_equal(again.order(epoch), orders[epoch])
     other, _ = open_(folder, tmp_path, seed=1)
     assert not np.array_equal(other.order(0), orders[0])
+
+
+def test_orders_in_use_are_kept(tmp_path):
+    train, _ = open_(write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path)
+    for epoch in range(1, 6):
+        orders = [train.order(epoch - 1), train.order(epoch)]
+        assert train.order(epoch - 1) is orders[0] and train.order(epoch) is orders[1]
+
+
+def test_what_was_read_last_is_kept(monkeypatch):
+    monkeypatch.setattr(sources, "_RECENT_BYTES", 30)
+    recent, decoded = sources.Recent(), []
+
+    def get(number):
+        return recent.get("file", number, lambda: decoded.append(number) or bytes(10))
+
+    for number in (1, 2, 3, 1, 4, 1, 3, 2):  # 4 takes the place of 2, which was used longest ago
+        get(number)
+    assert decoded == [1, 2, 3, 4, 2]
 
 
 def test_order_is_the_same_everywhere(tmp_path):
@@ -286,7 +323,7 @@ def test_split_by_position_leaves_a_row_for_validation(tmp_path):
     one_sentence(error, "a single document", "too few to split by position", "80,000", "--seq-len")
 
 
-@pytest.mark.parametrize("text", ["x" * 5000, "wörd " * 1000, "\U0001f600" * 2000])
+@pytest.mark.parametrize("text", ["x" * 5000, "wörds and " * 1000, "\U0001f600" * 2000])
 def test_a_cut_is_before_a_word_or_at_least_a_character(tmp_path, text):
     train, val = open_(as_text(tmp_path / "a", [text]), tmp_path, row_tokens=16, val_every=7)
     assert train[0] + val[0] == text
@@ -318,6 +355,15 @@ def test_long_documents_are_read_in_parts(tmp_path, monkeypatch, write):
     assert len(lengths) > 5
     assert max(lengths) < 80_000
     np.testing.assert_array_equal(np.sort(parts[0].order(0)), np.arange(len(parts[0])))
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_document_is_long_from_one_byte_on(tmp_path, monkeypatch, write):
+    monkeypatch.setattr(sources, "LONG_BYTES", 1000)
+    texts = ["x" * (1000 + i % 2) for i in range(40)]
+    for corpus in open_(write(tmp_path / "a", texts), tmp_path):
+        for i in range(len(corpus)):
+            assert corpus.key(i).endswith("[0:1001]") == (len(corpus[i]) == 1001)
 
 
 def test_parts_of_a_row_stay_together_in_the_order_and_those_of_a_file_do_not(tmp_path, monkeypatch):
@@ -569,8 +615,9 @@ def test_a_digest_is_remembered_only_of_the_file_as_it_was(tmp_path, monkeypatch
     path.write_bytes(b"b" * 100)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert digest() == hashlib.sha256(b"b" * 100).hexdigest()
-    note.write_text('{"file": [')
-    assert digest() == hashlib.sha256(b"b" * 100).hexdigest()
+    for damaged in ('{"file": [', json.dumps({"sha256": "0" * 64}), json.dumps({"file": [], "sha256": "0"}), "[]"):
+        note.write_text(damaged)
+        assert digest() == hashlib.sha256(b"b" * 100).hexdigest()
 
 
 # -- faults: one sentence that names the file -------------------------------------------------------------------------
@@ -587,6 +634,13 @@ def test_missing_path(tmp_path):
     with pytest.raises(ValueError) as error:
         open_(tmp_path / "nowhere", tmp_path)
     one_sentence(error, str(tmp_path / "nowhere"), "no such file or folder")
+
+
+def test_a_pipe_is_no_data(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError) as error:
+        open_(tmp_path / "pipe", tmp_path)
+    one_sentence(error, "pipe", "is a pipe or a device, expected a file or a folder")
 
 
 def test_broken_link(folder, tmp_path):
@@ -613,6 +667,34 @@ def test_text_that_changes_while_in_use(folder, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=path.name):
         train[index]
+
+
+def test_a_text_that_grows_or_breaks_while_in_use_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LONG_BYTES", 1000)
+    path = tmp_path / "book.txt"
+    book = b"a word and another\n" * 20_000
+    path.write_bytes(book)
+    train, val = open_(path, tmp_path, row_tokens=16)
+    part = next(i for i in range(len(train)) if not train.key(i).startswith("book.txt[0:"))
+    at = int(train.key(part).split("[")[1].split(":")[0]) + 5
+    path.write_bytes(book[:at] + b"\xff" + book[at + 1 :])
+    with pytest.raises(ValueError, match=f"book.txt: not UTF-8 .byte 0xff at offset {at}:"):
+        train[part]
+    path.write_bytes(book + b"more\n")
+    for corpus in (train, val):
+        with pytest.raises(ValueError, match=f"changed while in use, from {len(book):,} to {len(book) + 5:,} bytes"):
+            corpus[0]
+
+
+def test_the_cache_inside_the_data_is_not_read(folder, tmp_path):
+    write_jsonl(folder / "c.jsonl.gz", TEXTS[:9], "gzip")
+    (folder / "cache" / "tokenizers").mkdir(parents=True)
+    (folder / "cache" / "tokenizers" / "note.txt").write_text("no document")
+    first = open_(folder, tmp_path, cache_dir=folder / "cache")
+    assert list((folder / "cache" / "unpacked").iterdir())
+    again = open_(folder, tmp_path, cache_dir=folder / "cache")
+    assert by_key(*again) == by_key(*first) and not any("cache" in key for key in by_key(*again))
+    assert again[0].fingerprint == first[0].fingerprint
 
 
 @pytest.mark.parametrize(

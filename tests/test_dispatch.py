@@ -162,6 +162,11 @@ def test_a_model_s_backends_are_remembered_once(monkeypatch):
     assert len(backends.choices) == 1 and backends.choices[0].backend == "triton"
     facts = json.loads(json.dumps(backends.facts()))
     assert facts["requested"] == "triton" and facts["choices"][0]["shape"] == {"M": 64, "N": 32}
+    # an fp32 parameter of a bf16 model
+    mixed = Backends("triton", device=torch.device("cpu"), dtype=torch.bfloat16)
+    for dtype in (None, torch.float32):
+        mixed.choose(rms_norm, 64, 32, dtype=dtype)
+    assert [choice.dtype for choice in mixed.choices] == ["bfloat16", "float32"]
     # forced on all, but this one has no such kernel
     assert backends.choose(made_up("ref", "cuda"), 8, 8)(torch.ones(8, 8)) == "ref"
     assert backends.choices[-1].reason == "PyTorch, on a CPU; there is no triton backend"

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 import kernels.lm_head_loss as module
 from bench.law import TINY, error, fill_dynamo_tables, poisoned_allocations
@@ -20,6 +22,7 @@ from kernels.lm_head_loss import (
     chunk_rows,
     lm_head_loss,
     lm_head_loss_cost,
+    lm_head_loss_ref,
     reference_bytes,
     softcapped_logits,
     tanh_cap,
@@ -273,6 +276,34 @@ def test_is_a_torch_op_and_compiles(dtype):
     check_op(lm_head_loss, args, factor=2.0, opcheck=True, compiled=True)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_compiled_reference_is_one_node_however_many_chunks(monkeypatch, fp8):
+    """With the bits of the eager one."""
+    args = case(M=40, C=16, V=64, padded=64)
+    w = args["w"].detach()
+    options = {"softcap": CAPS["tanh"]}
+    if fp8:
+        copy = empty_fp8(w)
+        quantise_weight.backends["ref"](w, *copy)
+        options["fp8"] = copy
+    want = evaluate(lm_head_loss_ref, args, 1.0, **options)
+    sizes = []
+
+    def count(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    for chunk in (40, 1):
+        monkeypatch.setattr(module, "reference_rows", lambda V, C, device, chunk=chunk: chunk)
+        torch.compiler.reset()
+        compiled = torch.compile(lm_head_loss_ref, fullgraph=True, dynamic=False, backend=backend)
+        got = evaluate(compiled, args, 1.0, **options)
+        if chunk == 40:
+            assert all(torch.equal(t, want[name]) for name, t in got.items())
+    assert len(sizes) == 4 and sizes[:2] == sizes[2:]
+
+
 def test_inference():
     x, w = torch.randn(5, 3, 16), torch.randn(24, 16)
     for cap in (15.0, 0.0):
@@ -466,19 +497,9 @@ def test_memory_at_64k_rows_and_50304_columns(backend, fp8, C, monkeypatch):
     memory = Memory(x, w, targets, weights, scale, *q)
     with memory:
         if backend == "triton":
-            implementation = module._lm_head_loss._init_fn
-            _, _, dx, dw = implementation(x, w, targets, weights, scale, [30.0, 0.0, 7.5], V, True, *q, None)
+            _, _, dx, dw = module._by_chunks(x, w, targets, weights, scale, [30.0, 0.0, 7.5], V, True, *q, None)
         else:
-
-            class Context:
-                def save_for_backward(self, *tensors):
-                    self.saved = tensors
-
-            context = Context()
-            module._Reference.forward(
-                context, x, w, targets, weights, scale, CAPS["tanh"], "mean", V, None, None, None, True
-            )
-            dx, dw = context.saved
+            _, dx, dw = module._reference(x, w, targets, weights, scale, CAPS["tanh"], V, None, None, None, True)
     assert launched or backend == "ref"
     extra = memory.peak - dx.nbytes - w.nbytes  # dw goes out in bf16: its fp32 sum is extra
     assert 2**26 < extra <= EXTRA_BYTES == 2**29, extra

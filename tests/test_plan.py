@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
+import torch
 
 from core import schedule
 from core.config import DataConfig, ModelConfig, preset
-from core.models.gpt2 import dims
-from core.plan import make_plan
+from core.models.gpt2 import dims, parameter_table
+from core.plan import is_compiled, make_plan, predict_memory
 
 # depth: parameters, scaling parameters, FLOPs per token (digits printed), batch, steps, decay
 TABLE = {
@@ -144,6 +145,31 @@ def test_device_batch_is_lowered_until_it_divides():
     assert (plan.device_batch_size, plan.grad_accum_steps) == (12, 2)
     plan = make_plan(small(total_batch_size=24 * 32), device_type="cpu", world_size=2)
     assert (plan.device_batch_size, plan.grad_accum_steps) == (12, 1)
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 6])
+def test_memory_that_a_compiled_backward_holds(n_kv_head):
+    """All bf16 gradients and a wide table of value embeddings, at depth 24 2.8 and 2.4 GB."""
+    model = ModelConfig(depth=24, n_kv_head=n_kv_head)
+    eager, compiled = (predict_memory(model, 1, torch.bfloat16, "cuda", compiled=c) for c in (False, True))
+    table = parameter_table(model)
+    few = sum(p.numel for p in table if p.dtype(torch.bfloat16) == torch.float32)
+    values = sum(p.numel for p in table if p.name == "value_embeds")
+    assert few < 1000 and 0 < values < 604e6 * 1.001
+    assert compiled["backward"] == 2 * (sum(p.numel for p in table) - few) + 4 * values
+    if n_kv_head is None:
+        assert compiled["backward"] == pytest.approx(2.77e9 + 2.42e9, rel=0.01)
+    assert compiled["total"] == eager["total"] + compiled["backward"] and eager["backward"] == 0
+    assert predict_memory(model, 1, torch.float32, "cuda", compiled=True)["backward"] == 0
+
+
+@pytest.mark.parametrize("compile, on", [(None, (False, True)), (True, (True, True)), (False, (False, False))])
+def test_what_is_compiled_is_what_is_planned(compile, on):
+    cfg = small(compile=compile)
+    assert tuple(is_compiled(cfg, device) for device in ("cpu", "cuda")) == on
+    for device, yes in zip(("cpu", "cuda"), on):
+        plan = make_plan(cfg, device_type=device, compute_dtype=torch.bfloat16)
+        assert (plan.memory_bytes["backward"] > 0) == yes
 
 
 @pytest.mark.parametrize(

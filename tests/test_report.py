@@ -1,13 +1,17 @@
 """The training clock, rates, and the report's small parts."""
 
+import os
 import time
 
 import pytest
 import torch
 
-from core.communication import LaggingLoss
+from core import machine
+from core.communication import LaggingLoss, World
+from core.config import preset
 from core.machine import UNCOUNTED_STEPS, TrainingClock, peak_flops, prepare_process, speed
-from core.report import hours, human, longest_run, sum_stats
+from core.plan import make_plan
+from core.report import RunLog, hours, human, longest_run, read_log, sum_stats
 
 CPU = torch.device("cpu")
 
@@ -56,6 +60,23 @@ def test_speed_is_one_formula():
     assert speed(8_000_000, 8.0, 4.5e9, 8 * 989e12).mfu == pytest.approx(4.5e15 / (8 * 989e12))
 
 
+def test_mfu_is_over_the_peak_of_all_devices(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    plan = make_plan(preset("quickstart", "cpu"), device_type="cpu", world_size=8)
+    log = RunLog(tmp_path, World(0, 8, torch.device("cuda", 0)), plan, log_every=1)
+    for step in range(3):
+        log.step(step, 1.0)
+        now[0] += 0.5
+    log.close()
+    first, *_, last = read_log(tmp_path / "log.jsonl")
+    rate = plan.total_batch_size / 0.5
+    assert "mfu" not in first and last["tok_per_s"] == pytest.approx(rate, rel=1e-4)
+    assert last["mfu"] == pytest.approx(rate * plan.flops_per_token / (8 * 989e12), abs=1e-5)
+    assert log.peak == 8 * 989e12
+
+
 def test_products_on_a_gpu_are_summed_in_fp32():
     flags = torch.backends.cuda.matmul
     before = flags.allow_bf16_reduced_precision_reduction
@@ -65,6 +86,19 @@ def test_products_on_a_gpu_are_summed_in_fp32():
         assert not flags.allow_bf16_reduced_precision_reduction
     finally:
         flags.allow_bf16_reduced_precision_reduction = before
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_on_a_gpu_bits_repeat_where_that_is_asked_for(deterministic, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        prepare_process("cuda", deterministic=deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def test_words():

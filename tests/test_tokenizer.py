@@ -4,7 +4,13 @@ used."""
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +21,8 @@ from core.config import PRESETS, preset
 from core.data import tokenizer as tokenizer_module
 from core.data.corpus import open_corpus
 from core.data.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer, get_tokenizer, train_tokenizer
+from core.stopping import TrainingError
+from tests.test_run import running
 
 TEXTS = [
     f"def f{i}(self, value={i * 37}):\n    return value ** {i}  # the héllo \U0001f600\r\n" * 5 for i in range(300)
@@ -226,6 +234,82 @@ def test_half_written_cache_is_never_used(corpus, tmp_path, monkeypatch):
         get_tokenizer(corpus, 300, cache_dir=tmp_path)
     assert list((tmp_path / "tokenizers").iterdir()) == []
     assert get_tokenizer(corpus, 300, cache_dir=tmp_path).vocab_size == 300
+
+
+def test_another_split_pattern_is_another_tokenizer(corpus, tmp_path, monkeypatch):
+    first = get_tokenizer(corpus, 400, cache_dir=tmp_path)
+    monkeypatch.setattr(tokenizer_module, "SPLIT_PATTERN", r"\s?\S+|\s")
+    second = get_tokenizer(corpus, 400, cache_dir=tmp_path)
+    assert second.digest != first.digest and len(list((tmp_path / "tokenizers").iterdir())) == 2
+    second.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").encode(TEXTS[0]) == second.encode(TEXTS[0]) != first.encode(TEXTS[0])
+
+
+def test_the_vocabulary_is_the_one_of_before():
+    """Digests made before training had a process of its own."""
+    assert train_tokenizer(TEXTS, 400).digest == "a7f3e10415fbaf06"
+    assert train_tokenizer(TEXTS, 1000, doc_cap=60).digest == "80a19de010a9d2b4"
+
+
+ENDLESS = """
+import base64, itertools, os, sys
+from core.stopping import one_sentence
+from core.starting import hear_signals
+from core.data.tokenizer import train_tokenizer
+hear_signals()
+with one_sentence():
+    def texts():
+        for i in itertools.count() if sys.argv[1] == "reading" else range(1000):
+            yield base64.b32encode(os.urandom(5000)).decode()
+            if i == 20 and sys.argv[1] == "reading":
+                print("here", flush=True)
+        print("here", flush=True)
+    train_tokenizer(texts(), 60000)
+"""
+
+
+@pytest.mark.parametrize(
+    "where, signum", [("reading", signal.SIGINT), ("merging", signal.SIGTERM), ("merging", signal.SIGKILL)]
+)
+def test_a_signal_ends_training_at_once_and_its_process_with_it(where, signum):
+    root = Path(tokenizer_module.__file__).parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, where],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        start_new_session=True,
+    )
+    assert parent.stdout.readline() == "here\n"
+    (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert os.getsid(int(child)) == int(child)
+    time.sleep(0.3)
+    start = time.monotonic()
+    os.killpg(parent.pid, signum)  # as a terminal does
+    _, error = parent.communicate(timeout=60)
+    while running(child):
+        assert time.monotonic() < start + 3, "the process that trains outlives its parent"
+        time.sleep(0.01)
+    assert time.monotonic() < start + 3
+    if signum == signal.SIGKILL:
+        assert parent.returncode == -signum
+    else:
+        assert parent.returncode == 128 + signum and error == f"stopped by {signum.name}\n"
+
+
+def test_a_training_process_that_dies_is_one_sentence(monkeypatch, tmp_path):
+    def texts():
+        yield "abc"
+        children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        while True:
+            yield "abc" * 10_000
+
+    with pytest.raises(TrainingError, match="the process that trains the tokenizer ended by SIGKILL .was memory short"):
+        train_tokenizer(texts(), 300)
 
 
 def test_whoever_writes_the_cache_first_wins(corpus, tmp_path, monkeypatch):

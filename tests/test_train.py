@@ -22,6 +22,8 @@ import eval as evaluation
 import train
 from core import checkpoint, schedule
 from core.config import from_dict
+from core.data.corpus import open_corpus
+from core.data.tokenizer import Tokenizer
 from core.models.gpt2 import GPT
 from core.optim import Optimizer
 from core.run import FORMAT, State
@@ -105,13 +107,31 @@ def test_log_has_every_step_and_the_intervals(finished):
     assert losses(finished)[13] < losses(finished)[0]
 
 
-def test_final_score_covers_every_byte(finished, corpus_dir):
-    from core.data.corpus import open_corpus
-
-    _, val = open_corpus(str(corpus_dir), seed=42, val_every=10, cache_dir=corpus_dir)
+def test_final_score_covers_every_byte(finished, corpus_dir, tmp_path, capsys):
+    _, val = open_corpus(str(corpus_dir), seed=42, val_every=10, cache_dir=tmp_path)
     size = sum((corpus_dir / val.key(i)).stat().st_size for i in range(len(val)))
     assert f"all {len(val)} validation documents" in events(finished, "end")[0]["scope"]
     assert f"({size:,} bytes)" in events(finished, "end")[0]["scope"]
+    evaluation.main([str(finished), "--metrics", "bpb", "--json"])
+    scored = json.loads(capsys.readouterr().out)  # what was counted, not what was meant
+    tokenizer = Tokenizer.load(checkpoint.find(finished))
+    assert scored["val_bytes"] == size and scored["val_tokens"] == sum(len(tokenizer.encode(text)) for text in val)
+    assert scored["val_bpb"] == events(finished, "end")[0]["val_bpb"]
+
+
+def test_samples_are_made_as_the_config_says(finished, capsys):
+    cfg = from_dict(json.loads((finished / "config.json").read_text()))
+    last = events(finished, "sample")[-1]
+    assert (last["temperature"], last["top_k"], last["seed"]) == (cfg.temperature, cfg.top_k, cfg.seed)
+    sampling = ["--temperature", str(cfg.temperature), "--top-k", str(cfg.top_k), "--seed", str(cfg.seed)]
+
+    def samples(*options):
+        evaluation.main([str(finished), "--metrics", "sample", "--sample-tokens", "4", "--json", *options])
+        return json.loads(capsys.readouterr().out)["samples"]
+
+    assert samples(*sampling) == last["samples"]
+    assert samples(*sampling, "--seed", "7") != last["samples"]
+    assert samples("--temperature", "2", "--top-k", "1") == samples("--temperature", "0")
 
 
 def test_evaluation_repeats_the_score(finished, capsys):
@@ -186,7 +206,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--precision", "bf16"], ["--packing", "crop", "--device-batch-size", "4"]])
-def test_resume_is_exact_in_other_modes(tiny, tmp_path, options):
+def test_resume_is_exact_in_other_modes(tiny, tmp_path, options, capsys):
     whole = run(tiny, tmp_path / "whole", *options, "--keep-checkpoints", "9")
     other = tmp_path / "other"
     shutil.copytree(whole, other)
@@ -196,6 +216,35 @@ def test_resume_is_exact_in_other_modes(tiny, tmp_path, options):
     a, b = final_tensors(whole), final_tensors(other)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert losses(whole) == losses(other)
+    capsys.readouterr()
+    evaluation.main([str(other), "--metrics", "bpb", "--json"])  # in the types that it was trained in
+    score = json.loads((whole / "summary.json").read_text())["val_bpb"]
+    assert json.loads(capsys.readouterr().out)["val_bpb"] == score
+
+
+def test_resuming_keeps_generators_memory_and_wall_time(tiny, tmp_path, monkeypatch):
+    honest_step, honest_read = train.train_step, State.read
+
+    def draws(*args):
+        torch.rand(1)  # nothing in a step does today
+        return honest_step(*args)
+
+    monkeypatch.setattr(train, "train_step", draws)
+    out = run(tiny, tmp_path / "run")
+    whole = final_tensors(out)
+    shutil.rmtree(checkpoint.find(out))
+    monkeypatch.setattr(
+        State,
+        "read",
+        lambda folder: dataclasses.replace(honest_read(folder), wall_time_s=1e6, peak_memory_bytes=10**15),
+    )
+    train.main(["--resume", str(out)])
+    assert torch.equal(final_tensors(out)["rng.cpu"], whole["rng.cpu"])
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["peak_memory_bytes"] == 10**15 and 1e6 < summary["wall_time_s"] < 1e6 + 600
+    monkeypatch.undo()
+    saved = State.read(checkpoint.find(out))
+    assert saved.peak_memory_bytes == 10**15 and saved.wall_time_s > 1e6
 
 
 def test_resuming_a_finished_run_only_reports_again(finished, tmp_path):
@@ -404,8 +453,9 @@ def test_resume_refuses_a_changed_corpus(tiny, tmp_path, corpus_dir):
     shutil.copytree(corpus_dir, data)
     out = run(tiny, tmp_path / "run", "--data", str(data))
     (data / "doc000.txt").write_text("something else")
-    with pytest.raises(ValueError, match="corpus|tokenizer"):
+    with pytest.raises(UserError, match="the training data changed since the checkpoint: ") as error:
         train.main(["--resume", str(out)])
+    assert not re.search("[0-9a-f]{16}", str(error.value))  # digests say nothing to people
     (data / "doc000.txt").write_text((corpus_dir / "doc000.txt").read_text())
 
 
@@ -443,6 +493,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tiny, tmp_path, options, s
         (["--temperature", "-1"], "--temperature is -1"),
         (["--warmdown-ratio", "2"], "expected 0 to 1"),
         (["--ratio", "inf"], "--ratio is inf"),
+        (["--total-batch-size", "2560000000000"], "--total-batch-size is 2560000000000: expected 1 to 1e.09"),
     ],
 )
 def test_values_out_of_range_are_named(tiny, tmp_path, options, says):
@@ -484,7 +535,7 @@ def test_resume_notices_a_change_inside_a_file_of_the_same_size(tiny, tmp_path, 
     path = sorted(data.iterdir())[0]
     text = path.read_text()
     path.write_text(text[: len(text) // 2] + "?" + text[len(text) // 2 + 1 :])
-    with pytest.raises(ValueError, match="corpus"):
+    with pytest.raises(UserError, match="training data changed"):
         train.main(["--resume", str(out)])
 
 
@@ -492,17 +543,18 @@ def test_moved_data_can_be_resumed(tiny, tmp_path, corpus_dir):
     data, moved = tmp_path / "data", tmp_path / "moved"
     shutil.copytree(corpus_dir, data)
     out = run(tiny, tmp_path / "run", "--data", str(data))
+    before, score = losses(out), events(out, "end")[0]["val_bpb"]
     data.rename(moved)
+    shutil.rmtree(checkpoint.find(out))
     train.main(["--resume", str(out), "--data", str(moved)])
-    assert (out / "report.md").exists()
+    assert losses(out) == before and events(out, "end")[0]["val_bpb"] == score
+    assert json.loads((out / "config.json").read_text())["data"]["path"] == str(moved)
 
 
 def test_damaged_validation_rows_are_found_before_training(tiny, tmp_path):
     lines = [json.dumps({"text": f"document {i} " + "with words in it " * 20}) for i in range(300)]
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(lines))
-    from core.data.corpus import open_corpus
-
     _, val = open_corpus(str(data), seed=42, val_every=10, cache_dir=tmp_path)
     row = int(val.key(len(val) - 1).split(":")[1])
     lines[row] = json.dumps({"words": "?"})
@@ -556,9 +608,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(finished, tmp_path, monke
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_fsync", killed)
-    from core.data.tokenizer import Tokenizer
-
+    monkeypatch.setattr(os, "fsync", killed)
     tokenizer = Tokenizer.load(checkpoint.find(out))
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(checkpoint.checkpoint_dir(out, 20), {"a": torch.ones(3)}, {"step": 20}, tokenizer)
@@ -615,6 +665,17 @@ def test_help_explains_every_option(capsys):
     options = "--steps --depth --ratio --data --total-batch-size --device-batch-size --out --resume --device --kernels"
     for option in (*options.split(), "--precision", "--seed"):
         assert option + " " in text, option
+
+
+def test_help_may_be_cut_short(monkeypatch):
+    """As by `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout, pytest.raises(SystemExit) as stopped:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with one_sentence():
+            train.main(["--help"])
+    assert stopped.value.code == 0
 
 
 def test_config_survives_json():

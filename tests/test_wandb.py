@@ -68,6 +68,34 @@ def test_metrics_are_mirrored_and_a_resumed_run_goes_on(tiny, tmp_path, fake, mo
     assert len(fake.runs) == 3 and State.read(checkpoint.find(out)).wandb == first.id
 
 
+@pytest.mark.parametrize("error", [Fake.Error("the run was deleted\nmore"), BrokenPipeError()])
+def test_losing_the_mirror_does_not_lose_the_run(tiny, tmp_path, fake, monkeypatch, capsys, error):
+    honest = fake.init
+
+    def init(**options):
+        r = honest(**options)
+
+        def log(row):
+            if len(r.rows) == 4:
+                r.rows.append("lost")
+                raise error
+            r.rows.append(row)
+
+        def finish(**_):
+            raise error
+
+        r.log, r.finish = log, finish
+        return r
+
+    monkeypatch.setattr(fake, "init", init)
+    out = run(tiny, tmp_path / "run", "--wandb", "mine", "--steps", "6")
+    assert (out / "report.md").exists() and len(losses(out)) == 6
+    said = [line for line in capsys.readouterr().out.splitlines() if "Weights & Biases" in line]
+    reason = (str(error).splitlines() or ["BrokenPipeError"])[0]
+    assert said == [f"note: Weights & Biases takes no metrics any more ({reason}); log.jsonl has them all"]
+    assert fake.runs[0].rows[4:] == ["lost"]  # and nothing is tried again
+
+
 @pytest.mark.parametrize("missing", [None, SimpleNamespace()])
 def test_a_missing_package_is_told_before_any_work(tiny, tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, "wandb", missing)

@@ -314,6 +314,8 @@ def _read(data: str, cache_dir: Path, row_tokens: int, say: Callable[[str], None
             own = {os.path.realpath(cache_dir / folder) for folder in CACHE_FOLDERS}
             keys = walk(root, {"__pycache__"}, skipped, own)
         else:
+            if os.path.exists(data):
+                raise UserError(f"{data}: is a pipe or a device, expected a file or a folder; save its text in a file")
             raise UserError(f"{data}: no such file or folder; give the path of existing data, or 'stdlib'")
 
     progress = Progress(say)

@@ -27,8 +27,10 @@ from core.data.tokenizer import Tokenizer
 from core.stopping import UserError
 
 _ADVICE = {
-    "corpus": "the training data changed since the checkpoint; restore it or start a new run",
-    "tokenizer": "the tokenizer changed since the checkpoint; restore it or start a new run",
+    "corpus": "training data changed since the checkpoint: a file was added, removed, renamed or edited; restore "
+    "it, go on with the text as it is now by --mended-data, or start a new run",
+    "tokenizer": "tokenizer is not that of the checkpoint: its vocabulary or its split pattern differs; restore the "
+    "folder of cached tokenizers or the version of Redline that trained it, or start a new run",
 }
 
 
@@ -125,6 +127,13 @@ class Loader:
         inputs, targets = host.to(self._device, non_blocking=True)
         return inputs, targets
 
+    def fault_ahead(self, steps: int) -> UserError | None:
+        """What is wrong with the data of the next `steps` steps, as many as are prepared at most; waits for them."""
+        for future in list(self._pending)[:steps]:
+            if isinstance(error := future.exception(), UserError):
+                return error
+        return None
+
     def state(self) -> dict[str, Any]:
         """JSON: settings, number of the last step handed out, and this rank's streams after it."""
         streams = {str(snapshot.index): snapshot.as_json() for snapshot in self._consumed}
@@ -176,8 +185,12 @@ class Loader:
     def _check_state(self, state: dict[str, Any]) -> None:
         for name, expected in self._settings.items():
             if state.get(name) != expected:
-                advice = _ADVICE.get(name, "resume with the settings of the checkpoint or start a new run")
-                raise UserError(f"data state has {name} {state.get(name)!r}, this run has {expected!r}: {advice}")
+                if name in _ADVICE:  # digests say nothing to people
+                    raise UserError(f"the {_ADVICE[name]}")
+                raise UserError(
+                    f"data state has {name} {state.get(name)!r}, this run has {expected!r}: resume with the "
+                    "settings of the checkpoint or start a new run"
+                )
         missing = [stream.index for stream in self._streams if str(stream.index) not in state["streams"]]
         if missing:
             raise UserError(f"data state lacks streams {missing}: resume from merge_states() of all ranks' states")

@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained by rustbpe, applied by tiktoken.
+"""Byte-level BPE: trained by rustbpe (in a process of its own), applied by tiktoken.
 
 Vocabulary   256 bytes, then merges in the order they were learnt, then the special tokens; vocab_size counts all of
              them.
@@ -16,18 +16,21 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rustbpe
 import tiktoken
 
 from core.data.corpus import Corpus
-from core.stopping import UserError
+from core.stopping import TrainingError, UserError
 
 # nanochat's split (92d63d4, nanochat/tokenizer.py): that of GPT-4, except that digits come in groups of at most two:
 # fewer tokens are spent on numbers in a small vocabulary
@@ -186,10 +189,38 @@ def train_tokenizer(
             if num_chars >= max_chars:
                 return
 
-    trainer = rustbpe.Tokenizer()  # pyrefly: ignore[missing-attribute]  # a compiled module without stubs
-    trainer.train_from_iterator(excerpts(), vocab_size - len(SPECIAL_TOKENS), _TEXTS_HELD, SPLIT_PATTERN)
-    ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
-    return Tokenizer([token for _, token in ranks], trained_on={"num_chars": num_chars})
+    tokens = _train(excerpts(), vocab_size - len(SPECIAL_TOKENS))
+    return Tokenizer(tokens, pattern=SPLIT_PATTERN, trained_on={"num_chars": num_chars})
+
+
+def _train(texts: Iterable[str], size: int) -> list[bytes]:
+    """core/data/train_bpe.py in a process of its own, which ends with whatever ends this function. In a session of its
+    own too: what a terminal sends is for this process to hear."""
+    command = [sys.executable, "-P", str(Path(__file__).with_name("train_bpe.py")), str(size), str(_TEXTS_HELD)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*command, SPLIT_PATTERN], stdin=pipe, stdout=pipe, start_new_session=True) as child:
+        assert child.stdin and child.stdout
+        try:
+            with suppress(BrokenPipeError):  # it has failed, and says why below
+                for text in texts:
+                    data = text.encode()
+                    child.stdin.write(len(data).to_bytes(8, "little") + data)
+                child.stdin.close()
+            tokens = child.stdout.read()
+            status = child.wait()
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            with suppress(BrokenPipeError):
+                child.stdin.close()
+    if status:
+        ended = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        raise TrainingError(
+            f"the process that trains the tokenizer ended {ended} (was memory short?): try a smaller "
+            "--tokenizer-doc-chars, or start again"
+        )
+    return [bytes.fromhex(token) for token in json.loads(tokens)]
 
 
 def get_tokenizer(

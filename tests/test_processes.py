@@ -1,0 +1,239 @@
+"""Two processes on one machine, over gloo: what they average, add up, wait for, and how they end together.
+
+They are forked from a server that has imported torch once; a program under torchrun imports it twice more.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+import train
+from core import checkpoint, communication
+from core.communication import average_, gather_objects, joined_world, main_first
+from core.data.packing import BestFitPacker
+from core.optim import Gradients
+from core.stopping import TrainingError, UserError
+from tests.test_train import events, final_tensors, losses, run
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.test_processes"])
+
+
+def together(work, *args):
+    """What work(*args) gives on rank 0 and on rank 1, or the exception that it raises there."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with ProcessPoolExecutor(2, CONTEXT) as pool:
+        ranks = [pool.submit(_as_rank, rank, port, work, args) for rank in range(2)]
+        return [rank.exception(timeout=120) or rank.result() for rank in ranks]
+
+
+def _as_rank(rank, port, work, args):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    return work(*args)
+
+
+def ranks_of(value):
+    """Tensors that differ by rank, in several dtypes, larger and smaller than a bucket, and with gaps."""
+    return [
+        torch.arange(n, dtype=torch.float32).add(value).to(dtype).reshape(shape)
+        for n, shape, dtype in (
+            (6, (2, 3), torch.float32),
+            (40, (40,), torch.float32),  # more than a bucket by itself
+            (4, (4,), torch.float32),
+            (8, (2, 4), torch.bfloat16),
+            (12, (12,), torch.bfloat16),
+            (5, (5,), torch.float64),
+            (16, (16,), torch.float32),
+            (1, (), torch.float32),
+        )
+    ]
+
+
+def averaged(bucket_bytes):
+    communication.BUCKET_BYTES = bucket_bytes
+    wire, honest = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda t: wire.append((t.dtype, t.nbytes)) or honest(t)
+    with joined_world("cpu") as world:
+        tensors = ranks_of(2.0 * world.rank)
+        strided = torch.zeros(4, 6)[:, ::2]
+        strided += world.rank
+        average_(iter([*tensors, strided]))
+        return [*tensors, strided.contiguous()], wire
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 64, 2**26])
+def test_every_tensor_is_the_mean_whatever_the_buckets(bucket_bytes):
+    wanted = [*ranks_of(1.0), torch.full((4, 3), 0.5)]
+    for got, wire in together(averaged, bucket_bytes):
+        for t, want in zip(got, wanted, strict=True):
+            assert t.dtype == want.dtype and torch.equal(t, want)
+        for dtype in {t.dtype for t in wanted}:  # nothing is widened on its way
+            assert sum(n for d, n in wire if d == dtype) == sum(t.nbytes for t in wanted if t.dtype == dtype)
+        assert all(n <= max(bucket_bytes, 160) for _, n in wire)
+        assert len(wire) == {1: 9, 64: 7, 2**26: 4}[bucket_bytes]
+
+
+def mean_gradients():
+    """Of an fp32 and a bf16 parameter over three micro-steps, and of one that only rank 0 uses."""
+    with joined_world("cpu") as world:
+        params = [torch.nn.Parameter(torch.ones(3, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.bfloat16)]
+        grads = Gradients(params)
+        for _ in range(3):
+            loss = (params[0] * (1 + world.rank)).sum() + (params[1] * (3 + 2 * world.rank)).sum()
+            (loss if world.rank else loss + params[2].sum()).backward()
+        grads.average(average_)
+        return [grads(p) for p in params]
+
+
+def test_gradients_are_averaged_in_every_dtype():
+    for got in together(mean_gradients):
+        assert [g.dtype for g in got] == [torch.float32] * 3
+        assert [g.tolist() for g in got] == [[4.5] * 3, [12.0] * 3, [1.5] * 3]
+
+
+def first(fails):
+    """main_first with work that only rank 0 has to survive."""
+    with joined_world("cpu") as world:
+        done = []
+
+        def work():
+            done.append(world.rank)
+            if world.rank == 0 and fails is not None:
+                raise fails
+            return gather_objects
+
+        try:
+            main_first(work, "nothing")
+        except SystemExit as end:
+            return done, end.code
+        except (UserError, OSError) as error:
+            return done, str(error)
+        return done, gather_objects(world.rank)
+
+
+@pytest.mark.parametrize("fails, code", [(UserError("no text"), 2), (OSError(2, "no file"), 2)])
+def test_where_rank_0_meets_bad_input_the_others_do_not_begin(fails, code):
+    assert together(first, fails) == [([0], str(fails)), ([], code)]
+
+
+def test_rank_0_comes_first_and_the_others_follow():
+    assert together(first, None) == [([0], [0, 1]), ([1], [0, 1])]
+
+
+def trained(argv):
+    sys.stdout = open(os.devnull, "w")
+    train.main(argv)
+
+
+def test_two_processes_train_like_one_in_bf16(tiny, tmp_path):
+    """Step by step, to the same score; what their loaders counted adds up."""
+    options = [*tiny, "--precision", "bf16", "--steps", "6", "--save-every", "3"]
+    one, two = run(options, tmp_path / "one"), tmp_path / "two"
+    assert together(trained, [*options, "--out", str(two)]) == [None, None]
+    assert losses(two) == pytest.approx(losses(one), rel=2e-3)
+    a, b = final_tensors(one), final_tensors(two)
+    for name in ("model.attn_qkv.0", "model.wte", "model.lm_head"):  # a step of rank 0's rows alone is another one
+        assert (a[name].float() - b[name].float()).norm() < 0.1 * a[name].float().norm(), name
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (one, two)]
+    assert summaries[0]["val_bpb"] == pytest.approx(summaries[1]["val_bpb"], rel=2e-3)
+    for stats in (summaries[1]["data_stats"], events(two, "eval")[-1]["data"]):
+        assert stats["tokens"] == 512 * (6 if stats is summaries[1]["data_stats"] else 5)
+    assert summaries[1]["data_stats"] == pytest.approx(summaries[0]["data_stats"])
+
+
+def bad_line(argv, row):
+    """Rank 1 cannot read row `row` of its stream."""
+    filled, honest = [], BestFitPacker.fill
+
+    def fill(self, *options):
+        filled.append(self)
+        if len(filled) > row and os.environ["RANK"] == "1":
+            raise UserError("rows.jsonl, line 41: no text")
+        honest(self, *options)
+
+    BestFitPacker.fill = fill
+    try:
+        trained(argv)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("row, step", [(2, 0), (8 * 3 + 5, 3), (8 * 4, 4), (8 * 5, None)])
+def test_a_line_that_one_process_cannot_read_stops_all_after_a_checkpoint(tiny, tmp_path, row, step):
+    out = tmp_path / "run"
+    options = ["--steps", "5", "--save-every", "2", "--eval-every", "None", "--sample-every", "None"]
+    error, end = together(bad_line, [*tiny, *options, "--out", str(out)], row)
+    newest = checkpoint.step_of(checkpoint.find(out))
+    if step is None:  # it lies beyond the run
+        assert (error, end, newest) == (None, None, 5) and (out / "report.md").exists()
+        return
+    assert "line 41: no text; " in error and f"step_{step:06d} is saved" in error and "--mended-data" in error
+    assert isinstance(end, SystemExit) and end.code == 2
+    assert newest == step and sorted(losses(out)) == list(range(step))
+
+
+# waiting
+
+
+def slow_main(step_seconds, patience, alone):
+    """Rank 0 takes `alone` seconds before the others follow; then both reduce a tensor."""
+    communication.STEP_SECONDS, communication.PATIENCE_SECONDS = step_seconds, patience
+    with joined_world("cpu") as world:
+        try:
+            main_first(lambda: time.sleep(alone if world.is_main else 0), "a tokenizer")
+        except TrainingError as error:
+            return str(error)
+        return communication.all_sum(torch.ones(1)).item()
+
+
+def test_what_rank_0_does_alone_may_take_longer_than_a_step():
+    assert together(slow_main, 1, 60, 2.5) == [2.0, 2.0]
+
+
+def test_no_wait_is_without_end_and_its_error_says_for_what():
+    main, other = together(slow_main, 60, 1, 2.5)
+    assert other.startswith("waiting for a tokenizer, which did not come in 1 s (")
+    assert "another process has ended" in main
+
+
+def slow_save(argv):
+    honest = checkpoint.save
+
+    def save(*args):
+        time.sleep(1.6)
+        honest(*args)
+
+    checkpoint.save, communication.STEP_SECONDS = save, 1
+    trained(argv)
+
+
+def test_ranks_wait_for_a_save_outside_of_the_next_step(tiny, tmp_path):
+    options = ["--steps", "3", "--save-every", "2", "--out", str(tmp_path / "run")]
+    assert together(slow_save, [*tiny, *options]) == [None, None]
+
+
+def full_disk(argv):
+    def save(*args):
+        raise OSError(28, "No space left on device", "checkpoints")
+
+    checkpoint.save = save
+    try:
+        trained(argv)
+    except TrainingError as error:
+        return str(error)
+
+
+def test_a_full_disk_ends_the_others_quietly(tiny, tmp_path):
+    error, end = together(full_disk, [*tiny, "--steps", "3", "--save-every", "2", "--out", str(tmp_path / "run")])
+    assert "the checkpoint of step 2 cannot be saved (checkpoints: No space left" in error
+    assert isinstance(end, SystemExit) and end.code == 1
