@@ -16,8 +16,10 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     from bench import interpreter
+    from tests import races
 
     interpreter.install()
+    races.install()
 
 
 def pytest_xdist_auto_num_workers(config):

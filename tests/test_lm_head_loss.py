@@ -27,7 +27,8 @@ from kernels.lm_head_loss import (
 from kernels.op import Op
 from kernels.quantise_weight import quantise_weight
 from tests.harness import DEVICE, Failed, check_op, mutant
-from tests.mutations import mutations
+from tests.mutations import Edit, mutations
+from tests.races import programs_in
 
 CAPS = {"tanh": tanh_cap(15.0), "sigmoid": Softcap(23.0, 5.0, 7.5), "none": None}
 DTYPES = (torch.bfloat16, torch.float32)
@@ -79,7 +80,7 @@ def check(args, op: Op = lm_head_loss, backend="triton", upstream=-1.7, **option
     like = evaluate(whole, args, upstream, **options)
     with poisoned_allocations():
         got = evaluate(op.backends[backend], args, upstream, **options)
-    with poisoned_allocations():
+    with poisoned_allocations(), programs_in("reversed"):
         again = evaluate(op.backends[backend], args, upstream, **options)
     for name in RESULTS:
         n = max(1, want[name].numel())
@@ -131,20 +132,27 @@ def test_vocabularies(V, padded):
         check(case(M=20, V=V, padded=padded, dtype=dtype, ignored=1), softcap=CAPS["sigmoid"])
 
 
+SHORT_TILES = {"BLOCK": 64, "num_warps": 1}  # of rows that no program can hold, in the place of 4,096 columns
+
+
+def test_rows_that_no_program_can_hold():
+    held, tiled = (module._row_config(V)["BLOCK"] for V in (module.ROW_IN_REGISTERS, 50304))
+    assert held == module.ROW_IN_REGISTERS and tiled < 50304
+
+
 @pytest.mark.parametrize("cap", CAPS)
 def test_a_row_that_no_program_can_hold(cap, monkeypatch):
     """Read twice, tile by tile."""
-    monkeypatch.setattr(module, "ROW_IN_REGISTERS", 256)
-    args = case(M=9, V=9_000, padded=9_008, C=16, ignored=1, K=3)
-    check(args, softcap=CAPS[cap])
-    check({**args, "x": args["x"].bfloat16(), "w": args["w"].bfloat16()}, softcap=CAPS[cap])
+    monkeypatch.setattr(module, "_row_config", lambda V: SHORT_TILES)
+    for dtype in DTYPES:
+        check(case(M=9, V=601, padded=608, C=16, ignored=1, K=3, dtype=dtype), softcap=CAPS[cap])
 
 
 def test_a_row_that_no_program_can_hold_in_fp8(monkeypatch):
-    args = case(M=9, V=600, padded=608, dtype=torch.bfloat16)
+    args = case(M=9, V=601, padded=608, dtype=torch.bfloat16)
     copy = copies(args["w"])[1]
     want = evaluate(lm_head_loss.backends["triton"], args, 1.0, softcap=CAPS["tanh"], fp8=copy)
-    monkeypatch.setattr(module, "ROW_IN_REGISTERS", 256)
+    monkeypatch.setattr(module, "_row_config", lambda V: SHORT_TILES)
     with poisoned_allocations():
         got = evaluate(lm_head_loss.backends["triton"], args, 1.0, softcap=CAPS["tanh"], fp8=copy)
     assert all(error(got[name], want[name].double()) < 0.01 for name in RESULTS)
@@ -567,6 +575,26 @@ CLASSES = [
     "dx of the first chunk everywhere",
     "the upstream gradient is one",
 ]
+
+
+BARRIERS = {  # by what stands after each
+    "before the gradient of a row": (False, r"g = tl\.exp\(y - rest\)"),
+    "before the gradient of a long row": (True, r"for start"),
+    "before the gradients of targets": (False, r"same ="),
+    "before the gradients of targets in a long row": (True, r"same ="),
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="races show in the interpreter")
+@pytest.mark.parametrize("name", BARRIERS)
+def test_a_missing_barrier_is_noticed(name, tmp_path, monkeypatch):
+    long, following = BARRIERS[name]
+    edit = Edit(rf"tl\.debug_barrier\(\)(.*\n +{following})", r"pass\1", within="_row_kernel")
+    racing = mutant(module, [edit], tmp_path)
+    if long:
+        monkeypatch.setattr(racing, "_row_config", lambda V: SHORT_TILES)
+    with pytest.raises(Failed, match="no barrier"):
+        evaluate(racing.lm_head_loss.backends["triton"], case(M=5), 1.0)
 
 
 SMALL_CHUNKS = {"EXTRA_BYTES = 2**29": "EXTRA_BYTES = 0", "CHUNK_MULTIPLE = 128": "CHUNK_MULTIPLE = 16"}
