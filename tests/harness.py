@@ -30,6 +30,7 @@ from bench.law import (
     few,
     fill_dynamo_tables,
     judge,
+    judge_rows,
     named,
     poisoned_allocations,
     same_form,
@@ -148,6 +149,7 @@ def check_op(
     outputs = {name: t for name, t in named(reference(**copies())).items() if t.requires_grad}
     outputs = {name: t for name, t in outputs.items() if upstream_of is None or name in upstream_of}
     errors: dict[str, list[tuple[float, float]]] = {}
+    first: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # results of the first draw
     for draw in range(DRAWS if few(wide) else 1):
         upstream = draw_upstream(outputs, randn(seed + 1 + draw, torch.float64))
         oracle = evaluate(reference, wide, {name: t.double() for name, t in upstream.items()})
@@ -162,10 +164,12 @@ def check_op(
         for name, want in oracle.items():
             like = want.to(theirs[name].dtype) if name in rounded_once else theirs[name]
             errors.setdefault(name, []).append((error(ours[name], want), error(like, want)))
+            first.setdefault(name, (ours[name], like, want))
     for name, draws in errors.items():
         kernel_errors, torch_errors = (list(column) for column in zip(*draws))
         once = name in rounded_once
         judge(f"{where}: {name}", kernel_errors, torch_errors, oracle[name].numel(), ONCE if once else factor)
+        judge_rows(f"{where}: {name}", *first[name])
     with poisoned_allocations(), programs_in("reversed"):
         again = evaluate(kernel, prepare(lambda t, _: guarded(t)), {name: guarded(t) for name, t in upstream.items()})
     for name, got in ours.items():
