@@ -24,7 +24,7 @@ from kernels.lm_head_loss import (
     softcapped_logits,
     tanh_cap,
 )
-from kernels.op import Op
+from kernels.op import Op, UserError
 from kernels.quantise_weight import quantise_weight
 from tests.harness import DEVICE, Failed, check_op, mutant
 from tests.mutations import Edit, mutations
@@ -430,6 +430,24 @@ def test_fp8_losses_by_row_and_large_weights():
     assert all(error(triton[name], ref[name]) < 0.02 and triton[name].isfinite().all() for name in RESULTS)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends to compile for another GPU")
+def test_an_older_gpu_is_told_that_it_has_no_fp8(monkeypatch):
+    from kernels import op
+
+    args = case(dtype=torch.bfloat16)
+    copy = copies(args["w"])[0]
+    monkeypatch.setattr(op, "COMPILED_FOR", (8, 0))
+    op.capability.cache_clear()
+    try:
+        with pytest.raises(UserError, match="lm_head_loss: fp8 needs a GPU of compute capability 8.9 or .*, not 8.0"):
+            lm_head_loss.backends["triton"](**args, fp8=copy)
+        with pytest.raises(UserError, match="quantise_weight: fp8 needs a GPU of compute capability 8.9"):
+            quantise_weight.backends["triton"](args["w"], *copy)
+        assert lm_head_loss.backends["triton"](**args).isfinite()
+    finally:
+        op.capability.cache_clear()
+
+
 # memory -------------------------------------------------------------------
 
 
@@ -511,8 +529,10 @@ def test_the_prediction_of_the_plan_holds_on_a_cpu():
 
 
 def test_cost():
-    assert lm_head_loss_cost((4, 8, 16), torch.bfloat16)[0] == 2 * 4 * 8 * 16
-    assert lm_head_loss_cost((4, 8, 16), torch.bfloat16, "mean", True)[0] == 6 * 4 * 8 * 16
+    """Of 4 rows, 8 channels and 16 columns: x and w once, with gradients twice; 12 bytes of target and weight."""
+    assert lm_head_loss_cost((4, 8, 16), torch.bfloat16) == (2 * 4 * 8 * 16, 2 * (32 + 128) + 48)
+    assert lm_head_loss_cost((4, 8, 16), torch.bfloat16, "mean", True) == (6 * 4 * 8 * 16, 2 * 2 * (32 + 128) + 48)
+    assert lm_head_loss_cost((4, 8, 16), torch.float32, "mean", True)[1] == 2 * 4 * (32 + 128) + 48
 
 
 # a small model in fp8 -----------------------------------------------------
