@@ -159,8 +159,16 @@ def test_symmetric_products_are_symmetric_and_complete(shape):
 def test_bad_calls_are_refused(backend, x, scale, says):
     with pytest.raises(ValueError, match=says):
         polar_express.checked(backend)(x, scale)
-    with pytest.raises(ValueError, match="no coefficients"):
-        polar_express.checked(backend)(torch.ones(1, 4, 4), coefficients=())
+
+
+@pytest.mark.parametrize(
+    "coefficients",
+    [(), (1.0, 2.0, 3.0), ((1.0, 2.0),), (COEFFICIENTS[0], (1.0, 2.0, 3.0, 4.0)), ((1.0, 2.0, torch.nan),)],
+)
+@pytest.mark.parametrize("backend", polar_express.backends)
+def test_coefficients_are_three_numbers_a_step(backend, coefficients):
+    with pytest.raises(ValueError, match="coefficients are .*; expected .a, b, c., three finite numbers, for each"):
+        polar_express.checked(backend)(torch.ones(1, 4, 4), coefficients=coefficients)
 
 
 def test_the_kernel_refuses_float64():
