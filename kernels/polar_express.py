@@ -228,16 +228,12 @@ def _polar_express_triton(
     unit, (_, rows, cols) = 16 // x.dtype.itemsize, x.shape
     small = min(rows, cols) % unit  # A is square with the shorter side
     if small or cols % unit:
-        padded = x.new_zeros(x.size(0), _up(rows, unit), _up(cols, unit))
+        padded = x.new_zeros(x.size(0), sizes.round_up(rows, unit), sizes.round_up(cols, unit))
         padded[:, :rows, :cols] = x
         y: Tensor = _polar_express(padded, scale, flat)
         return y[:, :rows, :cols].contiguous()
     y = _polar_express(x, scale, flat)
     return y
-
-
-def _up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
 
 
 # cost
