@@ -3,7 +3,7 @@
 Oracle      the reference in float64, on the very numbers that the kernel gets
 Law         err(kernel) <= factor * err(PyTorch in the same dtype) + TINY for each output and each gradient, by name;
             err is the root mean square of the difference over that of the oracle
-Rows        the worst row of a result may be ROW_FACTOR times as wrong as the reference's worst (before timing alone)
+Rows        the worst row of a result may be ROW_FACTOR times as wrong as the reference's worst
 Sampling    a mean over n numbers is known to about one part in sqrt(n), so the bound is widened by 1 + 3/sqrt(n).
             A gradient of a few numbers is averaged over DRAWS random upstream gradients
 Upstream    random gradients, neither one nor of mean zero: a backward that ignores or rescales them is far off

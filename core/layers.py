@@ -15,10 +15,6 @@ FLEX_TILE = 128  # FlexAttention takes sequences of whole tiles
 Mask = Tensor | BlockMask | None
 
 
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 def unbind_banks(banks: nn.ParameterList) -> list[Tensor]:
     """The matrix of each layer. Once per forward: indexing a bank per layer would build its whole gradient n times."""
     return [matrix for bank in banks for matrix in bank.unbind(0)]

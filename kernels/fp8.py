@@ -13,13 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.op import Device, UserError, capability, check_number, check_tensor, describe, needs_triton
+from kernels.sizes import round_up
 from kernels.tile import launch
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E4M3_MAX, E5M2_MAX = torch.finfo(E4M3).max, torch.finfo(E5M2).max
 FP8_CAPABILITY = (8, 9)
+ROW_MULTIPLE = 16  # rows of so many elements begin at multiples of 16 bytes in every dtype
 TINY_SCALE = 1e-12  # the scale of a tensor of zeros
-TRANSPOSE_BLOCK = 64  # rows and columns that a program transposes
 
 
 def needs_fp8(device: Device) -> str | None:
@@ -37,14 +38,9 @@ def check_capability(op: str, device: torch.device) -> None:
         raise UserError(f"{op}: fp8 needs a GPU of compute capability {least} or newer, not {has}; leave it out")
 
 
-def round_up(n: int) -> int:
-    """n rounded up to 16, so that rows of n elements begin at multiples of 16 bytes in every dtype."""
-    return -(-n // 16) * 16
-
-
 def aligned_empty(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised (rows, columns) tensor whose rows begin at multiples of 16 bytes."""
-    return like.new_empty(rows, round_up(columns), dtype=dtype)[:, :columns]
+    return like.new_empty(rows, round_up(columns, ROW_MULTIPLE), dtype=dtype)[:, :columns]
 
 
 def amax_scale(t: Tensor, limit: float) -> Tensor:
@@ -68,6 +64,11 @@ def clamped(x, limit):
     return tl.maximum(x, -limit, propagate_nan=tl.PropagateNan.ALL)
 
 
+def _config(dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
+    """Rows and columns that a program transposes, and warps. Not measured on a GPU yet."""
+    return {"BLOCK": 64, "num_warps": 4}
+
+
 @triton.jit(do_not_specialize=["R"])
 def _transpose_kernel(
     x_ptr, q_ptr, q_t_ptr, scale_ptr, R, columns_t, C, limit, stride_x, stride_q, stride_t,
@@ -77,7 +78,7 @@ def _transpose_kernel(
 
     The division rounds to nearest, as PyTorch's: Triton's `/` is approximate, and decides ties otherwise.
 
-    columns_t is R rounded up to a multiple of 16, which Triton can see, so that stores are wide.
+    columns_t is R rounded up to ROW_MULTIPLE, which Triton can see, so that stores are wide.
     """
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -90,14 +91,25 @@ def _transpose_kernel(
     tl.store(q_t_ptr + offs_c[:, None] * stride_t + offs_r[None, :], tl.trans(q), mask=inside_t)
 
 
+def _padded_columns(t: Tensor) -> int:
+    """Columns of t rounded up to ROW_MULTIPLE, if its memory has room for them: a copy that torch.compile makes of an
+    argument that is written ends with its last element."""
+    columns = round_up(t.size(1), ROW_MULTIPLE)
+    end = t.storage_offset() + (t.size(0) - 1) * t.stride(0) + columns
+    fits = columns <= t.stride(0) and end * t.itemsize <= t.untyped_storage().nbytes()
+    return columns if fits else t.size(1)
+
+
 def transpose(x: Tensor, q: Tensor | None, q_t: Tensor, scale: Tensor | None) -> None:
     """Fills q_t with x transposed; with q and scale, q with x / scale in e4m3 and q_t with the same transposed."""
     R, C = x.shape
-    grid = (triton.cdiv(R, TRANSPOSE_BLOCK), triton.cdiv(C, TRANSPOSE_BLOCK))
+    config = _config(x.dtype, capability(x.device))
+    grid = (triton.cdiv(R, config["BLOCK"]), triton.cdiv(C, config["BLOCK"]))
     launch(
         _transpose_kernel, grid,
-        x, q, q_t, scale, R, round_up(R), C, E4M3_MAX, x.stride(0), 0 if q is None else q.stride(0), q_t.stride(0),
-        QUANTISE=q is not None, BLOCK=TRANSPOSE_BLOCK, num_warps=4,
+        x, q, q_t, scale, R, _padded_columns(q_t), C, E4M3_MAX,
+        x.stride(0), 0 if q is None else q.stride(0), q_t.stride(0),
+        QUANTISE=q is not None, **config,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ Limits    rows and cols are at least 1. Where cols, or the shorter side, is no m
 Bound     arithmetic: `polar_express_cost`, which counts half of each symmetric product
 """
 
+import math
 from typing import Any
 
 import torch
@@ -227,16 +228,12 @@ def _polar_express_triton(
     unit, (_, rows, cols) = 16 // x.dtype.itemsize, x.shape
     small = min(rows, cols) % unit  # A is square with the shorter side
     if small or cols % unit:
-        padded = x.new_zeros(x.size(0), _up(rows, unit), _up(cols, unit))
+        padded = x.new_zeros(x.size(0), sizes.round_up(rows, unit), sizes.round_up(cols, unit))
         padded[:, :rows, :cols] = x
         y: Tensor = _polar_express(padded, scale, flat)
         return y[:, :rows, :cols].contiguous()
     y = _polar_express(x, scale, flat)
     return y
-
-
-def _up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
 
 
 # cost
@@ -255,6 +252,11 @@ def polar_express_cost(
 # interface
 
 
+def _is_triple(step: Any) -> bool:
+    numbers = step if isinstance(step, (tuple, list)) else ()
+    return len(numbers) == 3 and all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
+
+
 def _check(
     x: Tensor, scale: Tensor | None = None, *, coefficients: Coefficients = COEFFICIENTS, safety: float = SAFETY
 ) -> Problem:
@@ -262,8 +264,10 @@ def _check(
         raise ValueError(f"polar_express: x is {describe(x)}; expected (K, rows, cols) bfloat16 or float32")
     if scale is not None:
         check_tensor("polar_express", "scale", scale, x.shape[:1], (wide(x.dtype),), x.device)
-    if not coefficients:
-        raise ValueError("polar_express: no coefficients; give (a, b, c) of one step at least")
+    if not coefficients or not all(_is_triple(step) for step in coefficients):
+        raise ValueError(
+            f"polar_express: coefficients are {coefficients!r}; expected (a, b, c), three finite numbers, for each step"
+        )
     return Problem(tuple(x.shape), x.dtype, x.device)
 
 

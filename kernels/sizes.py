@@ -1,7 +1,13 @@
-"""The sizes of the tracks' models, from which each op derives the shapes that it is compiled and measured at."""
+"""Sizes: rounding up, and those of the tracks' models, from which each op derives the shapes that it is compiled and
+measured at."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is not below n."""
+    return -(-n // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ BANK_LAYERS = 4  # layers whose matrices share a bank
 def _gpt2(depth: int, rows: int) -> Size:
     """nanochat's model of that depth, with its rows per forward pass on an 80 GB H100 [nanochat 92d63d4]."""
     D, width = 128, 64 * depth
-    C = -(-width // D) * D
+    C = round_up(width, D)
     return Size(B=rows, T=2048, C=C, H=C // D, G=C // D, D=D, F=4 * C, V=32768, L=depth)
 
 

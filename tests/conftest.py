@@ -17,8 +17,10 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     from bench import interpreter
+    from tests import races
 
     interpreter.install()
+    races.install()
 
 from core.stopping import SIGNALS  # noqa: E402
 

@@ -2,7 +2,8 @@
 
 Layouts     inputs and upstream gradients contiguous, with gaps between rows, or transposed, each between guards of NaN
 Memory      whatever the kernel allocates is NaN before it writes, and the guards around it must survive
-Repeats     two runs agree in every bit
+Repeats     two runs agree in every bit, though the programs of one run in reverse (in Triton's interpreter)
+Launches    those in the interpreter have no races, missing barriers or stray accesses: tests/races.py
 PyTorch     `torch.library.opcheck` of each torch op that was called; `torch.compile(fullgraph=True)` with the same bits
 """
 
@@ -29,12 +30,14 @@ from bench.law import (
     few,
     fill_dynamo_tables,
     judge,
+    judge_rows,
     named,
     poisoned_allocations,
     same_form,
 )  # fmt: skip
 from kernels.op import Op
 from tests.mutations import Edit, NoSuchMutation, edited
+from tests.races import programs_in
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ONCE = 1.02  # factor of results that are rounded once
@@ -146,6 +149,7 @@ def check_op(
     outputs = {name: t for name, t in named(reference(**copies())).items() if t.requires_grad}
     outputs = {name: t for name, t in outputs.items() if upstream_of is None or name in upstream_of}
     errors: dict[str, list[tuple[float, float]]] = {}
+    first: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # results of the first draw
     for draw in range(DRAWS if few(wide) else 1):
         upstream = draw_upstream(outputs, randn(seed + 1 + draw, torch.float64))
         oracle = evaluate(reference, wide, {name: t.double() for name, t in upstream.items()})
@@ -160,11 +164,13 @@ def check_op(
         for name, want in oracle.items():
             like = want.to(theirs[name].dtype) if name in rounded_once else theirs[name]
             errors.setdefault(name, []).append((error(ours[name], want), error(like, want)))
+            first.setdefault(name, (ours[name], like, want))
     for name, draws in errors.items():
         kernel_errors, torch_errors = (list(column) for column in zip(*draws))
         once = name in rounded_once
         judge(f"{where}: {name}", kernel_errors, torch_errors, oracle[name].numel(), ONCE if once else factor)
-    with poisoned_allocations():
+        judge_rows(f"{where}: {name}", *first[name])
+    with poisoned_allocations(), programs_in("reversed"):
         again = evaluate(kernel, prepare(lambda t, _: guarded(t)), {name: guarded(t) for name, t in upstream.items()})
     for name, got in ours.items():
         if not torch.equal(_bits(got), _bits(again[name])):
@@ -181,7 +187,9 @@ def check_op(
         whole = torch.compile(
             kernel, fullgraph=True, dynamic=False, backend="inductor" if DEVICE == "cuda" else "aot_eager"
         )
-        for name, t in evaluate(whole, prepare(lambda t, _: t.clone()), upstream).items():
+        with programs_in("random"):
+            results = evaluate(whole, prepare(lambda t, _: t.clone()), upstream)
+        for name, t in results.items():
             if not torch.equal(_bits(t), _bits(again[name])):
                 raise Failed(f"{where}: {name} differs under torch.compile")
     return ours

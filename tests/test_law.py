@@ -43,6 +43,15 @@ def test_one_bad_row_fails_where_the_mean_does_not():
         judge_rows("y", got, like, want)
 
 
+def test_one_bad_row_of_4000_fails():
+    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    bad = torch.ones(4000, 1)
+    bad[1234] = 1.05
+    with pytest.raises(Failed, match="a row of twice triton: y"):
+        check_op(op(lambda x: (1.1 * bad * x).bfloat16(), lambda x: 1.1 * x), {"x": x}, no_grad=("x",))
+    check_op(op(lambda x: (1.1 * x.float()).bfloat16(), lambda x: 1.1 * x), {"x": x}, no_grad=("x",))
+
+
 def test_a_kernel_that_alternates_its_results_fails():
     calls = itertools.count()
     with pytest.raises(Failed, match="differs between two runs"):

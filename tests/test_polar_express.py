@@ -7,7 +7,7 @@ import kernels.polar_express as module
 from kernels import gemm
 from kernels.polar_express import COEFFICIENTS, SAFETY, polar_express, polar_express_cost, polar_express_ref
 from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
-from tests.mutations import mutations
+from tests.mutations import Edit, mutations
 
 DTYPES = (torch.bfloat16, torch.float32)
 SHAPES = (
@@ -159,8 +159,16 @@ def test_symmetric_products_are_symmetric_and_complete(shape):
 def test_bad_calls_are_refused(backend, x, scale, says):
     with pytest.raises(ValueError, match=says):
         polar_express.checked(backend)(x, scale)
-    with pytest.raises(ValueError, match="no coefficients"):
-        polar_express.checked(backend)(torch.ones(1, 4, 4), coefficients=())
+
+
+@pytest.mark.parametrize(
+    "coefficients",
+    [(), (1.0, 2.0, 3.0), ((1.0, 2.0),), (COEFFICIENTS[0], (1.0, 2.0, 3.0, 4.0)), ((1.0, 2.0, torch.nan),)],
+)
+@pytest.mark.parametrize("backend", polar_express.backends)
+def test_coefficients_are_three_numbers_a_step(backend, coefficients):
+    with pytest.raises(ValueError, match="coefficients are .*; expected .a, b, c., three finite numbers, for each"):
+        polar_express.checked(backend)(torch.ones(1, 4, 4), coefficients=coefficients)
 
 
 def test_the_kernel_refuses_float64():
@@ -218,6 +226,27 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
         check(randn(0, torch.bfloat16)(2, 136, 200), op=broken)
         check(randn(0, torch.bfloat16)(2, 13, 29), op=broken)
         check(randn(0, torch.float32)(2, 40, 24), op=broken, scale=torch.tensor([0.01, 0.02], device=DEVICE))
+
+
+RACES = {  # with the right bits, which no comparison of numbers shows
+    "squares are computed whole, and mirrored": [
+        Edit(r"tiles_m \* \(tiles_m \+ 1\) // 2 if SYMMETRIC else ", "", within="_gemm_kernel"),
+        Edit(r"if SYMMETRIC:(\n +#)", r"if False:\1", within="_gemm_kernel"),
+    ],
+    "two programs compute every tile": [
+        Edit(r"tl\.range\(tl\.program_id\(0\),", "tl.range(0,", within="_gemm_kernel"),
+        Edit(r"tl\.num_programs\(0\), flatten", "1, flatten", within="_gemm_kernel"),
+    ],
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="races show in the interpreter")
+@pytest.mark.parametrize("name", RACES)
+def test_a_race_is_noticed(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(gemm, "PROGRAMS_WITHOUT_GPU", 2)
+    racing = mutant(module, RACES[name], tmp_path)
+    with pytest.raises(Failed, match="race between programs"):
+        racing._gemm(*[randn(0, torch.bfloat16)(1, 136, 72)] * 2, right_t=True, symmetric=True)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")

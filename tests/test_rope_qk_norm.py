@@ -6,8 +6,8 @@ import torch
 
 import kernels.rope_qk_norm as module
 from kernels.rope_qk_norm import rope_qk_norm, rope_qk_norm_cost, rope_qk_norm_ref
-from tests.harness import DEVICE, LAYOUTS, Failed, check_op, guarded, mutant, randn
-from tests.mutations import mutations
+from tests.harness import DEVICE, LAYOUTS, check_op, guarded, mutant, randn
+from tests.mutations import Edit, mutations
 
 DTYPES = (torch.bfloat16, torch.float32)
 SHAPES = ((2, 5, 4, 2, 16), (1, 3, 3, 3, 20), (3, 2, 1, 1, 128), (2, 4, 12, 12, 8), (1, 1, 2, 1, 64))  # B, T, H, G, D
@@ -58,20 +58,32 @@ def test_gradients_as_attention_returns_them():
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_value_embeddings_from_one_wide_gather():
-    """ve of a layer is a slice of what one gather made for all layers: forward and backward."""
-    args = inputs("value embeddings", (2, 5, 4, 2, 16))
-    wide = guarded(torch.randn(2, 5, 3, 2, 16, device=DEVICE)).requires_grad_()
-    args["ve"] = wide.unbind(2)[1]
+CUTS = {
+    "one layer of a gather for all": ((3, 5, 3, 2, 16), lambda wide: wide.unbind(2)[1]),
+    "the middle of longer rows": ((3, 9, 2, 16), lambda wide: wide[:, 2:7]),
+}
+
+
+def check_value_embeddings(name, op=triton_op):
+    """ve as a part of a larger tensor: forward and backward."""
+    shape, cut = CUTS[name]
+    args = inputs("value embeddings", (3, 5, 4, 2, 16))
+    wide = guarded(torch.randn(shape, device=DEVICE)).requires_grad_()
+    args["ve"] = cut(wide)
     assert not args["ve"].is_contiguous()
     leaves = {"wide": wide, "gate": args["gate"].requires_grad_(), "qkv": args["qkv"].requires_grad_()}
-    results = {}
-    for name, op in (("ref", rope_qk_norm_ref), ("triton", triton_op)):
-        out = op(**args)
+    results = []
+    for function in (op, rope_qk_norm_ref):
+        out = function(**args)
         grads = torch.autograd.grad(sum((t * t.cos()).sum() for t in out), list(leaves.values()))
-        results[name] = [*out, *grads]
-    for got, want in zip(results["triton"], results["ref"]):
+        results.append([*out, *grads])
+    for got, want in zip(*results):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_value_embeddings_are_read_where_they_are(name):
+    check_value_embeddings(name)
 
 
 @pytest.mark.parametrize("changes", [{"scale": -0.7}, {"scale": 3.0, "eps": 0.5}], ids=str)
@@ -244,6 +256,12 @@ MUTATIONS = {
         "        ve1, ve2 = _two_halves(ve_ptr, offs_ve, HALF, is_v)\n        dgate": "        offs_ve = token * "
         "G * D + offs\n        ve1, ve2 = _two_halves(ve_ptr, offs_ve, HALF, is_v)\n        dgate"
     },
+    "batches of ve follow each other": [
+        Edit(r"b \* stride_ve_b", "b * T * stride_ve_t", within="_rope_qk_norm_fwd_kernel")
+    ],
+    "batches of ve follow each other backward": [
+        Edit(r"b \* stride_ve_b", "b * T * stride_ve_t", within="_rope_qk_norm_bwd_kernel")
+    ],
     "a stride is forgotten": {"t * stride_dq_t + wide_h * stride_dq_h": "t * (H * D) + wide_h * stride_dq_h"},
 }
 # one for each class of failure; the others run by `pytest -m mutations`
@@ -256,6 +274,8 @@ CLASSES = [
     "sin has the stride of cos",
     "the scale is a constant",
     "ve has a stride of its own only forward",
+    "batches of ve follow each other",
+    "batches of ve follow each other backward",
 ]
 
 
@@ -263,12 +283,13 @@ CLASSES = [
 @pytest.mark.parametrize("name", mutations(MUTATIONS, always=CLASSES))
 def test_a_broken_kernel_is_noticed(name, tmp_path):
     broken = mutant(module, MUTATIONS[name], tmp_path).rope_qk_norm
-    with pytest.raises(Failed):
+    with pytest.raises(AssertionError):
         for layout in LAYOUTS[:2]:
             check("value embeddings", (2, 5, 3, 2, 12), torch.bfloat16, op=broken, layout=layout)
         small = inputs("plain", (1, 3, 2, 1, 8))
         check_op(broken, small | {"qkv": small["qkv"] * 1e-4}, no_grad=NO_GRAD, factor=FACTOR)
         check("plain", (1, 3, 2, 1, 16), op=broken, changes={"scale": 3.0, "eps": 0.5})
+        check_value_embeddings("the middle of longer rows", broken.backends["triton"])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")

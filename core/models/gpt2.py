@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from core import params
 from core.config import ModelConfig
 from core.kv_cache import KVCache
-from core.layers import WindowMasks, attention, rope_tables, round_up, unbind_banks
+from core.layers import WindowMasks, attention, rope_tables, unbind_banks
 from core.params import MuonView, Param, bank, constant, normal, ramp, uniform
 from core.stopping import UserError
 from kernels.dispatch import Backends
@@ -33,6 +33,7 @@ from kernels.quantise_weight import quantise_weight
 from kernels.relu2_mlp import relu2_mlp
 from kernels.rms_norm import rms_norm
 from kernels.rope_qk_norm import rope_qk_norm
+from kernels.sizes import round_up
 
 VOCAB_MULTIPLE = 64  # padded vocabulary: rows divide over ranks and fill tensor-core tiles
 WINDOW_MULTIPLE = 128  # short windows are whole attention tiles
