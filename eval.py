@@ -1,4 +1,4 @@
-"""Evaluates a trained model: `python eval.py RUN_OR_CHECKPOINT [--metrics bpb,sample] [--prompt TEXT ...]`."""
+"""Evaluates a trained model: `python eval.py RUN_OR_CHECKPOINT [--metrics core,bpb,sample] [--prompt TEXT ...]`."""
 
 # ruff: noqa: E402
 from core.starting import hear_signals
@@ -18,31 +18,43 @@ import tyro
 
 from core import checkpoint, communication, machine
 from core.communication import World, joined_world
-from core.config import STDLIB, ModelConfig, check_ranges, from_dict, option
+from core.config import CORE_BUNDLE, STDLIB, DataConfig, ModelConfig, check_ranges, from_dict, option
 from core.data.corpus import Corpus, open_corpus, open_validation
 from core.data.tokenizer import Tokenizer
 from core.evals.bits_per_byte import score, validation_whole
+from core.evals.core_metric import GPT2_CORE, GPTScorer, Scorer, TaskScore, core_score, fetch_tasks
+from core.evals.hugging_face import HuggingFaceScorer
 from core.generate import sample_texts, stream_text
 from core.models.gpt2 import GPT
 from core.run import State
 from core.stopping import UserError, check_utf8, expanded, one_sentence, out_of_memory
 from kernels.dispatch import Backends
 
-METRICS = ("bpb", "sample")
+METRICS = ("core", "bpb", "sample")
+HF_ROW_TOKENS = 512  # of logits of a model of transformers, for each row of --device-batch-size
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """What to evaluate and how. Under torchrun, processes share the work of bpb."""
 
-    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
+    path: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")] = None
     """A run folder (its newest checkpoint counts) or one checkpoint."""
-    metrics: str = ",".join(METRICS)
-    """Which, separated by commas: bpb scores the validation text, sample writes text."""
+    metrics: str | None = None
+    """Which, separated by commas: core answers the 22 tasks of CORE, bpb scores the validation text, sample writes
+    text; unset: bpb and sample, of --hf core."""
+    hf: str | None = None
+    """Instead of a run: a causal language model of Hugging Face's transformers, by name or folder."""
     prompt: list[str] = field(default_factory=list)
     """Beginnings of texts to continue; unset: those of the training run."""
     data: str | None = None
     """Text for bpb, as for train.py: its validation split, or all of one document; unset: that of the training run."""
+    core_max_per_task: int | None = option(None, 1)
+    """Examples of each task of CORE; unset: all, as scores on the board."""
+    core_bundle: str = CORE_BUNDLE
+    """The tasks of CORE: a folder, a .zip file or its URL, which is fetched once into the cache."""
+    core_csv: str | None = None
+    """Where to write CORE's table, task by task."""
     max_bytes: int | None = option(None, 1)
     """Score whole documents up to this many bytes, one at least; unset: all."""
     sample_tokens: int = option(200, 0)
@@ -77,30 +89,69 @@ def load_model(folder: Path, world: World, kernels: str, batch_size: int) -> tup
 def main(argv: list[str]) -> None:
     check_utf8(argv)
     cfg = tyro.cli(EvalConfig, prog="eval.py", description=__doc__, args=argv)
-    metrics = [name.strip() for name in cfg.metrics.split(",") if name.strip()]
+    if (cfg.path is None) == (cfg.hf is None):
+        raise UserError("give a run folder or a checkpoint, or --hf NAME for a model of Hugging Face's transformers")
+    asked = cfg.metrics if cfg.metrics is not None else "core" if cfg.hf else "bpb,sample"
+    metrics = [name.strip() for name in asked.split(",") if name.strip()]
     if unknown := sorted(set(metrics) - set(METRICS)):
         raise UserError(f"--metrics {cfg.metrics}: unknown {', '.join(unknown)}; choose from {', '.join(METRICS)}")
     if not metrics:
         raise UserError(f"--metrics is empty: choose from {', '.join(METRICS)}")
+    if cfg.hf and metrics != ["core"]:
+        raise UserError(f"--metrics {cfg.metrics}: of a model of transformers only core is known")
     check_ranges(cfg)
-    folder = checkpoint.find(cfg.path)
+    folder = checkpoint.find(cfg.path) if cfg.path else None
     with joined_world(cfg.device) as world:
-        model, tokenizer, state = load_model(folder, world, cfg.kernels, cfg.device_batch_size)
-        device = machine.device_name(world.device)
-        result: dict[str, Any] = {"checkpoint": str(folder), "device": device}
         talks = world.is_main and not cfg.json
-        if talks:
-            print(f"{folder} on {device}")
-        if "bpb" in metrics:
-            result |= score_text(cfg, model, tokenizer, state, world)
-            if talks:
-                print(f"{result['data']}: {result['val_bpb']:.4f} bits per byte\n  ({result['val_scope']})")
-        if "sample" in metrics and world.is_main:
-            prompts = list(cfg.prompt or from_dict(state.config).sample_prompts)
-            with out_of_memory("samples", lambda: "try shorter prompts, fewer of them, or fewer --sample-tokens"):
-                result["samples"] = write_samples(cfg, model, tokenizer, prompts, shown=talks)
+        result = evaluate_run(cfg, folder, metrics, world, talks) if folder else evaluate_hf(cfg, world, talks)
         if world.is_main and cfg.json:
             print(json.dumps(result))
+
+
+def evaluate_run(cfg: EvalConfig, folder: Path, metrics: list[str], world: World, talks: bool) -> dict[str, Any]:
+    """The metrics of a checkpoint, in the order of METRICS. talks: print them as they are known."""
+    model, tokenizer, state = load_model(folder, world, cfg.kernels, cfg.device_batch_size)
+    device = machine.device_name(world.device)
+    result: dict[str, Any] = {"checkpoint": str(folder), "device": device}
+    if talks:
+        print(f"{folder} on {device}")
+    if "core" in metrics:
+        max_tokens = cfg.device_batch_size * model.dims.seq_len
+        cache_dir = expanded(from_dict(state.config).data.cache_dir)
+        result |= score_core(cfg, GPTScorer(model, tokenizer, max_tokens=max_tokens), cache_dir, world, talks)
+    if "bpb" in metrics:
+        result |= score_text(cfg, model, tokenizer, state, world)
+        if talks:
+            print(f"{result['data']}: {result['val_bpb']:.4f} bits per byte\n  ({result['val_scope']})")
+    if "sample" in metrics and world.is_main:
+        prompts = list(cfg.prompt or from_dict(state.config).sample_prompts)
+        with out_of_memory("samples", lambda: "try shorter prompts, fewer of them, or fewer --sample-tokens"):
+            result["samples"] = write_samples(cfg, model, tokenizer, prompts, shown=talks)
+    return result
+
+
+def evaluate_hf(cfg: EvalConfig, world: World, talks: bool) -> dict[str, Any]:
+    """CORE of a model of transformers."""
+    assert cfg.hf
+    scorer = HuggingFaceScorer(cfg.hf, world, max_tokens=cfg.device_batch_size * HF_ROW_TOKENS)
+    result = {"model": cfg.hf, "device": machine.device_name(world.device)}
+    return result | score_core(cfg, scorer, expanded(DataConfig.cache_dir), world, talks)
+
+
+def score_core(cfg: EvalConfig, scorer: Scorer, cache_dir: Path, world: World, talks: bool) -> dict[str, Any]:
+    tasks = communication.main_first(lambda: fetch_tasks(cfg.core_bundle, cache_dir, print), "the tasks of CORE")
+    on_task = show_task if talks else None
+    with out_of_memory("CORE", lambda: "try a smaller --device-batch-size"):
+        score = core_score(scorer, tasks, world, max_per_task=cfg.core_max_per_task, on_task=on_task)
+    if talks:
+        print(f"CORE {score.core:.4f} ({score.scope()}; GPT-2: {GPT2_CORE})")
+    if cfg.core_csv and world.is_main:
+        checkpoint.write_text(expanded(cfg.core_csv), score.csv())
+    return score.summary()
+
+
+def show_task(score: TaskScore) -> None:
+    print(score.line(), flush=True)
 
 
 def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, state: State, world: World) -> dict[str, Any]:

@@ -26,9 +26,21 @@ setup(
         "rich",
         "matplotlib",
         "safetensors",
+        "pyyaml",
+        "filelock",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyrefly"],
+        "test": [
+            "pytest",
+            "pytest-benchmark",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "pyrefly",
+            "transformers",
+        ],
         "wandb": ["wandb"],
+        "hf": ["transformers"],
     },
 )

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from core.evals.bits_per_byte import (
     validation_subset,
     validation_whole,
 )
+from core.evals.core_metric import CoreScore, GPTScorer, Task, core_score, fetch_tasks, read_examples
 from core.generate import sample_texts
 from core.machine import choose_dtype
 from core.models.gpt2 import GPT, choose_ops
@@ -121,6 +123,7 @@ class Text(NamedTuple):
     train: Corpus
     val: Corpus
     tokenizer: Tokenizer
+    tasks: list[Task]  # of CORE, if it is scored
 
 
 @dataclass
@@ -221,7 +224,19 @@ def read_text(cfg: Config, *, is_main: bool, learned: Tokenizer | None) -> Text:
     if is_main:
         check_readable(val, cfg.final_eval_bytes)
     options = {"cache_dir": cache_dir, "doc_cap": cfg.data.doc_cap, "on_train": print}
-    return Text(train, val, learned or get_tokenizer(train, cfg.model.vocab_size, **options))
+    tokenizer = learned or get_tokenizer(train, cfg.model.vocab_size, **options)
+    return Text(train, val, tokenizer, read_tasks(cfg, cache_dir) if cfg.core or cfg.core_every else [])
+
+
+def read_tasks(cfg: Config, cache_dir: Path) -> list[Task]:
+    """Those of CORE, checked before hours of training."""
+    try:
+        tasks = fetch_tasks(cfg.core_bundle, cache_dir, print)
+        for task in tasks:
+            read_examples(task, cfg.core_max_per_task)
+    except UserError as error:
+        raise UserError(f"{error}; --no-core --core-every None trains without this score") from error
+    return tasks
 
 
 def announce(run: Run, text: Text, trainer: Trainer) -> tuple[dict[str, Any], ValidationSet, range]:
@@ -312,11 +327,11 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
             last = step == plan.steps
             again = step == run.start_step and run.evaluated  # the checkpoint was saved after what is due here
             evaluates = due(cfg.eval_every, step) and not last and (not again or run.extended(plan))
+            answers = step > 0 and not again and due(cfg.core_every, step) and not last
             samples = step > 0 and not again and (due(cfg.sample_every, step) or last)
             saves = step > 0 and not again and (due(cfg.save_every, step) or last)
-            pauses = (
-                evaluates or samples or saves or last or (len(profiled) > 0 and step in (profiled.start, profiled.stop))
-            )
+            looks = evaluates or answers or samples
+            pauses = looks or saves or last or (len(profiled) > 0 and step in (profiled.start, profiled.stop))
 
             # log: losses lag by a step on a GPU, but all are known before anything else happens than training
             for done, loss, stops in losses.take(flush=pauses):
@@ -331,10 +346,10 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
                 clock.stop()
                 log.pause_rate()
 
-            if evaluates or samples:  # the end scores the whole split instead of the subset
+            if looks:  # the end scores the whole split instead of the subset
                 error = None
                 try:
-                    look(run, text, trainer, step, subset if evaluates else None, samples=samples)
+                    look(run, text, trainer, step, subset if evaluates else None, answers=answers, samples=samples)
                 except Exception as e:
                     error = e
                 if any(communication.gather_objects(error is not None)):
@@ -364,7 +379,7 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
                 clock.stop()
                 for done, loss, _ in losses.take(flush=True):
                     log.step(done, loss)
-                save(step, evaluated=evaluates or samples or again)
+                save(step, evaluated=looks or again)
                 raise run.went_wrong(step, error) from error
 
         if stopping:  # after `step` steps, because a process had a signal, or one of several cannot read on
@@ -423,13 +438,17 @@ def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
     return outcome
 
 
-def look(run: Run, text: Text, trainer: Trainer, step: int, subset: ValidationSet | None, *, samples: bool) -> None:
-    """What the model is like after `step` steps: its score on the subset, and samples."""
+def look(
+    run: Run, text: Text, trainer: Trainer, step: int, subset: ValidationSet | None, *, answers: bool, samples: bool
+) -> None:
+    """What the model is like after `step` steps: its score on the subset, CORE, and samples."""
     if subset is not None:
         bpb = evaluate(trainer, text, subset)
         if not math.isfinite(bpb):
             raise TrainingError(f"training stopped at step {step}: validation gives {bpb} bits per byte")
         run.log.eval(step, bpb, subset.scope, data_stats(trainer))
+    if answers:
+        answer(run, text, trainer, step)
     if samples:
         sample(run, text, trainer, step)
 
@@ -438,6 +457,14 @@ def evaluate(trainer: Trainer, text: Text, valset: ValidationSet) -> float:
     """Bits per byte of the model on a validation set."""
     rows = trainer.plan.device_batch_size
     return score(trainer.model, valset, text.tokenizer, batch_size=rows, world=trainer.world).bpb
+
+
+def answer(run: Run, text: Text, trainer: Trainer, step: int) -> CoreScore:
+    """CORE of the model as written (not compiled, nothing in fp8)."""
+    scorer = GPTScorer(trainer.model, text.tokenizer, max_tokens=trainer.plan.device_batch_size * trainer.plan.seq_len)
+    score = core_score(scorer, text.tasks, run.world, max_per_task=run.cfg.core_max_per_task, on_task=run.log.task)
+    run.log.core(step, score)
+    return score
 
 
 def data_stats(trainer: Trainer) -> dict[str, float]:
@@ -469,12 +496,13 @@ def fewer_rows(run: Run, plan: Plan) -> str:
 
 
 def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> None:
-    """Scores the whole validation split and writes the report."""
+    """Scores the whole validation split, and CORE where it is asked for, and writes the report."""
     plan, clock = trainer.plan, run.clock
     # the score: every byte of the split once, by the model as written (not compiled), then compressors on the same
     # bytes
     valset, data = validation_whole(text.val, text.tokenizer, plan.seq_len, run.cfg.final_eval_bytes)
     bpb = evaluate(trainer, text, valset)
+    core = answer(run, text, trainer, plan.steps) if run.cfg.core else None
     stats, memory = data_stats(trainer), run.peak_memory()
     if not math.isfinite(bpb):
         raise run.failed(plan.steps, f"validation gives {bpb} bits per byte")
@@ -494,6 +522,7 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
         "val_bpb": bpb,
         "val_scope": valset.scope,
         "compressors": compressor_bits_per_byte(data),
+        **(core.summary() if core else {}),
         "total_training_time_s": clock.counted_s,
         "counted_steps": clock.counted_steps,
         **speed,
@@ -507,6 +536,8 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
     if run.log.mirror:
         run.log.mirror.summary(summary)
     checkpoint.write_json(run.out / "summary.json", summary)
+    if core:
+        checkpoint.write_text(run.out / "core.csv", core.csv())
     report.write_report(run.out, summary)
     run.log.close()
     run.log.print(report.verdict(run.out, summary))

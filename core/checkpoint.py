@@ -38,9 +38,12 @@ _NAME = re.compile(r"step_(\d{6,})|\.step_(\d{6,})\.old\.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes under a temporary name, then renames."""
     tmp = path.with_name(f".{path.name}.tmp")
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with naming(path):
         tmp.write_text(text, encoding="utf-8")
         os.replace(tmp, path)

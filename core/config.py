@@ -18,6 +18,7 @@ from kernels.polar_express import COEFFICIENTS
 T = TypeVar("T")
 
 STDLIB = "stdlib"
+CORE_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # [nanochat 92d63d4, base_eval.py]
 DOC_CHARS = 10_000  # of a document, for the tokenizer: nanochat 92d63d4, scripts/tok_train.py, --doc-cap
 
 
@@ -184,6 +185,14 @@ class Config:
     """Tokens of that subset."""
     final_eval_bytes: int | None = option(200_000_000, 1, resumable=True)
     """The final evaluation scores whole documents up to this many bytes, one at least; unset: all."""
+    core: bool = option(False, resumable=True)
+    """Score CORE at the end: the tasks of DCLM by which GPT-2 is known."""
+    core_every: int | None = option(None, 1, resumable=True)
+    """Steps between such scores during training; unset: none."""
+    core_max_per_task: int | None = option(500, 1, resumable=True)
+    """Examples of each task of CORE; unset: all, as scores on the board."""
+    core_bundle: str = option(CORE_BUNDLE, resumable=True)
+    """The tasks of CORE: a folder, a .zip file or its URL, which is fetched once into the cache."""
     sample_every: int | None = option(2000, 1, resumable=True)
     """Steps between text samples; unset: only at the end."""
     sample_prompts: tuple[str, ...] = option(
@@ -213,7 +222,9 @@ class Config:
 
 _PYTHON_PROMPTS = ("def main(", "class TestCase(unittest.", "import os\nimport sys\n")
 
-_GPT2 = Config(preset="gpt2", data=DataConfig(packing="crop", tokenizer_doc_chars=DOC_CHARS))
+_GPT2 = Config(
+    preset="gpt2", core=True, core_every=2000, data=DataConfig(packing="crop", tokenizer_doc_chars=DOC_CHARS)
+)
 
 _QUICKSTART_CPU = Config(
     preset="quickstart",

@@ -80,6 +80,47 @@ class WindowMasks:
         return [masks[w] for w in self._windows]
 
 
+class Branches:
+    """Rows of several continuations of one beginning, side by side: a trunk, then branches, which see the trunk and
+    themselves, at the positions that follow it.
+
+    positions  (B, T) int64: of each token in its own text
+    before     (B, T) int64: index of the token before it in its text; 0 for the first
+    """
+
+    def __init__(self, positions: Tensor, branch: Tensor, before: Tensor, max_position: int) -> None:
+        """branch: (B, T) int64, 0 in the trunk, then 1, 2, ...; padding has a number of its own."""
+        self.positions, self.before, self.max_position = positions, before, max_position
+        self._branch = branch
+
+    @staticmethod
+    def of(rows: Sequence[tuple[int, Sequence[int]]], length: int, device: torch.device) -> "Branches":
+        """rows: the length of each row's trunk, at least 1, and of its branches; length: that of all rows, padded."""
+        positions = torch.zeros(len(rows), length, dtype=torch.int64)
+        branch = torch.full((len(rows), length), -1)
+        before = torch.zeros(len(rows), length, dtype=torch.int64)
+        for i, (trunk, branches) in enumerate(rows):
+            begin = 0
+            for number, size in enumerate((trunk, *branches)):
+                start, end = (0 if number == 0 else trunk), begin + size
+                positions[i, begin:end] = torch.arange(start, start + size)
+                branch[i, begin:end] = number
+                before[i, begin:end] = torch.arange(begin - 1, end - 1)
+                if size:
+                    before[i, begin] = max(start - 1, 0)
+                begin = end
+        longest = int(positions.max())
+        return Branches(positions.to(device), branch.to(device), before.to(device), longest)
+
+    def masks(self, windows: Sequence[int]) -> list[Mask]:
+        """(B, 1, T, T) bool per layer, for the windows of the layers."""
+        q, k = self.positions[:, :, None], self.positions[:, None, :]
+        branch_q, branch_k = self._branch[:, :, None], self._branch[:, None, :]
+        related = (branch_k == 0) | (branch_k == branch_q)
+        masks = {w: (related & in_window(q, k, w))[:, None] for w in dict.fromkeys(windows)}
+        return [masks[w] for w in windows]
+
+
 # attention
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from core import machine
 from core.communication import World
+from core.evals.core_metric import GPT2_CORE, CoreScore, TaskScore
 from core.machine import UNCOUNTED_STEPS
 from core.plan import Plan
 from core.stopping import UserError, naming
@@ -177,6 +178,16 @@ class RunLog:
             f"{100 * data['crop_waste']:.1f} % cropped"
         )
 
+    def task(self, score: TaskScore) -> None:
+        """A task of CORE, as it is known."""
+        if self._file:  # on the main process alone
+            self.print(score.line())
+
+    def core(self, step: int, score: CoreScore) -> None:
+        self.event("core", step, **score.summary())
+        if self._file:
+            self.print(f"step {step}/{self.plan.steps}  CORE {score.core:.4f} ({score.scope()}; GPT-2: {GPT2_CORE})")
+
     def sample(self, step: int, texts: list[tuple[str, str]], **options: Any) -> None:
         """texts: (prompt, continuation) pairs."""
         self.event("sample", step, samples=[{"prompt": p, "text": t} for p, t in texts], **options)
@@ -261,8 +272,9 @@ def verdict(out: Path, summary: dict[str, Any]) -> str:
     """The result in three lines."""
     s = summary
     others = "".join(f", {name} {bpb:.4f}" for name, bpb in s["compressors"].items())
+    core = f"CORE {s['core']:.4f} ({s['core_scope']})\n" if "core" in s else ""
     return (
-        f"validation {s['val_bpb']:.4f} bits per byte{others}\n  ({s['val_scope']})\n"
+        f"validation {s['val_bpb']:.4f} bits per byte{others}\n  ({s['val_scope']})\n{core}"
         f"training {s['total_training_time_s']:.1f} s on the clock, {s['wall_time_s']:.1f} s in all\n"
         f"report: {out / 'report.md'}"
     )
@@ -399,6 +411,20 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
             f"More in {', '.join(f'`{name}`' for name in s['profile_files'])}: time lines open at "
             "ui.perfetto.dev, memory "
             "snapshots of GPUs at pytorch.org/memory_viz.",
+        ]
+    if "core" in s:
+        lines += [
+            "",
+            f"## CORE: {s['core']:.4f}",
+            "",
+            f"{s['core_scope']}. GPT-2 (1.5B) has {GPT2_CORE}; a seed moves the score by about 0.005.",
+            "",
+            "| task | accuracy | centered | examples |",
+            "|---|--:|--:|--:|",
+        ]
+        lines += [
+            f"| {label} | {t['accuracy']:.4f} | {t['centered']:.4f} | {t['num_examples']:,} |"
+            for label, t in s["core_tasks"].items()
         ]
     lines += ["", "## Samples", ""]
     for e in [e for e in events if e["event"] == "sample"][-1:]:

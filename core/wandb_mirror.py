@@ -60,6 +60,9 @@ class WandbMirror:
         elif event["event"] == "eval":
             data = {f"data/{name}": v for name, v in event["data"].items()}
             row = {"step": event["step"], "val_bpb": event["val_bpb"], **data}
+        elif event["event"] == "core":
+            centered = {f"core/{label}": t["centered"] for label, t in event["core_tasks"].items()}
+            row = {"step": event["step"], "core": event["core"], **centered}
         else:
             return
         if not self._lost:

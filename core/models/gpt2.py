@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from core import params
 from core.config import ModelConfig
 from core.kv_cache import KVCache
-from core.layers import WindowMasks, attention, rope_tables, unbind_banks
+from core.layers import Branches, WindowMasks, attention, rope_tables, unbind_banks
 from core.params import MuonView, Param, bank, constant, normal, ramp, uniform
 from core.stopping import UserError
 from kernels.dispatch import Backends
@@ -290,19 +290,22 @@ class GPT(nn.Module):
             rope=self.rope(capacity), like=self.wte,
         )  # fmt: skip
 
-    def _smear(self, x: Tensor, before: Tensor | None) -> Tensor:
+    def _smear(self, x: Tensor, before: Tensor | None, branches: Branches | None = None) -> Tensor:
         """x (B, T, C) with a share of each token's predecessor; `before` (B, 1, C) is that of the first, None: it has
         none."""
         later, earlier = (x[:, 1:], x[:, :-1]) if before is None else (x, torch.cat((before, x[:, :-1]), dim=1))
+        if branches is not None:
+            earlier = x.gather(1, branches.before[:, 1:, None].expand_as(later))
         gate = torch.sigmoid(later[..., :SMEAR_CHANNELS] @ self.smear_gate.to(x.dtype).T)  # (B, T-1 or T, 1)
         gate = self.smear_lambda.to(x.dtype) * gate
         smeared = later + gate * earlier
         return torch.cat((x[:, :1], smeared), dim=1) if before is None else smeared
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache: KVCache | None = None, *, branches: Branches | None = None) -> Tensor:
         """Token ids (B, T) -> normalised hidden states (B, T, C) in the compute type.
 
-        With a cache, idx continues its rows: by one token each, or by the beginning of rows that are empty.
+        With a cache, idx continues its rows: by one token each, or by the beginning of rows that are empty. With
+        branches, a row holds several continuations of one beginning.
         """
         d, cfg = self.dims, self.cfg
         B, T = idx.shape
@@ -310,6 +313,9 @@ class GPT(nn.Module):
             cache.begin(B, T)
         if cache is not None and T == 1:  # each row at a position of its own
             (cos, sin), masks = cache.rope_tables(), cache.masks()
+        elif branches is not None:
+            tables = self.rope(branches.max_position + 1) or ()
+            (cos, sin), masks = [t[branches.positions] for t in tables] or (None, None), branches.masks(d.windows)
         else:
             (cos, sin), masks = self.rope(T) or (None, None), self.masks(T)
         # each bank is unbound once: see core/layers.py
@@ -325,7 +331,7 @@ class GPT(nn.Module):
 
         x = self.norm(F.embedding(idx, self.wte)).y  # (B, T, C)
         if cfg.smear:
-            x = self._smear(x, None if cache is None else cache.swap_embedding(x))
+            x = self._smear(x, None if cache is None else cache.swap_embedding(x), branches)
         # x is the residual stream; x0, the embedding, enters every layer again [modded-nanogpt]
         x0, x_mid = x, None
         for i in range(d.n_layer):
