@@ -31,6 +31,7 @@ from core.layers import Branches
 from core.models.gpt2 import GPT
 from core.stopping import UserError
 from eval import main as eval_main
+from tests.test_train import events, losses
 
 ALONE = World(0, 1, torch.device("cpu"))
 WORDS = "the a of to in and cat dog sat ran mat hat on under by red blue small large tree house".split()
@@ -337,14 +338,41 @@ def test_a_damaged_line_is_named(tmp_path):
         read_examples(task, None)
 
 
-# eval.py
+# train.py and eval.py
 
 
 @pytest.fixture(scope="module")
-def run_folder(tiny_options, tmp_path_factory):
+def run_folder(tiny_options, bundle, tmp_path_factory):
+    """12 steps, CORE after 4 and 8 of them and at the end."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    train.main([*tiny_options, "--steps", "2", "--out", str(out)])
+    asks = ["--core", "--core-every", "4", "--core-max-per-task", "5", "--core-bundle", str(bundle)]
+    train.main([*tiny_options, *asks, "--out", str(out)])
     return out
+
+
+def test_a_run_scores_core(run_folder):
+    found = events(run_folder, "core")
+    assert [e["step"] for e in found] == [4, 8, 12] and {
+        t["num_examples"] for t in found[0]["core_tasks"].values()
+    } == {5}
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert summary["core"] == found[-1]["core"] and summary["core_tasks"].keys() == found[-1]["core_tasks"].keys()
+    report = (run_folder / "report.md").read_text()
+    assert f"## CORE: {summary['core']:.4f}" in report and "not comparable with the board: 20 examples" in report
+    for label, t in summary["core_tasks"].items():
+        assert f"| {label} | {t['accuracy']:.4f} | {t['centered']:.4f} | 5 |" in report
+    assert (run_folder / "core.csv").read_text().splitlines()[-1] == f"CORE,,{summary['core']:.6f}"
+
+
+def test_scoring_leaves_training_as_it_is(run_folder, tiny_options, tmp_path):
+    train.main([*tiny_options, "--out", str(tmp_path / "plain")])
+    assert losses(tmp_path / "plain") == losses(run_folder) and not events(tmp_path / "plain", "core")
+
+
+def test_tasks_that_are_not_there_are_a_sentence_before_training(tiny_options, tmp_path):
+    with pytest.raises(UserError, match="does not exist.*--no-core"):
+        train.main([*tiny_options, "--core", "--core-bundle", "none", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_eval_scores_a_run(run_folder, bundle, tmp_path, capsys):
