@@ -222,7 +222,7 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_on_it(tiny, tm
     order, honest_sync, honest_replace = [], os.fsync, os.replace
 
     def fsync(fd):
-        order.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        order.append("sync " + os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
         honest_sync(fd)
 
     def replace(source, target):
@@ -232,4 +232,8 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_on_it(tiny, tm
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     run(tiny, tmp_path / "run", "--steps", "4")
-    assert order.index("log.jsonl") < order.index("model-00001-of-00001.safetensors") < order.index("step_000004")
+    named = order.index("step_000004")
+    assert order.index("sync log.jsonl") < order.index("sync model-00001-of-00001.safetensors") < named
+    files = {path.name for path in checkpoint.find(tmp_path / "run").iterdir()}
+    assert {f"sync {name}" for name in (*files, ".step_000004.tmp")} <= set(order[:named])
+    assert "sync checkpoints" in order[named:]

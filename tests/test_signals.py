@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from core import checkpoint
+from core import checkpoint, stopping
 from core.data.loader import Loader
 from core.stopping import SIGNALS, StopFlag, Stopped, one_sentence
 from tests.test_train import ROOT, events, final_tensors, losses, run, steps_logged
@@ -92,6 +92,23 @@ def test_the_first_signal_is_noted_and_the_second_is_as_before(capfd):
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert [signal.getsignal(s) for s in SIGNALS] == before
     assert capfd.readouterr().err.count("\n") == 2
+
+
+def test_echoes_of_a_dying_torchrun_are_one_signal_and_a_later_one_ends_the_process(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(stopping, "ECHO_S", 0.5)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with StopFlag() as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signum == signal.SIGTERM
+            time.sleep(0.6)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_signal_that_the_parent_ignores_stays_ignored():
