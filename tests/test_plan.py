@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from core import plan as plan_module
 from core import schedule
 from core.config import DataConfig, ModelConfig, preset
 from core.models.gpt2 import dims, parameter_table
@@ -145,6 +146,17 @@ def test_device_batch_is_lowered_until_it_divides():
     assert (plan.device_batch_size, plan.grad_accum_steps) == (12, 2)
     plan = make_plan(small(total_batch_size=24 * 32), device_type="cpu", world_size=2)
     assert (plan.device_batch_size, plan.grad_accum_steps) == (12, 1)
+
+
+def test_the_device_batch_leaves_some_of_a_gpu_for_temporaries(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = gpt2(4)
+    fits = make_plan(cfg, device_type="cuda")
+    needed = fits.memory_bytes["total"]
+    assert fits.device_batch_size == 64
+    for size, rows in ((1.001 * needed / 0.85, 64), (0.999 * needed / 0.85, 32)):
+        monkeypatch.setattr(plan_module, "DEFAULT_GPU_BYTES", size)
+        assert make_plan(cfg, device_type="cuda").device_batch_size == rows
 
 
 @pytest.mark.parametrize("n_kv_head", [None, 6])

@@ -69,8 +69,12 @@ def test_mfu_is_over_the_peak_of_all_devices(tmp_path, monkeypatch):
     for step in range(3):
         log.step(step, 1.0)
         now[0] += 0.5
+    log.pause_rate()
+    now[0] += 100  # an evaluation
+    log.step(3, 1.0)
     log.close()
-    first, *_, last = read_log(tmp_path / "log.jsonl")
+    first, _, last, after = read_log(tmp_path / "log.jsonl")
+    assert "tok_per_s" not in after
     rate = plan.total_batch_size / 0.5
     assert "mfu" not in first and last["tok_per_s"] == pytest.approx(rate, rel=1e-4)
     assert last["mfu"] == pytest.approx(rate * plan.flops_per_token / (8 * 989e12), abs=1e-5)

@@ -103,7 +103,9 @@ def test_an_owner_that_ends_or_fails_leaves_the_folder_free(copy, tiny, monkeypa
     with pytest.raises(ZeroDivisionError):
         train.main(["--resume", str(copy)])
     monkeypatch.undo()
+    (copy / OWNER_FILE).write_text("process 123456789 on a.host.with.a.name.longer.than.ours.example.org\n")
     train.main(["--resume", str(copy)])
+    assert (copy / OWNER_FILE).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
 def test_workers_end_with_their_launcher(tiny, tmp_path):
@@ -230,7 +232,7 @@ def test_printed_commands_can_be_pasted(tiny, tmp_path):
 
 
 def fill_the_disk(monkeypatch, first):
-    """Every write to the log fails from call number `first` on, after half of the data."""
+    """Every event of the log fails from number `first` on, after half of its line; those before need several writes."""
     calls, init = iter(range(10**6)), RunLog.__init__
 
     class Full:
@@ -241,10 +243,10 @@ def fill_the_disk(monkeypatch, first):
             return getattr(self._file, attribute)
 
         def write(self, data):
-            if next(calls) >= first:
+            if bytes(data).startswith(b'{"event"') and next(calls) >= first:
                 self._file.write(bytes(data)[: len(data) // 2])
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return self._file.write(data)
+            return self._file.write(bytes(data)[:100])
 
     def opened(self, *args, **options):
         init(self, *args, **options)
@@ -332,6 +334,17 @@ def test_training_goes_on_without_a_checkpoint_where_it_is_told_to(tiny, tmp_pat
     assert "the run goes on (--on-save-error continue)" in capsys.readouterr().out
     train.main(["--resume", str(out)])
     assert checkpoint.step_of(checkpoint.find(out)) == 12
+
+
+def test_a_checkpoint_that_was_saved_later_makes_up_for_one_that_was_not(tiny, tmp_path, monkeypatch):
+    honest, calls = checkpoint.dcp.save, []
+
+    def save(*args, **options):
+        calls.append(args)
+        no_space() if len(calls) == 1 else honest(*args, **options)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", save)
+    run(tiny, tmp_path / "run", "--on-save-error", "continue")  # ends without an error
 
 
 @pytest.mark.parametrize("name", ["write_report", "plot_loss"])

@@ -515,11 +515,13 @@ def test_resume_stays_in_its_folder(finished, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_resuming_an_older_checkpoint_drops_the_later_ones(tiny, tmp_path):
+def test_resuming_an_older_checkpoint_drops_the_later_ones(tiny, tmp_path, capsys):
     """Otherwise pruning would keep the stale later ones and delete the fresh ones."""
     out = run(tiny, tmp_path / "run", "--keep-checkpoints", "9")
     whole, steps = final_tensors(out), losses(out)
     train.main(["--resume", str(out / "checkpoints" / "step_000004"), "--keep-checkpoints", "2"])
+    said = capsys.readouterr().out
+    assert all(f"dropped step_{step:06d}, which comes after step 4" in said for step in (8, 12))
     assert [p.name for p in checkpoint.checkpoints(out)] == ["step_000008", "step_000012"]
     assert all(torch.equal(t, whole[name]) for name, t in final_tensors(out).items())
     assert losses(out) == steps and len(events(out, "step")) == 12
