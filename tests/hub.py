@@ -31,12 +31,14 @@ def shard(number: int) -> bytes:
 
 
 class Hub(ThreadingHTTPServer):
-    """files: name -> content. faults: name -> what the next requests for it get: a status, "drop" half of the content,
-    "damage" a wrong byte, "slow". asked: names of files whose content was asked for."""
+    """files: name -> content, of every dataset; others: path -> content. faults: name -> what the next requests for a
+    file get: a status, "drop" half of the content, "damage" a wrong byte, "wait" for `release`. asked: names of files
+    whose content was asked for."""
 
     def __init__(self, num_files: int = FILES):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files = {f"shard_{i:05d}.parquet": shard(i) for i in range(num_files)}
+        self.others: dict[str, bytes] = {}
         self.faults: dict[str, list] = {}
         self.asked: list[str] = []
         self.release = threading.Event()
@@ -54,6 +56,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, with_content):
         path = urlsplit(self.path).path
+        if path in self.server.others:
+            return self._send(200, self.server.others[path])
         for dataset in DATASETS.values():
             if path.startswith(f"/api/datasets/{dataset.repo}"):
                 return self._listing(dataset.repo)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from core.data.tokenizer import train_tokenizer
 from core.stopping import UserError
 from eval import main as eval_main
 from tests.hub import DOCUMENTS, Hub, serving
-from tests.test_train import ROOT, losses
+from tests.test_core_metric import write_bundle
+from tests.test_run import TORCHRUN
+from tests.test_train import ROOT, events, losses
 
 FIRST, SECOND, THIRD, LAST = (f"shard_{i:05d}.parquet" for i in range(4))
 
@@ -209,20 +212,53 @@ def test_a_resumed_loader_reads_on_with_more_shards(hub, tmp_path):
 
 # programs
 
-PACE = "--depth 2 --aspect-ratio 16 --d-head 16 --seq-len 32 --vocab-size 300 --total-batch-size 512 --steps 6".split()
-PACE += "--no-core --core-every None --eval-every 3 --eval-tokens 500 --sample-tokens 4 --device cpu".split()
+PACE = "--depth 2 --aspect-ratio 16 --d-head 16 --seq-len 64 --vocab-size 300 --total-batch-size 1024 --steps 6".split()
+PACE += "--eval-every 3 --eval-tokens 500 --sample-tokens 4 --device cpu".split()
 
 
-def test_the_gpt2_preset_fetches_trains_and_is_scored_again(hub, tmp_path, capsys):
-    cache = ["--cache-dir", str(tmp_path / "cache")]
-    train.main(["gpt2", *PACE, *cache, "--out", str(tmp_path / "run")])
+@pytest.fixture
+def bundle_url(hub, tmp_path):
+    """CORE's tasks in small, as the archive that they come in."""
+    folder = tmp_path / "zipped" / "eval_bundle"
+    folder.mkdir(parents=True)
+    write_bundle(folder, num_examples=6)
+    archive = shutil.make_archive(str(tmp_path / "bundle"), "zip", folder.parent)
+    hub.others["/eval_bundle.zip"] = Path(archive).read_bytes()
+    return f"{hub.url}/eval_bundle.zip"
+
+
+def test_one_command_fetches_trains_scores_and_reports(hub, bundle_url, tmp_path, capsys):
+    """And two processes do what one does."""
+    argv = ["gpt2", *PACE, "--core-every", "4", "--core-bundle", bundle_url, "--cache-dir", str(tmp_path / "cache")]
+    one, two = tmp_path / "one", tmp_path / "two"
+    train.main([*argv, "--out", str(one)])
     shown = capsys.readouterr().out
-    assert "climbmix: 1 of 6,542 shards to train on and one to validate" in shown
-    assert sorted(hub.asked) == [FIRST, LAST] and len(losses(tmp_path / "run")) == 6
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    hub.shutdown()  # what was fetched is enough from here on
-    eval_main([str(tmp_path / "run"), "--metrics", "bpb", "--json", "--device", "cpu"])
-    assert json.loads(capsys.readouterr().out)["val_bpb"] == pytest.approx(summary["val_bpb"], rel=1e-6)
+    assert "climbmix: 1 of 6,542 shards to train on and one to validate" in shown and "CORE" in shown
+    assert sorted(hub.asked) == [FIRST, LAST] and len(losses(one)) == 6
+    summary = json.loads((one / "summary.json").read_text())
+    assert summary["core_tasks"].keys() == {"choice", "long", "schema", "words"}
+    assert [e["step"] for e in events(one, "core")] == [4, 6] and "## CORE" in (one / "report.md").read_text()
+
+    # two, with a cache of their own
+    argv[-1] = str(tmp_path / "other cache")
+    done = subprocess.run(
+        [*TORCHRUN, str(ROOT / "train.py"), *argv, "--out", str(two)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(hub.asked) == [FIRST, FIRST, LAST, LAST]
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    assert json.loads((two / "summary.json").read_text())["core"] == pytest.approx(summary["core"], abs=0.3)
+
+    # what was fetched is enough from here on
+    hub.shutdown()
+    capsys.readouterr()
+    eval_main([str(one), "--metrics", "core,bpb", "--core-bundle", bundle_url, "--json", "--device", "cpu"])
+    again = json.loads(capsys.readouterr().out)
+    assert again["val_bpb"] == pytest.approx(summary["val_bpb"], rel=1e-6) and again["core"] == summary["core"]
 
 
 def test_a_download_that_is_killed_goes_on(hub, tmp_path):
