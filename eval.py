@@ -18,8 +18,10 @@ import tyro
 
 from core import checkpoint, communication, machine
 from core.communication import World, joined_world
-from core.config import CORE_BUNDLE, STDLIB, DataConfig, ModelConfig, check_ranges, from_dict, option
+from core.config import CORE_BUNDLE, DATASETS, STDLIB, DataConfig, ModelConfig, check_ranges, from_dict, option
 from core.data.corpus import Corpus, open_corpus, open_validation
+from core.data.download import silent
+from core.data.shards import open_validation_shard
 from core.data.tokenizer import Tokenizer
 from core.evals.bits_per_byte import score, validation_whole
 from core.evals.core_metric import GPT2_CORE, GPTScorer, Scorer, TaskScore, core_score, fetch_tasks
@@ -164,13 +166,20 @@ def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, state: State, 
         options["progress"] = print
 
     def open_text() -> Corpus:
+        changed = UserError(
+            f"{source} has changed since it was trained on: score it as it is now with --data {quote(source)}"
+        )
+        if source in DATASETS:
+            say = print if world.is_main and not cfg.json else silent
+            found, corpus = open_validation_shard(source, seed=trained.seed, cache_dir=cache_dir, say=say)
+            if cfg.data is None and found != state.loader["corpus"]:
+                raise changed
+            return corpus
         if source != STDLIB and Path(source).resolve() != Path(trained.data.path).resolve():
             return open_validation(source, **options)
         train, corpus = open_corpus(source, **options)
         if cfg.data is None and train.fingerprint != state.loader["corpus"]:  # some of it may have been trained on
-            raise UserError(
-                f"{source} has changed since it was trained on: score it as it is now with --data {quote(source)}"
-            )
+            raise changed
         return corpus
 
     corpus = communication.main_first(open_text, "the text")

@@ -26,6 +26,7 @@ setup(
         "rich",
         "matplotlib",
         "safetensors",
+        "huggingface_hub",
         "pyyaml",
         "filelock",
     ],

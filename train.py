@@ -31,9 +31,11 @@ from torch import Tensor
 from core import checkpoint, communication, machine, report, schedule
 from core.command_line import parse_args
 from core.communication import LaggingLoss, World, joined_world
-from core.config import Config
+from core.config import DATASETS, Config
 from core.data.corpus import Corpus, open_corpus
+from core.data.download import silent
 from core.data.loader import Loader
+from core.data.shards import ShardCorpus, open_dataset
 from core.data.tokenizer import Tokenizer, get_tokenizer
 from core.evals.bits_per_byte import (
     ValidationSet,
@@ -89,6 +91,8 @@ def train(cfg: Config, world: World, started: float) -> None:
         with out_of_memory("weights and optimizer state", lambda: f"try {LESS_MEMORY}"):
             text, trainer = build(run)
         files.callback(trainer.loader.close)
+        if isinstance(text.train, ShardCorpus):
+            files.callback(text.train.close)  # before the loader, which may wait for a shard
         rows = trainer.plan.device_batch_size
         with out_of_memory(f"{rows} rows per forward pass", lambda: fewer_rows(run, trainer.plan)):
             setup, subset, profiled = announce(run, text, trainer)
@@ -120,7 +124,7 @@ def show_plan(cfg: Config) -> None:
 
 
 class Text(NamedTuple):
-    train: Corpus
+    train: Corpus | ShardCorpus
     val: Corpus
     tokenizer: Tokenizer
     tasks: list[Task]  # of CORE, if it is scored
@@ -157,7 +161,8 @@ def build(run: Run) -> tuple[Text, Trainer]:
 
     # text and tokens; a text may be too small for as many tokens as were asked for
     text = communication.main_first(
-        lambda: read_text(cfg, is_main=world.is_main, learned=run.tokenizer()), "the text and its tokenizer"
+        lambda: read_text(cfg, plan.tokens, is_main=world.is_main, learned=run.tokenizer()),
+        "the text and its tokenizer",
     )
     if text.tokenizer.vocab_size != real.model.vocab_size:
         real, plan = plan_for(text.tokenizer.vocab_size)
@@ -209,22 +214,30 @@ def build(run: Run) -> tuple[Text, Trainer]:
     )
 
 
-def read_text(cfg: Config, *, is_main: bool, learned: Tokenizer | None) -> Text:
-    """Documents and tokenizer. Rank 0 comes first: it trains and stores the tokenizer, unless it was learned before,
-    and the others find it."""
-    cache_dir = expanded(cfg.data.cache_dir)
-    train, val = open_corpus(
-        cfg.data.path,
-        seed=cfg.seed,
-        val_every=cfg.data.val_every,
-        cache_dir=cache_dir,
-        row_tokens=cfg.model.seq_len,
-        progress=print if is_main else None,
-    )
+def read_text(cfg: Config, tokens: int, *, is_main: bool, learned: Tokenizer | None) -> Text:
+    """Documents for training on so many tokens, and the tokenizer. Rank 0 comes first: it trains and stores the
+    tokenizer, unless it was learned before, and the others find it."""
+    cache_dir, say = expanded(cfg.data.cache_dir), print if is_main else silent
+    learn: dict[str, Any] = {"cache_dir": cache_dir, "doc_cap": cfg.data.doc_cap, "on_train": print}
+    train: Corpus | ShardCorpus
+    if cfg.data.path in DATASETS:
+        crops = cfg.data.packing == "crop"
+        train, val = open_dataset(
+            cfg.data.path, tokens=tokens, crops=crops, seed=cfg.seed, cache_dir=cache_dir, say=say
+        )
+        learn["max_chars"] = train.chars_to_learn
+    else:
+        train, val = open_corpus(
+            cfg.data.path,
+            seed=cfg.seed,
+            val_every=cfg.data.val_every,
+            cache_dir=cache_dir,
+            row_tokens=cfg.model.seq_len,
+            progress=say,
+        )
     if is_main:
         check_readable(val, cfg.final_eval_bytes)
-    options = {"cache_dir": cache_dir, "doc_cap": cfg.data.doc_cap, "on_train": print}
-    tokenizer = learned or get_tokenizer(train, cfg.model.vocab_size, **options)
+    tokenizer = learned or get_tokenizer(train, cfg.model.vocab_size, **learn)
     return Text(train, val, tokenizer, read_tasks(cfg, cache_dir) if cfg.core or cfg.core_every else [])
 
 

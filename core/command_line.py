@@ -6,7 +6,7 @@ import dataclasses
 import tyro
 
 from core import checkpoint
-from core.config import PRESETS, STDLIB, Config, check_ranges, preset
+from core.config import DATASETS, PRESETS, STDLIB, Config, check_ranges, preset
 from core.machine import choose_device_type
 from core.run import AUTO, saved_config
 from core.stopping import UserError, check_utf8, expanded
@@ -60,7 +60,7 @@ def parse_args(argv: list[str]) -> Config:
         raise UserError("--mended-data says that the text of a run was changed since: give the run with --resume")
     if config.json and not config.dry_run:
         raise UserError("--json prints the plan of a --dry-run: give both")
-    if config.data.path != STDLIB:  # a run can be resumed from another folder
+    if config.data.path not in (STDLIB, *DATASETS):  # a run can be resumed from another folder
         path = str(expanded(config.data.path).resolve())
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
     return config

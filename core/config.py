@@ -22,6 +22,22 @@ CORE_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zi
 DOC_CHARS = 10_000  # of a document, for the tokenizer: nanochat 92d63d4, scripts/tok_train.py, --doc-cap
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset of the Hugging Face hub: shuffled parquet shards with a column "text", the last one for validation."""
+
+    repo: str
+    num_shards: int  # in all, the last one included
+    shard_chars: float = 250e6  # of a shard, about
+
+
+# [nanochat 92d63d4, nanochat/dataset.py]
+DATASETS = {
+    "climbmix": Dataset("karpathy/climbmix-400b-shuffle", 6543),
+    "fineweb-edu": Dataset("karpathy/fineweb-edu-100b-shuffle", 1823),
+}
+
+
 def option(default: T, low: float | None = None, high: float = math.inf, *, resumable: bool = False) -> T:
     """A field with its default. Numbers lie between low and high, both included; resumable: changing it between stop
     and resume leaves the training result as it is."""
@@ -106,8 +122,8 @@ class DataConfig:
     """Where text comes from and how it becomes rows of tokens."""
 
     path: Annotated[str, tyro.conf.arg(name="data")] = option("stdlib", resumable=True)
-    """'stdlib' (this Python's own source text) or a path: a folder of text, .jsonl[.gz|.zst] or .parquet with a column
-    'text'."""
+    """'stdlib' (this Python's own source text), 'climbmix' or 'fineweb-edu' (fetched from the Hugging Face hub, as much
+    as the run needs), or a path: a folder of text, .jsonl[.gz|.zst] or .parquet with a column 'text'."""
     val_every: int = option(50, 1)
     """One document in this many is validation, chosen by a hash of its path; of one document, its last part."""
     packing: Literal["continue", "crop"] = "continue"
@@ -223,7 +239,10 @@ class Config:
 _PYTHON_PROMPTS = ("def main(", "class TestCase(unittest.", "import os\nimport sys\n")
 
 _GPT2 = Config(
-    preset="gpt2", core=True, core_every=2000, data=DataConfig(packing="crop", tokenizer_doc_chars=DOC_CHARS)
+    preset="gpt2",
+    core=True,
+    core_every=2000,
+    data=DataConfig(path="climbmix", packing="crop", tokenizer_doc_chars=DOC_CHARS),
 )
 
 _QUICKSTART_CPU = Config(

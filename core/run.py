@@ -29,6 +29,7 @@ from core.communication import World
 from core.config import Config, changed_fields, from_dict, to_dict
 from core.data.corpus import Corpus
 from core.data.loader import Loader, merge_states
+from core.data.shards import ShardCorpus
 from core.data.tokenizer import Tokenizer
 from core.machine import TrainingClock
 from core.models.gpt2 import GPT
@@ -257,7 +258,7 @@ class Run:
         """The checkpoint's, where the text was mended since: another text would teach another one."""
         return Tokenizer.load(self.checkpoint) if self.checkpoint and self.cfg.mended_data else None
 
-    def loader_state(self, corpus: Corpus) -> dict[str, Any] | None:
+    def loader_state(self, corpus: Corpus | ShardCorpus) -> dict[str, Any] | None:
         """Where the checkpoint's rows ended; a mended text counts as that of the checkpoint."""
         if self.saved is None:
             return None

@@ -198,6 +198,11 @@ class Corpus:
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
 
+    def at(self, position: int) -> str:
+        """The document at this position of the endless sequence of epochs."""
+        epoch, offset = divmod(position, len(self))
+        return self[int(self.order(epoch)[offset])]
+
     def key(self, i: int) -> str:
         """That of the row; of a part of one, with the bytes that it covers: "book.txt[0:1048576]"."""
         source, row = self._locate(i)

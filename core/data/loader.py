@@ -1,7 +1,7 @@
 """Training batches: a fixed number of document streams, tokenised and packed ahead by a thread.
 
 Streams   S = num_streams, fixed for a run. Stream s reads the global document positions p = s, s + S, s + 2S, ...;
-          position p is document order(p // N)[p % N] of a corpus of N. Each stream has a packer of its own.
+          position p is document order(p // N)[p % N] of a corpus of N (`at`). Each stream has a packer of its own.
 Rows      global row r of a step is the next row of stream r % S. Rank k owns the streams s with s % world_size == k, so
           its rows are those with (r % S) % world_size == k, in increasing r. What a step contains as a whole therefore
           does not depend on the number of processes.
@@ -23,6 +23,7 @@ import torch
 
 from core.data.corpus import Corpus
 from core.data.packing import BestFitPacker, as_json
+from core.data.shards import ShardCorpus
 from core.data.tokenizer import Tokenizer
 from core.stopping import UserError
 
@@ -39,7 +40,7 @@ class Loader:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | ShardCorpus,
         tokenizer: Tokenizer,
         *,
         seq_len: int,
@@ -223,7 +224,9 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
 class _Stream:
     """Documents index, index + num_streams, ... of the endless sequence of epochs, packed into rows."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, index: int, num_streams: int, packer: BestFitPacker):
+    def __init__(
+        self, corpus: Corpus | ShardCorpus, tokenizer: Tokenizer, index: int, num_streams: int, packer: BestFitPacker
+    ):
         self.index = index
         self._corpus = corpus
         self._tokenizer = tokenizer
@@ -262,8 +265,7 @@ class _Stream:
         return position, tokens
 
     def _tokens_of(self, position: int) -> np.ndarray:
-        epoch, offset = divmod(position, len(self._corpus))
-        return self._tokenizer.encode_document(self._corpus[int(self._corpus.order(epoch)[offset])])
+        return self._tokenizer.encode_document(self._corpus.at(position))
 
 
 class _StreamSnapshot(NamedTuple):

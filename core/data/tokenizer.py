@@ -30,6 +30,7 @@ import numpy as np
 import tiktoken
 
 from core.data.corpus import Corpus
+from core.data.shards import ShardCorpus
 from core.stopping import TrainingError, UserError
 
 # nanochat's split (92d63d4, nanochat/tokenizer.py): that of GPT-4, except that digits come in groups of at most two:
@@ -224,7 +225,7 @@ def _train(texts: Iterable[str], size: int) -> list[bytes]:
 
 
 def get_tokenizer(
-    train_corpus: Corpus,
+    train_corpus: Corpus | ShardCorpus,
     vocab_size: int,
     *,
     cache_dir: Path,
