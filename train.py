@@ -482,7 +482,8 @@ def answer(run: Run, text: Text, trainer: Trainer, step: int) -> CoreScore:
 
 def data_stats(trainer: Trainer) -> dict[str, float]:
     """What the loaders of all ranks have counted."""
-    return report.sum_stats(communication.gather_objects(trainer.loader.stats()))
+    stats = trainer.loader.stats() | {"waited_s": trainer.loader.waited_s}
+    return report.sum_stats(communication.gather_objects(stats))
 
 
 def sample(run: Run, text: Text, trainer: Trainer, step: int) -> None:

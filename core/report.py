@@ -263,9 +263,9 @@ def render(table: Table) -> str:
 
 
 def sum_stats(stats: list[dict[str, float]]) -> dict[str, float]:
-    """Loader statistics of all ranks as one: counts add up, shares and epochs are means."""
+    """Loader statistics of all ranks as one: counts add up; shares, epochs and seconds are means."""
     total = {key: sum(s[key] for s in stats) for key in stats[0]}
-    return total | {key: total[key] / len(stats) for key in ("epochs", "crop_waste")}
+    return total | {key: total[key] / len(stats) for key in ("epochs", "crop_waste", "waited_s")}
 
 
 def verdict(out: Path, summary: dict[str, Any]) -> str:
@@ -374,6 +374,7 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
         lines.append(f"| throughput | {human(s['tok_per_s'], 'tok/s')}, {human(s['flop_per_s'], 'FLOP/s')} |")
     if s["mfu"]:
         lines.append(f"| MFU (bf16 peak) | {100 * s['mfu']:.1f} % |")
+    lines.append(f"| waiting for data | {s['data_stats']['waited_s']:.1f} s |")
     lines.append(f"| peak memory | {human(s['peak_memory_bytes'], 'B')} |")
     if (share := s.get("non_matmul_share")) is not None:
         lines.append(f"| time outside matmul and attention | {100 * share:.0f} % |")

@@ -380,6 +380,19 @@ def test_batches_are_not_overwritten_by_later_ones(load):
         assert torch.equal(targets, want_targets)
 
 
+def test_waiting_for_data_is_counted(load, monkeypatch):
+    """A slow tokenizer is waited for; a step that is ready is not."""
+    read = Corpus.at
+    monkeypatch.setattr(Corpus, "at", lambda self, position: (time.sleep(0.005), read(self, position))[1])
+    loader = load()
+    loader.next_step()
+    waited = loader.waited_s
+    assert waited > 0.02
+    loader._pending[0].result()
+    loader.next_step()
+    assert loader.waited_s - waited < 0.01
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_on_a_gpu_are_those_on_the_cpu(load):
     host, gpu = load(), load(device="cuda")

@@ -14,6 +14,7 @@ Thread    one; it reads, tokenises (outside the GIL) and packs at most prefetch_
 
 import math
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Self
@@ -91,6 +92,7 @@ class Loader:
             )
             for s in range(rank, num_streams, world_size)
         ]
+        self.waited_s = 0.0  # seconds that next_step() was not ready, of this process since it began
         self._step = 0
         if state is not None:
             self._check_state(state)
@@ -115,7 +117,9 @@ class Loader:
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
         # a failed step stays where it is: every later call raises the same
+        started = time.perf_counter()
         batch, streams = self._pending[0].result()
+        self.waited_s += time.perf_counter() - started
         self._pending.popleft()
         self._pending.append(self._thread.submit(self._prepare))
         self._step += 1
