@@ -74,6 +74,7 @@ LESS_MEMORY = "--precision bf16, a smaller --depth, or fewer other programs on t
 def main(argv: list[str]) -> None:
     started = time.time()  # the report's wall clock covers imports' end to the last line
     cfg = parse_args(argv)
+    # before any process waits for another: a mistyped backend is a sentence, not a timeout of the other ranks
     dispatch.parse(cfg.kernels)
     if cfg.dry_run:
         show_plan(cfg)
@@ -154,7 +155,8 @@ def build(run: Run) -> tuple[Text, Trainer]:
         real = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
         return real, make_plan(real, device_type=world.device.type, world_size=world.world_size, compute_dtype=dtype)
 
-    # plan: fail early on bad sizes or kernels
+    # plan: fail early on bad sizes or kernels. A resumed run has the vocabulary that its text yielded, which may be
+    # smaller than the one that was asked for, and every law reads sizes off that
     real, plan = plan_for(saved.model["vocab_size"] if saved else cfg.model.vocab_size)
     choose_ops(real.model, Backends(cfg.kernels, device=world.device, dtype=dtype), plan.device_batch_size)
     run.check_horizon(plan)
@@ -169,7 +171,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
 
     # model and optimizer: fp32 weights first, each from a generator of its own, so that a seed gives the same weights
     # at every precision and number of processes; the optimizer then casts them and keeps the masters
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # nothing draws from it in training; a resumed run restores it all the same
     backends = Backends(cfg.kernels, device=world.device, dtype=dtype)
     with world.device:
         model = GPT(real.model, backends, plan.device_batch_size, fp8_head=cfg.fp8_head)
@@ -183,6 +185,8 @@ def build(run: Run) -> tuple[Text, Trainer]:
         backends=backends,
     )
     compiled = is_compiled(cfg, world.device.type)
+    # a checkpoint replaces weights, low halves of masters, momenta and variances; schedules need none: they are
+    # functions of the step
     if run.checkpoint:
         checkpoint.load_training(run.checkpoint, model, optimizer.state)
         checkpoint.restore_rng(run.checkpoint, world.device)
@@ -207,6 +211,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
         plan=plan,
         world=world,
         model=model,
+        # one graph for one shape: a break would hide host time in every micro-step, a dynamic shape costs fusions
         forward=torch.compile(model, fullgraph=True, dynamic=False) if compiled else model,
         optimizer=optimizer,
         gradients=Gradients(model.parameters()),
@@ -235,7 +240,7 @@ def read_text(cfg: Config, tokens: int, *, is_main: bool, learned: Tokenizer | N
             row_tokens=cfg.model.seq_len,
             progress=say,
         )
-    if is_main:
+    if is_main:  # a damaged row must not be found after hours, in the final score
         check_readable(val, cfg.final_eval_bytes)
     tokenizer = learned or get_tokenizer(train, cfg.model.vocab_size, **learn)
     return Text(train, val, tokenizer, read_tasks(cfg, cache_dir) if cfg.core or cfg.core_every else [])
@@ -328,6 +333,7 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
     """The steps of the run. Returns when all are made; raises Stopped after a signal and TrainingError when it cannot
     go on."""
     cfg, plan, log, clock = run.cfg, trainer.plan, run.log, run.clock
+    # evaluated: whether the look that is due after these steps was taken, so that a resumed run does not take it twice
     losses, stopping, evaluated = LaggingLoss(), False, False
 
     def save(step: int, *, evaluated: bool) -> None:
@@ -359,7 +365,9 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
                 clock.stop()
                 log.pause_rate()
 
-            if looks:  # the end scores the whole split instead of the subset
+            # look: the end scores the whole split instead of the subset. An error here is not one of training: what was
+            # trained is saved first. All ranks take part, since any may be the one that failed
+            if looks:
                 error = None
                 try:
                     look(run, text, trainer, step, subset if evaluates else None, answers=answers, samples=samples)
@@ -368,13 +376,15 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
                 if any(communication.gather_objects(error is not None)):
                     save(step, evaluated=False)
                     raise run.went_wrong(step, error) if error else SystemExit(1)
+            # save: after the look, so that resuming goes on where the next step begins
             if saves:
                 save(step, evaluated=True)
             if last:
                 stopping, evaluated = any(communication.gather_objects(stop.signum)), True
                 break
 
-            # step: on the clock, unless it is profiled
+            # step: on the clock, unless it is profiled, which slows it. The clock leaves the first steps out, as the
+            # board's does [nanochat 92d63d4, base_train.py]
             try:
                 if step in profiled:
                     if step == profiled.start:
@@ -430,6 +440,7 @@ def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
     """One optimizer step. Returns (2,): its loss, and more than 0 where a process has to stop; means over ranks, on the
     device."""
     cfg, plan, world = trainer.cfg, trainer.plan, trainer.world
+    # data: prepared ahead by the loader's thread, on its way to the device
     try:
         inputs, targets = trainer.loader.next_step()  # each (micro-steps, B, T)
     except UserError as error:
@@ -439,7 +450,7 @@ def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
     for micro_inputs, micro_targets in zip(inputs, targets):
         loss = trainer.forward(micro_inputs, micro_targets) / plan.grad_accum_steps
         loss.backward()
-        loss_sum += loss.detach()
+        loss_sum += loss.detach()  # stays on the device: reading it here would wait for backward
     # ranks: the flag rides with the gradients, so that all stop at the same step
     stops = stop.signum > 0 or fault_ahead(trainer, step + 1) is not None
     outcome = torch.stack((loss_sum, torch.full_like(loss_sum, stops)))
@@ -516,7 +527,7 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
     # bytes
     valset, data = validation_whole(text.val, text.tokenizer, plan.seq_len, run.cfg.final_eval_bytes)
     bpb = evaluate(trainer, text, valset)
-    core = answer(run, text, trainer, plan.steps) if run.cfg.core else None
+    core = answer(run, text, trainer, plan.steps) if run.cfg.core else None  # all ranks share the examples
     stats, memory = data_stats(trainer), run.peak_memory()
     if not math.isfinite(bpb):
         raise run.failed(plan.steps, f"validation gives {bpb} bits per byte")
@@ -547,6 +558,7 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
         "wall_time_s": time.time() - run.started,
     }
     run.log.event("end", plan.steps, val_bpb=bpb, scope=valset.scope, total_training_time_s=clock.counted_s)
+    # the numbers before the pictures: whatever meets the report, they are on the disk
     if run.log.mirror:
         run.log.mirror.summary(summary)
     checkpoint.write_json(run.out / "summary.json", summary)

@@ -123,6 +123,7 @@ class Optimizer:
         self.state: dict[str, Tensor] = {}  # "<parameter>.<state>"
         self._adam: dict[str, Callable[..., None]] = {}  # by parameter
         self._muon: dict[str, list[tuple[MuonView, MuonOps]]] = {}
+        # one choice of backends a view, for the shape that it has as a batch of matrices: the step has no branches left
         for row in model.table:
             p = self.params[row.name]
             self.groups.setdefault(row.group, []).append(row)
@@ -149,7 +150,9 @@ class Optimizer:
         self, grads: Callable[[Tensor], Tensor], *, step: int, lr_mult: float, momentum: float, decay_mult: float
     ) -> None:
         """Updates every parameter. `grads` gives the fp32 gradient of one; step counts from 0."""
-        # one row of hyperparameters a group, in the order in which the ops read them
+        # one row of hyperparameters a group, in the order in which the ops read them. Tensors, not numbers: a kernel
+        # that takes a number would be specialised or compiled anew whenever a schedule moves. AdamW's bias correction
+        # counts steps from 1
         values = [
             [self.lrs[group] * lr_mult, self.weight_decay * decay_mult, momentum]
             if group == MUON
@@ -165,6 +168,7 @@ class Optimizer:
                 else:
                     moments = self.state[f"{row.name}.exp_avg"], self.state[f"{row.name}.exp_avg_sq"]
                     self._adam[row.name](p.data, grads(p), *moments, hyper, low)
+        # the head's fp8 copy, where there is one, is of the weights before this step
         self._model.refresh_copies()
 
     def _to_device(self, values: list[list[float]]) -> tuple[Tensor, ...]:
@@ -207,7 +211,7 @@ class Gradients:
 
     def _take(self, p: Tensor) -> None:
         assert p.grad is not None
-        if p in self._sums:
+        if p in self._sums:  # bf16 added to fp32: exact but for the sum's own rounding
             self._sums[p].add_(p.grad)
         else:
             self._sums[p] = p.grad.float()
