@@ -42,6 +42,7 @@ from core.evals.bits_per_byte import (
     check_readable,
     compressor_bits_per_byte,
     score,
+    validation_packed,
     validation_subset,
     validation_whole,
 )
@@ -527,6 +528,7 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
     # bytes
     valset, data = validation_whole(text.val, text.tokenizer, plan.seq_len, run.cfg.final_eval_bytes)
     bpb = evaluate(trainer, text, valset)
+    packed = board_score(run, text, trainer)
     core = answer(run, text, trainer, plan.steps) if run.cfg.core else None  # all ranks share the examples
     stats, memory = data_stats(trainer), run.peak_memory()
     if not math.isfinite(bpb):
@@ -546,6 +548,7 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
         "params": {**plan.params, "total": plan.params_total, "scaling": plan.params_scaling},
         "val_bpb": bpb,
         "val_scope": valset.scope,
+        **packed,
         "compressors": compressor_bits_per_byte(data),
         **(core.summary() if core else {}),
         "total_training_time_s": clock.counted_s,
@@ -567,6 +570,17 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
     report.write_report(run.out, summary)
     run.log.close()
     run.log.print(report.verdict(run.out, summary))
+
+
+def board_score(run: Run, text: Text, trainer: Trainer) -> dict[str, Any]:
+    """Where rows are cropped, as the board's are: bits per byte by its protocol, beside our own."""
+    cfg, plan = run.cfg, trainer.plan
+    if cfg.data.packing != "crop":
+        return {}
+    rows = validation_packed(text.val, text.tokenizer, plan.seq_len, cfg.eval_tokens, buffer_docs=cfg.data.buffer_docs)
+    if not rows.windows:  # a split shorter than a row
+        return {}
+    return {"val_bpb_packed": evaluate(trainer, text, rows), "val_packed_scope": rows.scope}
 
 
 if __name__ == "__main__":

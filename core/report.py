@@ -389,6 +389,8 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
     ]
     rows = {"this model": s["val_bpb"], **s["compressors"]}
     lines += [f"| {name} | {bpb:.4f} |" for name, bpb in sorted(rows.items(), key=lambda item: item[1])]
+    if "val_bpb_packed" in s:
+        lines += ["", f"By the board's protocol: {s['val_bpb_packed']:.4f} ({s['val_packed_scope']})."]
     if s["compressors"]:
         lines += [
             "",

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from core.communication import World
 from core.config import ModelConfig
 from core.data.corpus import open_corpus
+from core.data.packing import BestFitPacker
 from core.data.tokenizer import train_tokenizer
 from core.evals.bits_per_byte import (
     bits_per_byte,
     compressor_bits_per_byte,
+    validation_packed,
     validation_subset,
     validation_whole,
     windows,
@@ -150,3 +152,22 @@ def test_compressors():
     assert set(got) == {"gzip -9", "bzip2 -9", "xz -9e"} and all(0 < b < 1 for b in got.values())
     with pytest.raises(ValueError, match="empty"):
         compressor_bits_per_byte(b"")
+
+
+def test_the_board_scores_packed_rows(text):
+    val, tokenizer = text
+    options = {"mode": "crop", "buffer_docs": len(val) // 4}
+    documents = [tokenizer.encode_document(document) for document in val]
+    rows = validation_packed(val, tokenizer, 64, 10**9, buffer_docs=1000)
+    packer, source = BestFitPacker(65, **options), iter(enumerate(documents))
+    want = np.empty(65, dtype=np.int64)
+    for w in rows.windows:
+        packer.fill(want, source.__next__)
+        assert w.skip == 0 and np.array_equal(w.tokens, want)
+    assert len(rows.windows) > 10 and packer.num_documents > len(val) - 2
+    # the bytes are those of the targets alone; special tokens have none
+    targets = [i for w in rows.windows for i in w.tokens[1:] if i != tokenizer.bos_id]
+    assert rows.num_bytes == len(tokenizer.decode_bytes(targets))
+    few = validation_packed(val, tokenizer, 64, 200, buffer_docs=1000)
+    assert [w.tokens.tolist() for w in few.windows] == [w.tokens.tolist() for w in rows.windows[:3]]
+    assert not validation_packed(val, tokenizer, 10**6, 10**9, buffer_docs=1000).windows

@@ -236,6 +236,7 @@ def test_one_command_fetches_trains_scores_and_reports(hub, bundle_url, tmp_path
     assert "climbmix: 1 of 6,542 shards to train on and one to validate" in shown and "CORE" in shown
     assert sorted(hub.asked) == [FIRST, LAST] and len(losses(one)) == 6
     summary = json.loads((one / "summary.json").read_text())
+    assert 0 < summary["val_bpb_packed"] < 10 and "packed rows of 64" in (one / "report.md").read_text()
     assert summary["core_tasks"].keys() == {"choice", "long", "schema", "words"}
     assert [e["step"] for e in events(one, "core")] == [4, 6] and "## CORE" in (one / "report.md").read_text()
 

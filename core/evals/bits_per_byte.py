@@ -18,6 +18,7 @@ import torch
 
 from core.communication import World, all_sum
 from core.data.corpus import Corpus
+from core.data.packing import BestFitPacker
 from core.data.tokenizer import Tokenizer
 from core.models.gpt2 import GPT
 from core.stopping import UserError
@@ -147,6 +148,29 @@ def validation_subset(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, max_to
         f"a fixed subset: {num_bytes:,} bytes of {num_docs} of {len(corpus)} validation documents, context "
         f"restarts every {seq_len} tokens"
     )
+    return ValidationSet(items, num_bytes, scope)
+
+
+def validation_packed(
+    corpus: Corpus, tokenizer: Tokenizer, seq_len: int, max_tokens: int, *, buffer_docs: int
+) -> ValidationSet:
+    """Rows packed as in training, documents in order, until max_tokens or the end of the split: what nanochat scores
+    [92d63d4, core/dataloader.py], so that its bits per byte and these compare. A token sees what is before it in its
+    row, be it of its document or of another, and the ends of cut documents do not count. Its rows are those of eight
+    processes; here they are one stream."""
+    # a split of fewer documents than the buffer would fill no row at all
+    packer = BestFitPacker(seq_len + 1, mode="crop", buffer_docs=min(buffer_docs, max(1, len(corpus) // 4)))
+    documents = ((i, tokenizer.encode_document(corpus[i])) for i in range(len(corpus)))
+    items: list[Window] = []
+    while len(items) < max_tokens // seq_len:
+        row = np.empty(seq_len + 1, dtype=tokenizer.dtype)
+        try:
+            packer.fill(row, documents.__next__)
+        except StopIteration:
+            break
+        items.append(Window(row, skip=0))
+    num_bytes = sum(int(tokenizer.token_bytes[w.tokens[1:]].sum()) for w in items)
+    scope = f"{len(items):,} packed rows of {seq_len} tokens ({num_bytes:,} bytes), best fit and cropped as nanochat's"
     return ValidationSet(items, num_bytes, scope)
 
 
