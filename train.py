@@ -471,7 +471,7 @@ def look(
         bpb = evaluate(trainer, text, subset)
         if not math.isfinite(bpb):
             raise TrainingError(f"training stopped at step {step}: validation gives {bpb} bits per byte")
-        run.log.eval(step, bpb, subset.scope, data_stats(trainer))
+        run.log.eval(step, bpb, subset.scope, data_stats(trainer), waited(trainer))
     if answers:
         answer(run, text, trainer, step)
     if samples:
@@ -494,8 +494,12 @@ def answer(run: Run, text: Text, trainer: Trainer, step: int) -> CoreScore:
 
 def data_stats(trainer: Trainer) -> dict[str, float]:
     """What the loaders of all ranks have counted."""
-    stats = trainer.loader.stats() | {"waited_s": trainer.loader.waited_s}
-    return report.sum_stats(communication.gather_objects(stats))
+    return report.sum_stats(communication.gather_objects(trainer.loader.stats()))
+
+
+def waited(trainer: Trainer) -> float:
+    """Seconds that the rank with the slowest loader has waited for data."""
+    return max(communication.gather_objects(trainer.loader.waited_s))
 
 
 def sample(run: Run, text: Text, trainer: Trainer, step: int) -> None:
@@ -530,7 +534,7 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
     bpb = evaluate(trainer, text, valset)
     packed = board_score(run, text, trainer)
     core = answer(run, text, trainer, plan.steps) if run.cfg.core else None  # all ranks share the examples
-    stats, memory = data_stats(trainer), run.peak_memory()
+    stats, wait_s, memory = data_stats(trainer), waited(trainer), run.peak_memory()
     if not math.isfinite(bpb):
         raise run.failed(plan.steps, f"validation gives {bpb} bits per byte")
     if not run.world.is_main:
@@ -557,6 +561,7 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
         "peak_memory_bytes": memory,
         "predicted_memory_bytes": plan.memory_bytes["total"],
         "data_stats": stats,
+        "data_wait_s": wait_s,
         **run.profile.shares(),
         "wall_time_s": time.time() - run.started,
     }

@@ -169,9 +169,9 @@ class RunLog:
         for note in notes:
             self.print(f"note: {note}")
 
-    def eval(self, step: int, bpb: float, scope: str, data: dict[str, float]) -> None:
-        """data: what the loader has counted so far."""
-        self.event("eval", step, val_bpb=bpb, scope=scope, data=data)
+    def eval(self, step: int, bpb: float, scope: str, data: dict[str, float], wait_s: float) -> None:
+        """data: what the loaders have counted so far; wait_s: seconds that training waited for them."""
+        self.event("eval", step, val_bpb=bpb, scope=scope, data=data, data_wait_s=round(wait_s, 3))
         self.print(
             f"step {step}/{self.plan.steps}  validation {bpb:.4f} bits per byte (fixed subset)  "
             f"{human(data['tokens'], 'tokens')} of {data['documents']:,} documents, {data['epochs']:.2f} epochs, "
@@ -263,9 +263,9 @@ def render(table: Table) -> str:
 
 
 def sum_stats(stats: list[dict[str, float]]) -> dict[str, float]:
-    """Loader statistics of all ranks as one: counts add up; shares, epochs and seconds are means."""
+    """Loader statistics of all ranks as one: counts add up, shares and epochs are means."""
     total = {key: sum(s[key] for s in stats) for key in stats[0]}
-    return total | {key: total[key] / len(stats) for key in ("epochs", "crop_waste", "waited_s")}
+    return total | {key: total[key] / len(stats) for key in ("epochs", "crop_waste")}
 
 
 def verdict(out: Path, summary: dict[str, Any]) -> str:
@@ -374,7 +374,7 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
         lines.append(f"| throughput | {human(s['tok_per_s'], 'tok/s')}, {human(s['flop_per_s'], 'FLOP/s')} |")
     if s["mfu"]:
         lines.append(f"| MFU (bf16 peak) | {100 * s['mfu']:.1f} % |")
-    lines.append(f"| waiting for data | {s['data_stats']['waited_s']:.1f} s |")
+    lines.append(f"| waiting for data | {s['data_wait_s']:.1f} s |")
     lines.append(f"| peak memory | {human(s['peak_memory_bytes'], 'B')} |")
     if (share := s.get("non_matmul_share")) is not None:
         lines.append(f"| time outside matmul and attention | {100 * share:.0f} % |")
