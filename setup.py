@@ -13,7 +13,7 @@ setup(
     description="Trains GPT-2-grade language models at the limit of the hardware.",
     license="MIT",
     python_requires=">=3.11,<3.14",
-    packages=["core", "core.data", "core.evals", "core.models", "kernels"],
+    packages=["core", "core.data", "core.evals", "core.models", "core.share", "kernels"],
     py_modules=["train", "eval"],
     install_requires=[
         "torch>=2.11,<2.14",
@@ -41,6 +41,6 @@ setup(
             "transformers",
         ],
         "wandb": ["wandb"],
-        "hf": ["transformers"],
+        "hf": ["transformers", "huggingface_hub"],
     },
 )

@@ -82,6 +82,16 @@ class Tokenizer:
             explicit_n_vocab=self.vocab_size,
         )
 
+    @property
+    def tokens(self) -> list[bytes]:
+        """The bytes of every token that is not special, in order of rank."""
+        return self._tokens
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression that splits a text before it is merged."""
+        return self._pattern
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without bos."""
         return [token for part in _parts(text) for token in self._encoding.encode_ordinary(part)]
