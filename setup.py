@@ -41,6 +41,7 @@ setup(
             "transformers",
         ],
         "wandb": ["wandb"],
+        "energy": ["nvidia-ml-py"],
         "hf": ["transformers", "huggingface_hub"],
     },
 )
