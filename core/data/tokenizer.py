@@ -290,3 +290,12 @@ def _write(path: Path, content: str) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    # there, since a module that runs as a program is another one than the others import
+    from core.data.compare_tokenizers import main
+    from core.stopping import one_sentence
+
+    with one_sentence():
+        main(sys.argv[1:])
