@@ -1,4 +1,5 @@
-"""Evaluates a trained model: `python eval.py RUN_OR_CHECKPOINT [--metrics core,bpb,sample] [--prompt TEXT ...]`."""
+"""Evaluates or exports a trained model: `python eval.py RUN_OR_CHECKPOINT [--metrics core,bpb,sample] [--prompt TEXT
+...] [--export DIR]`."""
 
 # ruff: noqa: E402
 from core.starting import hear_signals
@@ -14,6 +15,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from core import checkpoint, communication, machine
@@ -29,6 +31,7 @@ from core.evals.hugging_face import HuggingFaceScorer
 from core.generate import sample_texts, stream_text
 from core.models.gpt2 import GPT
 from core.run import State
+from core.share.export import check_free, export, is_exported, push
 from core.stopping import UserError, check_utf8, expanded, one_sentence, out_of_memory
 from kernels.dispatch import Backends
 
@@ -41,7 +44,12 @@ class EvalConfig:
     """What to evaluate and how. Under torchrun, processes share the work of bpb."""
 
     path: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")] = None
-    """A run folder (its newest checkpoint counts) or one checkpoint."""
+    """A run folder (its newest checkpoint counts), one checkpoint, or for --push an exported folder."""
+    export: str | None = None
+    """Write the model into this new folder, as transformers and others read it, instead of evaluating it."""
+    push: str | None = None
+    """Upload what --export wrote, or the exported folder given instead of a run, to the Hugging Face hub as
+    NAME/MODEL, private where it is new."""
     metrics: str | None = None
     """Which, separated by commas: core answers the 22 tasks of CORE, bpb scores the validation text, sample writes
     text; unset: bpb and sample, of --hf core."""
@@ -93,6 +101,9 @@ def main(argv: list[str]) -> None:
     cfg = tyro.cli(EvalConfig, prog="eval.py", description=__doc__, args=argv)
     if (cfg.path is None) == (cfg.hf is None):
         raise UserError("give a run folder or a checkpoint, or --hf NAME for a model of Hugging Face's transformers")
+    if cfg.export is not None or cfg.push is not None:
+        share(cfg)
+        return
     asked = cfg.metrics if cfg.metrics is not None else "core" if cfg.hf else "bpb,sample"
     metrics = [name.strip() for name in asked.split(",") if name.strip()]
     if unknown := sorted(set(metrics) - set(METRICS)):
@@ -108,6 +119,38 @@ def main(argv: list[str]) -> None:
         result = evaluate_run(cfg, folder, metrics, world, talks) if folder else evaluate_hf(cfg, world, talks)
         if world.is_main and cfg.json:
             print(json.dumps(result))
+
+
+def share(cfg: EvalConfig) -> None:
+    """Writes a model for others, uploads one, or both."""
+    if cfg.path is None or cfg.metrics is not None:
+        raise UserError("--export and --push take a run folder or a checkpoint, and go without --metrics and --hf")
+    path, rank = expanded(cfg.path), communication.rank_and_size()[0]
+    if rank:
+        return
+    if cfg.export is None:
+        if not is_exported(path):
+            raise UserError(f"{path} is no exported folder: write one with --export DIR first, or in the same command")
+        folder = path
+    else:
+        folder, found = expanded(cfg.export), checkpoint.find(path)
+        check_free(folder)
+        model, tokenizer, state = load_model(found, World(0, 1, torch.device("cpu")), "ref", 1)
+        summary = summary_of(found, state)
+        export(folder, model, tokenizer, state.dtype, summary)
+        scores = "" if summary else "; its model card has no scores, for the run did not end with this checkpoint"
+        print(f"{found} is exported to {folder}{scores}")
+    if cfg.push is not None:
+        print(push(folder, cfg.push, print))
+
+
+def summary_of(folder: Path, state: State) -> dict[str, Any] | None:
+    """summary.json of the run that ended with this checkpoint."""
+    path = folder.parent.parent / "summary.json"
+    if not path.exists():
+        return None
+    summary = checkpoint.load_json(path)
+    return summary if summary["steps"] == state.step else None
 
 
 def evaluate_run(cfg: EvalConfig, folder: Path, metrics: list[str], world: World, talks: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ setup(
     description="Trains GPT-2-grade language models at the limit of the hardware.",
     license="MIT",
     python_requires=">=3.11,<3.14",
-    packages=["core", "core.data", "core.evals", "core.models", "kernels"],
+    packages=["core", "core.data", "core.evals", "core.models", "core.share", "kernels"],
     py_modules=["train", "eval"],
     install_requires=[
         "torch>=2.11,<2.14",
@@ -42,6 +42,7 @@ setup(
             "transformers",
         ],
         "wandb": ["wandb"],
-        "hf": ["transformers"],
+        "energy": ["nvidia-ml-py"],
+        "hf": ["transformers", "huggingface_hub"],
     },
 )

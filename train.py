@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import math
+import shlex
 import signal
 import sys
 import time
@@ -83,10 +84,16 @@ def main(argv: list[str]) -> None:
     if cfg.wandb:
         load_wandb()  # fail early where it is not installed
     with joined_world(cfg.device, deterministic=cfg.deterministic) as world:
-        train(cfg, world, started)
+        train(cfg, world, started, command_line(argv, world.world_size))
 
 
-def train(cfg: Config, world: World, started: float) -> None:
+def command_line(argv: list[str], world_size: int) -> str:
+    """As a shell takes it."""
+    launcher = f"torchrun --nproc-per-node={world_size}" if world_size > 1 else "python"
+    return f"{launcher} {shlex.join(['train.py', *argv])}"
+
+
+def train(cfg: Config, world: World, started: float, command: str) -> None:
     run = Run(cfg, world, started)
     # what was opened is closed on every way out: done, stopped, failed
     with run.interruptible(), ExitStack() as files:
@@ -97,7 +104,7 @@ def train(cfg: Config, world: World, started: float) -> None:
             files.callback(text.train.close)  # before the loader, which may wait for a shard
         rows = trainer.plan.device_batch_size
         with out_of_memory(f"{rows} rows per forward pass", lambda: fewer_rows(run, trainer.plan)):
-            setup, subset, profiled = announce(run, text, trainer)
+            setup, subset, profiled = announce(run, text, trainer, command)
             files.callback(run.log.close)
             warm_up(run, trainer, setup)
             loop(run, text, trainer, subset, profiled)
@@ -258,7 +265,7 @@ def read_tasks(cfg: Config, cache_dir: Path) -> list[Task]:
     return tasks
 
 
-def announce(run: Run, text: Text, trainer: Trainer) -> tuple[dict[str, Any], ValidationSet, range]:
+def announce(run: Run, text: Text, trainer: Trainer, command: str = "") -> tuple[dict[str, Any], ValidationSet, range]:
     """Opens the log with who runs what where. Returns that, what evaluations during training score, and the steps to
     profile."""
     cfg, plan, world = run.cfg, trainer.plan, run.world
@@ -290,6 +297,8 @@ def announce(run: Run, text: Text, trainer: Trainer) -> tuple[dict[str, Any], Va
     notes.append(f"evaluations during training score {subset.scope}")
     setup = {
         "preset": cfg.preset,
+        "command": command,
+        "seed": cfg.seed,
         "device": f"{world.world_size} x {machine.device_name(world.device)}",
         "versions": machine.versions(),
         "git": machine.git_state(),
@@ -535,6 +544,8 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
     packed = board_score(run, text, trainer)
     core = answer(run, text, trainer, plan.steps) if run.cfg.core else None  # all ranks share the examples
     stats, wait_s, memory = data_stats(trainer), waited(trainer), run.peak_memory()
+    joules = communication.gather_objects(clock.counted_j)
+    known_j = [j for j in joules if j is not None]
     if not math.isfinite(bpb):
         raise run.failed(plan.steps, f"validation gives {bpb} bits per byte")
     if not run.world.is_main:
@@ -544,6 +555,8 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
     if clock.counted_s:
         tokens = clock.counted_steps * plan.total_batch_size
         speed |= machine.speed(tokens, clock.counted_s, plan.flops_per_token, run.log.peak)._asdict()
+    wall_time = time.time() - run.started
+    num_gpus = run.world.world_size if run.world.device.type == "cuda" else 0
     summary = {
         **setup,
         "steps": plan.steps,
@@ -560,10 +573,12 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
         **speed,
         "peak_memory_bytes": memory,
         "predicted_memory_bytes": plan.memory_bytes["total"],
+        "energy_j": sum(known_j) if len(known_j) == len(joules) else None,
+        "cost_dollars": machine.cost_dollars(wall_time, num_gpus, run.cfg.dollars_per_gpu_hour),
         "data_stats": stats,
         "data_wait_s": wait_s,
         **run.profile.shares(),
-        "wall_time_s": time.time() - run.started,
+        "wall_time_s": wall_time,
     }
     run.log.event("end", plan.steps, val_bpb=bpb, scope=valset.scope, total_training_time_s=clock.counted_s)
     # the numbers before the pictures: whatever meets the report, they are on the disk

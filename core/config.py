@@ -227,6 +227,9 @@ class Config:
     """Steps in a row, after warm-up and off the clock, to profile: time by op in the report, time line and memory in
     profile/."""
 
+    dollars_per_gpu_hour: float | None = option(None, 0, 1e6, resumable=True)
+    """Price of a GPU, for the report's cost of the whole run."""
+
     wandb: str | None = option(None, resumable=True)
     """Project on Weights & Biases that gets the metrics too; a resumed run goes on there as the same one."""
 

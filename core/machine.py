@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,30 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def energy_counter(device: torch.device) -> Callable[[], float] | None:
+    """What reads the joules that a GPU has used since its driver was loaded; None where nobody counts them: on a CPU,
+    without nvidia-ml-py, on GPUs older than Volta."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml  # pyrefly: ignore[missing-import]  # optional
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        # by its UUID: NVML does not know of CUDA_VISIBLE_DEVICES
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError:
+        return None
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000  # it counts mJ
+
+
+def cost_dollars(seconds: float, num_gpus: int, dollars_per_gpu_hour: float | None) -> float | None:
+    """What renting the GPUs for so long costs; None without a price or a GPU."""
+    return None if dollars_per_gpu_hour is None or not num_gpus else seconds / 3600 * num_gpus * dollars_per_gpu_hour
 
 
 # the process
@@ -167,11 +192,22 @@ class TrainingClock:
     """Training time as the races count it: optimizer steps from data to update, without evaluation, samples and saves.
 
     The device is synchronised where the clock starts and stops, not at every step. Steps 0 to UNCOUNTED_STEPS - 1 are
-    left out.
+    left out. Over the same time energy counts joules of this process's GPU; None where they are not known, as of a
+    resumed run.
     """
 
-    def __init__(self, device: torch.device, counted_s: float = 0.0, counted_steps: int = 0) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        counted_s: float = 0.0,
+        counted_steps: int = 0,
+        energy: Callable[[], float] | None = None,
+    ) -> None:
+        """energy: reads joules that only grow."""
         self.device = device
+        self._read_energy = energy if counted_steps == 0 else None
+        self.counted_j = None if self._read_energy is None else 0.0
+        self._start_j = 0.0
         self.counted_s, self.counted_steps = counted_s, counted_steps
         self._start: float | None = None
         self._counts = False
@@ -188,6 +224,7 @@ class TrainingClock:
             self.stop()
         if self._start is None:
             self._start, self._counts, self._steps = self._now(), counts, 0
+            self._start_j = self._read_energy() if self._read_energy else 0.0
 
     def after_step(self) -> None:
         self._steps += 1
@@ -198,4 +235,6 @@ class TrainingClock:
         if self._counts:
             self.counted_s += self._now() - self._start
             self.counted_steps += self._steps
+            if self._read_energy and self.counted_j is not None:
+                self.counted_j += self._read_energy() - self._start_j
         self._start = None

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -318,10 +319,35 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def plot_loss(events: list[dict[str, Any]], path: Path) -> None:
-    """Training loss (nats per token) and validation bits per byte over steps, as a PNG."""
-    steps = [(e["step"] + 1, e["loss"]) for e in events if e["event"] == "step" and isinstance(e["loss"], float)]
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving averages over about 20 values, without bias at the beginning."""
+    result: list[float] = []
+    ema = weight = 0.0
+    for value in values:
+        ema, weight = 0.95 * ema + 0.05 * value, 0.95 * weight + 0.05
+        result.append(ema / weight)
+    return result
+
+
+def step_seconds(events: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """Seconds of training that had passed when each step was logged: the time between a step and the next, where
+    nothing lies between them."""
+    passed: dict[int, float] = {}
+    before, seconds = None, 0.0
+    for e in events:
+        if e["event"] == "step":
+            seconds += e["time"] - before if before is not None else 0.0
+            passed[e["step"]] = seconds
+        before = e["time"] if e["event"] == "step" else None
+    return passed
+
+
+def plot_loss(events: list[dict[str, Any]], path: Path, summary: dict[str, Any]) -> None:
+    """Training loss (nats per token) over steps, with validation bits per byte, over training time, tokens and FLOPs,
+    as a PNG."""
+    steps = [(e["step"], e["loss"]) for e in events if e["event"] == "step" and isinstance(e["loss"], float)]
     evals = [(e["step"], e["val_bpb"]) for e in events if e["event"] == "eval"]
+    seconds = step_seconds(events)
     # here, since importing matplotlib takes half a second that no start should wait for; it reads this variable then,
     # and fails on a backend that a notebook has set or nobody has heard of
     os.environ["MPLBACKEND"] = "agg"
@@ -329,28 +355,39 @@ def plot_loss(events: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     # an Agg canvas of its own: the figure needs no display, whatever MPLBACKEND says
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    ax = figure.subplots()
-    if steps:
-        ax.plot(*zip(*steps), color="tab:blue", linewidth=0.8, alpha=0.5)
-        smooth: list[tuple[int, float]] = []
-        ema, weight = 0.0, 0.0
-        for step, loss in steps:
-            ema, weight = 0.95 * ema + 0.05 * loss, 0.95 * weight + 0.05
-            smooth.append((step, ema / weight))
-        ax.plot(*zip(*smooth), color="tab:blue")
-    ax.set_xlabel("step")
-    ax.set_ylabel("training loss (nats per token)", color="tab:blue")
+    panels = figure.subplots(2, 2, sharey=True)
+    scales = {
+        "step": [step + 1 for step, _ in steps],
+        "training time, evaluations left out (s)": [seconds[step] for step, _ in steps],
+        "tokens": [(step + 1) * summary["tokens"] / summary["steps"] for step, _ in steps],
+        "training FLOPs": [(step + 1) * summary["flops"] / summary["steps"] for step, _ in steps],
+    }
+    losses = [loss for _, loss in steps]
+    for ax, (label, at) in zip(panels.flat, scales.items()):
+        ax.plot(at, losses, color="tab:blue", linewidth=0.8, alpha=0.5)
+        ax.plot(at, smoothed(losses), color="tab:blue")
+        ax.set_xlabel(label)
+        ax.grid(alpha=0.3)
+    for ax in panels[:, 0]:
+        ax.set_ylabel("training loss (nats per token)", color="tab:blue")
     if evals:
-        right = ax.twinx()
+        right = panels[0, 0].twinx()
         right.plot(*zip(*evals), "o-", color="tab:red", markersize=4)
         right.set_ylabel("validation, fixed subset (bits per byte)", color="tab:red")
-    ax.grid(alpha=0.3)
     tmp = path.with_name(f".{path.stem}.tmp.png")
     with naming(path):
-        figure.savefig(tmp, dpi=120)
+        figure.savefig(tmp, dpi=100)
         os.replace(tmp, path)
+
+
+def commands(summary: dict[str, Any]) -> str:
+    """The command and the code it ran, as Markdown."""
+    git = summary["git"]
+    code = f"commit {git['commit']}{' with changes' if git['dirty'] else ''}" if git else "not a git checkout"
+    fence = "`" * (1 + longest_run(summary["command"], "`"))
+    return f"{fence} {summary['command']} {fence} ({code})"
 
 
 def write_report(out: Path, summary: dict[str, Any]) -> None:
@@ -363,7 +400,9 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
         f"{s['params']['total']:,} parameters, {s['tokens']:,} tokens in {s['steps']:,} steps, on {s['device']}, "
         f"torch {s['versions']['torch']}, {s['precision']}.",
         "",
-        "![loss curve](loss.png)",
+        commands(s),
+        "",
+        "![loss curves](loss.png)",
         "",
         "| | |",
         "|---|--:|",
@@ -375,7 +414,12 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
     if s["mfu"]:
         lines.append(f"| MFU (bf16 peak) | {100 * s['mfu']:.1f} % |")
     lines.append(f"| waiting for data | {s['data_wait_s']:.1f} s |")
+    lines.append(f"| training FLOPs | {human(s['flops'], 'FLOP')} |")
     lines.append(f"| peak memory | {human(s['peak_memory_bytes'], 'B')} |")
+    if s["energy_j"] is not None:
+        lines.append(f"| energy of the GPUs over the training time | {s['energy_j'] / 3.6e6:.4g} kWh |")
+    if s["cost_dollars"] is not None:
+        lines.append(f"| cost of the GPUs, command to report | ${s['cost_dollars']:.2f} |")
     if (share := s.get("non_matmul_share")) is not None:
         lines.append(f"| time outside matmul and attention | {100 * share:.0f} % |")
     lines += [
@@ -438,4 +482,4 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
     with naming(out / "report.md"):
         tmp.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
         os.replace(tmp, out / "report.md")
-    plot_loss(events, out / "loss.png")  # last: the numbers are safe whatever matplotlib meets
+    plot_loss(events, out / "loss.png", s)  # last: the numbers are safe whatever matplotlib meets

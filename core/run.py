@@ -300,7 +300,10 @@ class Run:
             drops_lines=cfg.on_save_error == "continue",
         )
         self.clock = TrainingClock(
-            self.world.device, saved.counted_s if saved else 0.0, saved.counted_steps if saved else 0
+            self.world.device,
+            saved.counted_s if saved else 0.0,
+            saved.counted_steps if saved else 0,
+            machine.energy_counter(self.world.device) if saved is None else None,
         )
         self.profile = StepProfile(self.world, self.out, saved.profile if saved else {})
         notes += self.log.notes

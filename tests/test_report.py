@@ -1,7 +1,9 @@
 """The training clock, rates, and the report's small parts."""
 
 import os
+import sys
 import time
+import types
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from core.communication import LaggingLoss, World
 from core.config import preset
 from core.machine import UNCOUNTED_STEPS, TrainingClock, peak_flops, prepare_process, speed
 from core.plan import make_plan
-from core.report import RunLog, hours, human, longest_run, read_log, sum_stats
+from core.report import RunLog, hours, human, longest_run, plot_loss, read_log, smoothed, step_seconds, sum_stats
 
 CPU = torch.device("cpu")
 
@@ -37,6 +39,101 @@ def test_clock_leaves_out_the_first_steps_and_every_pause(monkeypatch):
     resumed.after_step()
     resumed.stop()
     assert (resumed.counted_s, resumed.counted_steps) == (6.0, 5)
+
+
+def test_energy_is_that_of_the_counted_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = TrainingClock(CPU, energy=lambda: 1000 + 300 * now[0])
+    for step in range(UNCOUNTED_STEPS + 4):
+        if step == UNCOUNTED_STEPS + 2:
+            clock.stop()
+            now[0] += 100
+        clock.before_step(step)
+        now[0] += 1
+        clock.after_step()
+    clock.stop()
+    assert clock.counted_j == pytest.approx(4 * 300)
+    assert TrainingClock(CPU).counted_j is None
+    assert TrainingClock(CPU, 4.0, 4, energy=lambda: 0.0).counted_j is None  # that of the steps before is not known
+
+
+class NVML(types.ModuleType):
+    """Stands for pynvml on a machine with a GPU of that UUID."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        if uuid != "GPU-abc":
+            raise self.NVMLError("Not Found")
+        return uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        return 5500
+
+
+def test_the_energy_counter(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    uuid = ["abc"]
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid=uuid[0]), raising=True
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", NVML("pynvml"))
+    assert machine.energy_counter(CPU) is None
+    assert machine.energy_counter(gpu)() == 5.5
+    uuid[0] = "of another machine"
+    assert machine.energy_counter(gpu) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert machine.energy_counter(gpu) is None
+
+
+def test_cost():
+    assert machine.cost_dollars(1800, 8, 3.0) == 12.0
+    assert machine.cost_dollars(1800, 0, 3.0) is None and machine.cost_dollars(1800, 8, None) is None
+
+
+EVENTS = [
+    {"event": "start", "step": 0, "time": 90.0},
+    {"event": "step", "step": 0, "time": 100.0, "loss": 4.0},
+    {"event": "step", "step": 1, "time": 102.0, "loss": 3.0},
+    {"event": "eval", "step": 2, "time": 150.0, "val_bpb": 2.0},
+    {"event": "step", "step": 2, "time": 151.0, "loss": "nan"},
+    {"event": "step", "step": 3, "time": 154.0, "loss": 2.0},
+]
+
+
+def test_training_time_leaves_evaluations_out():
+    assert step_seconds(EVENTS) == {0: 0, 1: 2, 2: 2, 3: 5}
+    assert smoothed([3.0, 3.0]) == pytest.approx([3.0, 3.0]) and 2.4 < smoothed([3.0, 2.0])[1] < 2.5
+
+
+def test_losses_are_drawn_over_steps_time_tokens_and_flops(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = {}
+    monkeypatch.setenv("MPLBACKEND", "agg")
+
+    def savefig(figure, path, **options):
+        for ax in figure.axes:
+            if ax.get_xlabel():
+                drawn[ax.get_xlabel().split(",")[0]] = [list(line) for line in zip(*ax.lines[0].get_data())]
+        path.touch()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    plot_loss(EVENTS, tmp_path / "loss.png", {"steps": 4, "tokens": 400, "flops": 8e6})
+    losses = [4.0, 3.0, 2.0]
+    wanted = {
+        "step": [1, 2, 4],
+        "training time": [0, 2, 5],
+        "tokens": [100, 200, 400],
+        "training FLOPs": [2e6, 4e6, 8e6],
+    }
+    assert drawn == {name: [list(pair) for pair in zip(at, losses)] for name, at in wanted.items()}
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_losses_of_the_cpu_are_read_at_once():

@@ -84,8 +84,10 @@ def test_a_run_leaves_everything_behind(finished, corpus_dir):
     assert summary["flops"] == summary["tokens"] * json.loads(plan_of(finished))["flops_per_token"]
     assert set(summary) >= {
         "val_bpb", "total_training_time_s", "tok_per_s", "mfu", "peak_memory_bytes", "params", "kernels", "git",
-        "compressors", "non_matmul_share", "wall_time_s",
+        "compressors", "non_matmul_share", "wall_time_s", "seed",
     }  # fmt: skip
+    assert summary["energy_j"] is None and summary["cost_dollars"] is None  # of GPUs alone
+    assert summary["command"].startswith("python train.py --depth 2 --d-model 32 ")
     assert summary["counted_steps"] == 2  # of 14, without the first 11 and the profiled one
     assert 0 < summary["total_training_time_s"] < summary["wall_time_s"]
     assert summary["tok_per_s"] == pytest.approx(2 * 512 / summary["total_training_time_s"])
@@ -93,6 +95,7 @@ def test_a_run_leaves_everything_behind(finished, corpus_dir):
     assert summary["profile_files"] == ["profile/memory.json", "profile/trace.json.gz"]
     assert json.loads((finished / "config.json").read_text())["model"]["depth"] == 2
     report = (finished / "report.md").read_text()
+    assert summary["command"] in report and "FLOP |" in report and "kWh" not in report and "$" not in report
     assert f"{summary['val_bpb']:.4f}" in report and "xz -9e" in report and "## Samples" in report
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in checkpoint.checkpoints(finished)] == ["step_000012", "step_000014"]

@@ -83,6 +83,16 @@ class Tokenizer:
             explicit_n_vocab=self.vocab_size,
         )
 
+    @property
+    def tokens(self) -> list[bytes]:
+        """The bytes of every token that is not special, in order of rank."""
+        return self._tokens
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression that splits a text before it is merged."""
+        return self._pattern
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without bos."""
         return [token for part in _parts(text) for token in self._encoding.encode_ordinary(part)]
@@ -281,3 +291,12 @@ def _write(path: Path, content: str) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    # there, since a module that runs as a program is another one than the others import
+    from core.data.compare_tokenizers import main
+    from core.stopping import one_sentence
+
+    with one_sentence():
+        main(sys.argv[1:])
