@@ -329,3 +329,10 @@ def test_concurrent_callers_agree(corpus, tmp_path):
         digests = {future.result().digest for future in futures}
     assert len(digests) == 1
     assert len(os.listdir(tmp_path / "tokenizers")) == 1
+
+
+def test_a_long_training_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr("core.data.tokenizer._SAYS_EVERY_S", 0.0)
+    said = []
+    train_tokenizer(["some words " * 100_000] * 3, 300, max_chars=3_000_000, say=said.append)
+    assert said == [f"the tokenizer has read {n} of at most 3 M characters" for n in (1, 2, 3)]

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -53,6 +54,7 @@ SPECIAL_TOKENS = (
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 _FORMAT = 1
+_SAYS_EVERY_S = 5.0
 _RANKS_FILE = "tokenizer.tiktoken"
 _SETTINGS_FILE = "tokenizer.json"
 _TEXTS_HELD = 256  # by the trainer at a time: parts of a book have up to a megabyte each
@@ -178,11 +180,17 @@ class Tokenizer:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, max_chars: int = 2_000_000_000, doc_cap: int | None = None
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    max_chars: int = 2_000_000_000,
+    doc_cap: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Tokenizer:
     """Learn a vocabulary of at most `vocab_size` tokens, specials included; fewer if the texts run out of pairs.
 
-    Of each text the first `doc_cap` characters are used (None: all), in total `max_chars`.
+    Of each text the first `doc_cap` characters are used (None: all), in total `max_chars`; say is told how many, every
+    few seconds.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
@@ -190,13 +198,17 @@ def train_tokenizer(
             "special tokens"
         )
     num_chars = 0
+    next_word = time.monotonic() + _SAYS_EVERY_S
 
     def excerpts() -> Iterator[str]:
-        nonlocal num_chars
+        nonlocal num_chars, next_word
         for text in texts:
             excerpt = text[:doc_cap][: max_chars - num_chars]
             num_chars += len(excerpt)
             yield from _parts(excerpt)
+            if say and time.monotonic() > next_word:
+                next_word = time.monotonic() + _SAYS_EVERY_S
+                say(f"the tokenizer has read {num_chars / 1e6:,.0f} of at most {max_chars / 1e6:,.0f} M characters")
             if num_chars >= max_chars:
                 return
 
@@ -245,8 +257,8 @@ def get_tokenizer(
 ) -> Tokenizer:
     """The tokenizer trained on `train_corpus`, from cache_dir/tokenizers if it was trained before.
 
-    on_train is called with a sentence for the user before training starts. Any number of processes may call this at
-    once.
+    on_train is called with a sentence for the user before training starts, and as it goes on. Any number of processes
+    may call this at once.
     """
     settings = [_FORMAT, train_corpus.fingerprint, vocab_size, max_chars, doc_cap, SPLIT_PATTERN, SPECIAL_TOKENS]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
@@ -255,7 +267,7 @@ def get_tokenizer(
         return Tokenizer.load(folder)
     if on_train is not None:
         on_train(f"training a tokenizer of {vocab_size} tokens on {train_corpus.name}")
-    tokenizer = train_tokenizer(train_corpus, vocab_size, max_chars=max_chars, doc_cap=doc_cap)
+    tokenizer = train_tokenizer(train_corpus, vocab_size, max_chars=max_chars, doc_cap=doc_cap, say=on_train)
     tokenizer.trained_on |= {"corpus": train_corpus.name, "fingerprint": train_corpus.fingerprint}
     temporary = folder.with_name(f".{name}.{uuid.uuid4().hex}")
     try:
