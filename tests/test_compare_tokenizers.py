@@ -22,8 +22,8 @@ def state_of(cfg, step):
     """Of a checkpoint of a run with these options."""
     return State(
         step=step, evaluated=True, plan_steps=step, config=to_dict(cfg), model=dataclasses.asdict(cfg.model),
-        precision="float32", loader={}, log_bytes=0, counted_s=0.0, counted_steps=0, wall_time_s=1.0,
-        peak_memory_bytes=1, profile={}, wandb=None,
+        precision="float32", loader={"corpus": "a fingerprint"}, log_bytes=0, counted_s=0.0, counted_steps=0,
+        wall_time_s=1.0, peak_memory_bytes=1, profile={}, wandb=None,
     )  # fmt: skip
 
 

@@ -187,6 +187,20 @@ def test_a_run_is_exported(run, tmp_path, capsys):
         assert torch.equal(model(tokens(CFG)), awake(CFG)(tokens(CFG)))
 
 
+def test_an_exported_folder_is_evaluated_as_its_run(run, tmp_path, capsys):
+    eval_main([str(run), "--export", str(tmp_path / "x")])
+    (tmp_path / "text.txt").write_text("some words of a text\n" * 9)
+    options = ["--data", str(tmp_path / "text.txt"), "--prompt", "def", "--device", "cpu", "--json"]
+    results = []
+    for path in (run, tmp_path / "x"):
+        capsys.readouterr()
+        eval_main([str(path), *options])
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0]["val_bpb"] == results[1]["val_bpb"] > 0 and results[0]["samples"] == results[1]["samples"]
+    with pytest.raises(UserError, match="give bpb a text with --data"):
+        eval_main([str(tmp_path / "x"), "--metrics", "bpb"])
+
+
 def test_a_card_has_no_scores_of_other_weights(run, tmp_path, capsys):
     eval_main([str(run / "checkpoints" / "step_000008"), "--export", str(tmp_path / "x")])
     assert "no scores" in capsys.readouterr().out
