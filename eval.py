@@ -20,7 +20,7 @@ import tyro
 
 from core import checkpoint, communication, machine
 from core.communication import World, joined_world
-from core.config import CORE_BUNDLE, DATASETS, STDLIB, DataConfig, ModelConfig, check_ranges, from_dict, option
+from core.config import CORE_BUNDLE, DATASETS, STDLIB, Config, DataConfig, ModelConfig, check_ranges, from_dict, option
 from core.data.corpus import Corpus, open_corpus, open_validation
 from core.data.download import silent
 from core.data.shards import open_validation_shard
@@ -31,7 +31,7 @@ from core.evals.hugging_face import HuggingFaceScorer
 from core.generate import sample_texts, stream_text
 from core.models.gpt2 import GPT
 from core.run import State
-from core.share.export import check_free, export, is_exported, push
+from core.share.export import check_free, export, is_exported, load_exported, push
 from core.stopping import UserError, check_utf8, expanded, one_sentence, out_of_memory
 from kernels.dispatch import Backends
 
@@ -44,7 +44,7 @@ class EvalConfig:
     """What to evaluate and how. Under torchrun, processes share the work of bpb."""
 
     path: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")] = None
-    """A run folder (its newest checkpoint counts), one checkpoint, or for --push an exported folder."""
+    """A run folder (its newest checkpoint counts), one checkpoint, or an exported folder."""
     export: str | None = None
     """Write the model into this new folder, as transformers and others read it, instead of evaluating it."""
     push: str | None = None
@@ -52,13 +52,14 @@ class EvalConfig:
     NAME/MODEL, private where it is new."""
     metrics: str | None = None
     """Which, separated by commas: core answers the 22 tasks of CORE, bpb scores the validation text, sample writes
-    text; unset: bpb and sample, of --hf core."""
+    text; unset: bpb and sample, of an exported folder without --data sample, of --hf core."""
     hf: str | None = None
     """Instead of a run: a causal language model of Hugging Face's transformers, by name or folder."""
     prompt: list[str] = field(default_factory=list)
     """Beginnings of texts to continue; unset: those of the training run."""
     data: str | None = None
-    """Text for bpb, as for train.py: its validation split, or all of one document; unset: that of the training run."""
+    """Text for bpb, as for train.py: its validation split, or all of one document; unset: that of the training run,
+    which an exported folder does not know."""
     core_max_per_task: int | None = option(None, 1)
     """Examples of each task of CORE; unset: all, as scores on the board."""
     core_bundle: str = CORE_BUNDLE
@@ -104,7 +105,9 @@ def main(argv: list[str]) -> None:
     if cfg.export is not None or cfg.push is not None:
         share(cfg)
         return
-    asked = cfg.metrics if cfg.metrics is not None else "core" if cfg.hf else "bpb,sample"
+    exported = expanded(cfg.path) if cfg.path and is_exported(expanded(cfg.path)) else None
+    usual = "core" if cfg.hf else "sample" if exported and cfg.data is None else "bpb,sample"
+    asked = cfg.metrics if cfg.metrics is not None else usual
     metrics = [name.strip() for name in asked.split(",") if name.strip()]
     if unknown := sorted(set(metrics) - set(METRICS)):
         raise UserError(f"--metrics {cfg.metrics}: unknown {', '.join(unknown)}; choose from {', '.join(METRICS)}")
@@ -112,8 +115,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--metrics is empty: choose from {', '.join(METRICS)}")
     if cfg.hf and metrics != ["core"]:
         raise UserError(f"--metrics {cfg.metrics}: of a model of transformers only core is known")
+    if exported and "bpb" in metrics and cfg.data is None:
+        raise UserError(f"{exported} does not know the text of its training: give bpb a text with --data")
     check_ranges(cfg)
-    folder = checkpoint.find(cfg.path) if cfg.path else None
+    folder = exported or (checkpoint.find(cfg.path) if cfg.path else None)
     with joined_world(cfg.device) as world:
         talks = world.is_main and not cfg.json
         result = evaluate_run(cfg, folder, metrics, world, talks) if folder else evaluate_hf(cfg, world, talks)
@@ -154,22 +159,28 @@ def summary_of(folder: Path, state: State) -> dict[str, Any] | None:
 
 
 def evaluate_run(cfg: EvalConfig, folder: Path, metrics: list[str], world: World, talks: bool) -> dict[str, Any]:
-    """The metrics of a checkpoint, in the order of METRICS. talks: print them as they are known."""
-    model, tokenizer, state = load_model(folder, world, cfg.kernels, cfg.device_batch_size)
+    """The metrics of a checkpoint or an exported folder, in the order of METRICS. talks: print them as they are
+    known."""
+    if is_exported(folder):
+        model, tokenizer = load_exported(folder, world.device, kernels=cfg.kernels, batch_size=cfg.device_batch_size)
+        trained, text = Config(model=model.cfg), None
+    else:
+        model, tokenizer, state = load_model(folder, world, cfg.kernels, cfg.device_batch_size)
+        trained, text = from_dict(state.config), state.loader["corpus"]
     device = machine.device_name(world.device)
     result: dict[str, Any] = {"checkpoint": str(folder), "device": device}
     if talks:
         print(f"{folder} on {device}")
     if "core" in metrics:
         max_tokens = cfg.device_batch_size * model.dims.seq_len
-        cache_dir = expanded(from_dict(state.config).data.cache_dir)
+        cache_dir = expanded(trained.data.cache_dir)
         result |= score_core(cfg, GPTScorer(model, tokenizer, max_tokens=max_tokens), cache_dir, world, talks)
     if "bpb" in metrics:
-        result |= score_text(cfg, model, tokenizer, state, world)
+        result |= score_text(cfg, model, tokenizer, trained, text, world)
         if talks:
             print(f"{result['data']}: {result['val_bpb']:.4f} bits per byte\n  ({result['val_scope']})")
     if "sample" in metrics and world.is_main:
-        prompts = list(cfg.prompt or from_dict(state.config).sample_prompts)
+        prompts = list(cfg.prompt or trained.sample_prompts)
         with out_of_memory("samples", lambda: "try shorter prompts, fewer of them, or fewer --sample-tokens"):
             result["samples"] = write_samples(cfg, model, tokenizer, prompts, shown=talks)
     return result
@@ -199,8 +210,10 @@ def show_task(score: TaskScore) -> None:
     print(score.line(), flush=True)
 
 
-def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, state: State, world: World) -> dict[str, Any]:
-    trained = from_dict(state.config)
+def score_text(
+    cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, trained: Config, text: str | None, world: World
+) -> dict[str, Any]:
+    """Bits per byte. text: fingerprint of what it was trained on, where that is to be scored."""
     cache_dir = expanded(trained.data.cache_dir)
     source = cfg.data or trained.data.path
     options: dict[str, Any] = {"seed": trained.seed, "val_every": trained.data.val_every, "cache_dir": cache_dir}
@@ -215,13 +228,13 @@ def score_text(cfg: EvalConfig, model: GPT, tokenizer: Tokenizer, state: State, 
         if source in DATASETS:
             say = print if world.is_main and not cfg.json else silent
             found, corpus = open_validation_shard(source, seed=trained.seed, cache_dir=cache_dir, say=say)
-            if cfg.data is None and found != state.loader["corpus"]:
+            if cfg.data is None and found != text:
                 raise changed
             return corpus
         if source != STDLIB and Path(source).resolve() != Path(trained.data.path).resolve():
             return open_validation(source, **options)
         train, corpus = open_corpus(source, **options)
-        if cfg.data is None and train.fingerprint != state.loader["corpus"]:  # some of it may have been trained on
+        if cfg.data is None and train.fingerprint != text:  # some of it may have been trained on
             raise changed
         return corpus
 

@@ -18,6 +18,15 @@ from core.run import State
 TOKENIZER = train_tokenizer([LATEX] * 3, 400)
 
 
+def state_of(cfg, step):
+    """Of a checkpoint of a run with these options."""
+    return State(
+        step=step, evaluated=True, plan_steps=step, config=to_dict(cfg), model=dataclasses.asdict(cfg.model),
+        precision="float32", loader={"corpus": "a fingerprint"}, log_bytes=0, counted_s=0.0, counted_steps=0,
+        wall_time_s=1.0, peak_memory_bytes=1, profile={}, wandb=None,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def run(tmp_path):
     """A checkpoint of a run on two short texts."""
@@ -28,13 +37,8 @@ def run(tmp_path):
     cfg = preset("quickstart", "cpu")
     cfg = dataclasses.replace(cfg, data=DataConfig(str(data), val_every=2, cache_dir=str(tmp_path / "cache")))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, seq_len=8))
-    state = State(
-        step=1, evaluated=True, plan_steps=1, config=to_dict(cfg), model=dataclasses.asdict(cfg.model),
-        precision="float32", loader={}, log_bytes=0, counted_s=0.0, counted_steps=0, wall_time_s=1.0,
-        peak_memory_bytes=1, profile={}, wandb=None,
-    )  # fmt: skip
     folder = checkpoint.checkpoint_dir(tmp_path / "run", 1)
-    checkpoint.save(folder, {"model.x": torch.zeros(1)}, state.to_json(), TOKENIZER)
+    checkpoint.save(folder, {"model.x": torch.zeros(1)}, state_of(cfg, 1).to_json(), TOKENIZER)
     return tmp_path / "run"
 
 

@@ -53,7 +53,7 @@ Nitrogen-fixing bacteria of the genus Rhizobium live in nodules on the roots of 
 the enzyme nitrogenase. The reaction costs at least 16 molecules of ATP per molecule of nitrogen, because the triple
 bond (945 kJ/mol) is among the strongest known. Oxygen inactivates the enzyme irreversibly; leghaemoglobin, which gives
 the nodules their pink colour, buffers its concentration at about 10 nM while respiration goes on. In our samples the
-rate of acetylene reduction rose linearly between 12 and 26 degrees Celsius (r = 0.94, n = 38), and fell above 31.
+rate of acetylene reduction rose between 12 and 26 degrees Celsius (r = 0.94, n = 38) and fell sharply above 31.
 """
 
 

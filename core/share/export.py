@@ -105,9 +105,11 @@ def is_exported(folder: Path) -> bool:
     return (folder / MODELLING.name).exists() and (folder / "config.json").exists()
 
 
-def load_exported(folder: str | Path, device: str = "cpu", *, kernels: str = "auto") -> tuple[GPT, Tokenizer]:
+def load_exported(
+    folder: str | Path, device: str | torch.device = "cpu", *, kernels: str = "auto", batch_size: int = 1
+) -> tuple[GPT, Tokenizer]:
     """The model, in the types it was trained in, and its tokenizer; UserError naming a file that is missing or
-    damaged. kernels: backends of the ops, as for train.py."""
+    damaged. kernels: backends of the ops, as for train.py, chosen for batches of batch_size rows."""
     folder = Path(folder)
     config_path, weights_path = folder / "config.json", folder / "model.safetensors"
     advice = "export the model again"
@@ -124,7 +126,7 @@ def load_exported(folder: str | Path, device: str = "cpu", *, kernels: str = "au
         raise UserError(f"{config_path}: no config of a model of Redline ({error}); {advice}") from error
     target = torch.device(device)
     with target:
-        model = GPT(cfg, Backends(kernels, device=target, dtype=dtype))
+        model = GPT(cfg, Backends(kernels, device=target, dtype=dtype), batch_size)
     for row in model.table:
         p = model.get_parameter(row.name)
         p.data = p.data.to(row.dtype(dtype))
