@@ -251,7 +251,7 @@ def read_text(cfg: Config, tokens: int, *, is_main: bool, learned: Tokenizer | N
     if is_main:  # a damaged row must not be found after hours, in the final score
         check_readable(val, cfg.final_eval_bytes)
     tokenizer = learned or get_tokenizer(train, cfg.model.vocab_size, **learn)
-    return Text(train, val, tokenizer, read_tasks(cfg, cache_dir) if cfg.core or cfg.core_every else [])
+    return Text(train, val, tokenizer, read_tasks(cfg, cache_dir) if cfg.core else [])
 
 
 def read_tasks(cfg: Config, cache_dir: Path) -> list[Task]:
@@ -261,7 +261,7 @@ def read_tasks(cfg: Config, cache_dir: Path) -> list[Task]:
         for task in tasks:
             read_examples(task, cfg.core_max_per_task)
     except UserError as error:
-        raise UserError(f"{error}; --no-core --core-every None trains without this score") from error
+        raise UserError(f"{error}; --no-core trains without this score") from error
     return tasks
 
 
@@ -356,7 +356,7 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
             last = step == plan.steps
             again = step == run.start_step and run.evaluated  # the checkpoint was saved after what is due here
             evaluates = due(cfg.eval_every, step) and not last and (not again or run.extended(plan))
-            answers = step > 0 and not again and due(cfg.core_every, step) and not last
+            answers = cfg.core and step > 0 and not again and due(cfg.core_every, step) and not last
             samples = step > 0 and not again and (due(cfg.sample_every, step) or last)
             saves = step > 0 and not again and (due(cfg.save_every, step) or last)
             looks = evaluates or answers or samples

@@ -202,9 +202,9 @@ class Config:
     final_eval_bytes: int | None = option(200_000_000, 1, resumable=True)
     """The final evaluation scores whole documents up to this many bytes, one at least; unset: all."""
     core: bool = option(False, resumable=True)
-    """Score CORE at the end: the tasks of DCLM by which GPT-2 is known."""
+    """Score CORE, the tasks of DCLM by which GPT-2 is known: at the end, and every --core-every steps."""
     core_every: int | None = option(None, 1, resumable=True)
-    """Steps between such scores during training; unset: none."""
+    """Steps between scores of CORE before the end; unset: none."""
     core_max_per_task: int | None = option(500, 1, resumable=True)
     """Examples of each task of CORE; unset: all, as scores on the board."""
     core_bundle: str = option(CORE_BUNDLE, resumable=True)
