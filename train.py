@@ -287,7 +287,7 @@ def announce(run: Run, text: Text, trainer: Trainer, command: str = "") -> tuple
             f"those of a run of {plan.steps}, and the learning-rate multiplier is {now:.4g} instead of {was:.4g}"
         )
     # profiled steps lie between interruptions, after those that warm caches and compilers
-    intervals = (cfg.eval_every, cfg.sample_every, cfg.save_every)
+    intervals = (cfg.eval_every, cfg.core_every if cfg.core else None, cfg.sample_every, cfg.save_every)
     first = max(machine.UNCOUNTED_STEPS, run.start_step + SETTLING_STEPS)
     profiled = longest_quiet_steps(cfg.profile, first, plan.steps, lambda step: any(due(n, step) for n in intervals))
     if len(profiled) < cfg.profile and run.start_step < plan.steps:
