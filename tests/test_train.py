@@ -168,7 +168,7 @@ def test_evaluation_prints_scores_then_samples(finished, capsys, prompts):
     [
         (["nowhere"], "does not exist"),
         (["."], "holds no checkpoint"),
-        (["RUN", "--metrics", "bpb,core"], "unknown core"),
+        (["RUN", "--metrics", "bpb,loss"], "unknown loss"),
         (["RUN", "--metrics", ","], "empty"),
         (["RUN", "--temperature", "nan"], "--temperature is nan"),
         (["RUN", "--seed", "99999999999999999999"], "--seed is 9"),
