@@ -30,7 +30,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from core.communication import World, all_sum
@@ -77,6 +76,8 @@ def fetch_tasks(source: str, cache_dir: Path, say: Say) -> list[Task]:
 
 def read_tasks(bundle: Path) -> list[Task]:
     """The tasks of an unpacked bundle: core.yaml, eval_meta_data.csv and eval_data/. UserError naming what is wrong."""
+    import yaml  # here, since training without CORE needs none
+
     config, table, data = bundle / "core.yaml", bundle / "eval_meta_data.csv", bundle / "eval_data"
     try:
         rows = yaml.safe_load(config.read_text())["icl_tasks"]
