@@ -208,7 +208,7 @@ class Bench:
                 continue
             size = REHEARSAL if small else f"--depth {depth} --total-batch-size {BATCH_TOKENS}"
             where = ("--data", str(text), "--cache-dir", str(self.scratch / "cache"))
-            options = ("gpt2", "--kernels", request, "--steps", "1000", *size.split(), *more, *where)
+            options = ("gpt2", "--no-core", "--kernels", request, "--steps", "1000", *size.split(), *more, *where)
             process = self.child("-m", "bench.train_step", *options, stdout=subprocess.PIPE)
             try:
                 output, _ = process.communicate(timeout=seconds)
