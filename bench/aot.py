@@ -193,7 +193,8 @@ def read_sass(sass: str) -> dict[str, Any]:
     ends: list[int] = []  # where control does not go on to the next instruction
     backward: list[tuple[int, int]] = []
     for here, line in enumerate(lines):
-        target = re.search(r"\b0x([0-9a-f]+) ;", line["rest"])
+        # the disassembler of Triton 3.6 writes notes behind the target: "0x200   &req={1}   ?trans10;"
+        target = re.search(r"\b0x([0-9a-f]+)\b", line["rest"])
         if line["opcode"].startswith("BRA") and target and (there := index[int(target[1], 16)]) <= here:
             backward.append((there, here))
         if line["opcode"].startswith(("EXIT", "RET")) and not line["guard"]:

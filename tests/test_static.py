@@ -165,6 +165,11 @@ def test_sass_is_read():
     assert facts["loop"] == 4  # TRYWAIT, BRA, HGMMA, BRA: not the one around it, nor a longer one without products
 
 
+def test_notes_behind_an_instruction_change_nothing():
+    noted = SASS.replace(" ;", "      &req={1}    ?trans10;")
+    assert noted != SASS and aot.read_sass(noted) == aot.read_sass(SASS)
+
+
 def test_without_products_the_longest_inner_loop_counts():
     without = SASS.replace("HGMMA.64x256x16", "FFMA")
     assert aot.read_sass(without)["loop"] == 8  # the one in it only waits
