@@ -195,7 +195,8 @@ def evaluate_hf(cfg: EvalConfig, world: World, talks: bool) -> dict[str, Any]:
 
 
 def score_core(cfg: EvalConfig, scorer: Scorer, cache_dir: Path, world: World, talks: bool) -> dict[str, Any]:
-    tasks = communication.main_first(lambda: fetch_tasks(cfg.core_bundle, cache_dir, print), "the tasks of CORE")
+    say = print if talks else silent
+    tasks = communication.main_first(lambda: fetch_tasks(cfg.core_bundle, cache_dir, say), "the tasks of CORE")
     on_task = show_task if talks else None
     with out_of_memory("CORE", lambda: "try a smaller --device-batch-size"):
         score = core_score(scorer, tasks, world, max_per_task=cfg.core_max_per_task, on_task=on_task)

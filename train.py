@@ -47,7 +47,7 @@ from core.evals.bits_per_byte import (
     validation_subset,
     validation_whole,
 )
-from core.evals.core_metric import CoreScore, GPTScorer, Task, core_score, fetch_tasks, read_examples
+from core.evals.core_metric import CoreScore, GPTScorer, ScoringStopped, Task, core_score, fetch_tasks, read_examples
 from core.generate import sample_texts
 from core.machine import choose_dtype
 from core.models.gpt2 import GPT, choose_ops
@@ -231,6 +231,7 @@ def read_text(cfg: Config, tokens: int, *, is_main: bool, learned: Tokenizer | N
     """Documents for training on so many tokens, and the tokenizer. Rank 0 comes first: it trains and stores the
     tokenizer, unless it was learned before, and the others find it."""
     cache_dir, say = expanded(cfg.data.cache_dir), print if is_main else silent
+    tasks = read_tasks(cfg, cache_dir) if cfg.core else []  # first: they need neither text nor tokenizer
     learn: dict[str, Any] = {"cache_dir": cache_dir, "doc_cap": cfg.data.doc_cap, "on_train": print}
     train: Corpus | ShardCorpus
     if cfg.data.path in DATASETS:
@@ -251,7 +252,7 @@ def read_text(cfg: Config, tokens: int, *, is_main: bool, learned: Tokenizer | N
     if is_main:  # a damaged row must not be found after hours, in the final score
         check_readable(val, cfg.final_eval_bytes)
     tokenizer = learned or get_tokenizer(train, cfg.model.vocab_size, **learn)
-    return Text(train, val, tokenizer, read_tasks(cfg, cache_dir) if cfg.core else [])
+    return Text(train, val, tokenizer, tasks)
 
 
 def read_tasks(cfg: Config, cache_dir: Path) -> list[Task]:
@@ -378,14 +379,17 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
             # look: the end scores the whole split instead of the subset. An error here is not one of training: what was
             # trained is saved first. All ranks take part, since any may be the one that failed
             if looks:
-                error = None
+                error, whole = None, True
                 try:
-                    look(run, text, trainer, step, subset if evaluates else None, answers=answers, samples=samples)
+                    whole = look(run, text, trainer, step, subset if evaluates else None, stop, answers, samples)
                 except Exception as e:
                     error = e
                 if any(communication.gather_objects(error is not None)):
                     save(step, evaluated=False)
                     raise run.went_wrong(step, error) if error else SystemExit(1)
+                if not whole:  # a signal ended the scoring; a resumed run does it again
+                    stopping = True
+                    break
             # save: after the look, so that resuming goes on where the next step begins
             if saves:
                 save(step, evaluated=True)
@@ -473,18 +477,30 @@ def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
 
 
 def look(
-    run: Run, text: Text, trainer: Trainer, step: int, subset: ValidationSet | None, *, answers: bool, samples: bool
-) -> None:
-    """What the model is like after `step` steps: its score on the subset, CORE, and samples."""
+    run: Run,
+    text: Text,
+    trainer: Trainer,
+    step: int,
+    subset: ValidationSet | None,
+    stop: StopFlag,
+    answers: bool,
+    samples: bool,
+) -> bool:
+    """What the model is like after `step` steps: its score on the subset, CORE, and samples. False where a signal ended
+    it before it was done."""
     if subset is not None:
         bpb = evaluate(trainer, text, subset)
         if not math.isfinite(bpb):
             raise TrainingError(f"training stopped at step {step}: validation gives {bpb} bits per byte")
         run.log.eval(step, bpb, subset.scope, data_stats(trainer), waited(trainer))
     if answers:
-        answer(run, text, trainer, step)
+        try:
+            answer(run, text, trainer, step, lambda: stop.signum > 0)
+        except ScoringStopped:
+            return False
     if samples:
         sample(run, text, trainer, step)
+    return True
 
 
 def evaluate(trainer: Trainer, text: Text, valset: ValidationSet) -> float:
@@ -493,10 +509,11 @@ def evaluate(trainer: Trainer, text: Text, valset: ValidationSet) -> float:
     return score(trainer.model, valset, text.tokenizer, batch_size=rows, world=trainer.world).bpb
 
 
-def answer(run: Run, text: Text, trainer: Trainer, step: int) -> CoreScore:
+def answer(run: Run, text: Text, trainer: Trainer, step: int, stopped: Callable[[], bool] = lambda: False) -> CoreScore:
     """CORE of the model as written (not compiled, nothing in fp8)."""
     scorer = GPTScorer(trainer.model, text.tokenizer, max_tokens=trainer.plan.device_batch_size * trainer.plan.seq_len)
-    score = core_score(scorer, text.tasks, run.world, max_per_task=run.cfg.core_max_per_task, on_task=run.log.task)
+    options: dict[str, Any] = {"max_per_task": run.cfg.core_max_per_task, "on_task": run.log.task, "stopped": stopped}
+    score = core_score(scorer, text.tasks, run.world, **options)
     run.log.core(step, score)
     return score
 

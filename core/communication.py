@@ -228,6 +228,19 @@ def gather_objects(value: T, what: str = "word from the other processes") -> lis
     return values
 
 
+def together(work: Callable[[], T], what: str) -> T:
+    """`work()`, which waits for no other rank, on every rank; where it fails on one, it fails on all, and none is left
+    waiting in what comes next."""
+    value, failed = None, None
+    try:
+        value = work()
+    except Exception as error:
+        failed = error
+    if any(gather_objects(failed is not None, what)):
+        raise failed or TrainingError(f"another process failed in {what}: its message says why")
+    return value  # pyrefly: ignore[bad-return]  # None only where work gave it
+
+
 def barrier(what: str = "the other processes") -> None:
     """Waits until every rank is here."""
     if dist.is_initialized():

@@ -41,6 +41,7 @@ class Hub(ThreadingHTTPServer):
         self.others: dict[str, bytes] = {}
         self.faults: dict[str, list] = {}
         self.asked: list[str] = []
+        self.refuses = 0  # a status that the listing gets
         self.release = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -66,12 +67,16 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(404, b"")
 
     def _listing(self, repo):
+        if self.server.refuses:
+            return self._send(self.server.refuses, b"")
         files = [
             {"rfilename": name, "size": len(data), "lfs": {"sha256": digest(data), "size": len(data), "pointerSize": 1}}
             for name, data in self.server.files.items()
         ]
         siblings = [{"rfilename": "README.md", "size": 1}, *files]
-        self._send(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode(), "application/json")
+        return self._send(
+            200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode(), "application/json"
+        )
 
     def _file(self, name, with_content):
         data = self.server.files.get(name)

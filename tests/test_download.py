@@ -129,6 +129,26 @@ def test_a_damaged_archive_is_removed_and_fetched_again(server, tmp_path):
     assert (fetch_zip(server.url, tmp_path, print) / "inner" / "a.txt").exists()
 
 
+@pytest.mark.parametrize("place", [40, 45, 50])
+def test_damage_anywhere_in_an_archive_is_a_sentence(tmp_path, place):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a.txt", "hello " * 50)
+    damaged = bytearray(data.getvalue())
+    damaged[place] ^= 0xFF
+    (tmp_path / "own.zip").write_bytes(damaged)
+    with pytest.raises(UserError, match="no .zip archive, or a damaged one"):
+        fetch_zip(str(tmp_path / "own.zip"), tmp_path / "cache", print)
+
+
+def test_an_archive_that_was_replaced_is_unpacked_again(tmp_path):
+    path = tmp_path / "own.zip"
+    for text in ("one", "another"):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("a.txt", text)
+        assert (fetch_zip(str(path), tmp_path / "cache", print) / "a.txt").read_text() == text
+
+
 @pytest.mark.parametrize("name, said", [("none.zip", "does not exist"), ("text.zip", "no .zip archive")])
 def test_no_archive_is_a_sentence(tmp_path, name, said):
     (tmp_path / "text.zip").write_text("text")

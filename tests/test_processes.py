@@ -237,3 +237,19 @@ def test_a_full_disk_ends_the_others_quietly(tiny, tmp_path):
     error, end = together(full_disk, [*tiny, "--steps", "3", "--save-every", "2", "--out", str(tmp_path / "run")])
     assert "the checkpoint of step 2 cannot be saved (checkpoints: No space left" in error
     assert isinstance(end, SystemExit) and end.code == 1
+
+
+def fails_on_rank_1():
+    def work():
+        if os.environ["RANK"] == "1":
+            raise UserError("rank 1 cannot")
+        return "done"
+
+    with joined_world("cpu"):
+        return communication.together(work, "a test")
+
+
+def test_what_fails_on_one_process_fails_on_all():
+    first, second = together(fails_on_rank_1)
+    assert isinstance(first, TrainingError) and "another process failed in a test" in str(first)
+    assert isinstance(second, UserError) and str(second) == "rank 1 cannot"

@@ -103,6 +103,30 @@ def test_a_shard_that_does_not_come_is_a_sentence(hub, tmp_path, fault, said):
     assert not shards.path(second).exists()
 
 
+def test_two_runs_with_one_cache_fetch_side_by_side(hub, tmp_path, monkeypatch):
+    """Also where checking takes as long as it does for large files."""
+    honest = Shards._is_right
+    monkeypatch.setattr(Shards, "_is_right", lambda self, *a: (time_to_hash(), honest(self, *a))[1])
+    both = [Shards("climbmix", 3, tmp_path) for _ in range(2)]
+    for shards in both:
+        shards.fetch(print)
+    for shards in both:
+        assert [shards.wait(shard).read_bytes() for shard in shards.wanted] == [
+            hub.files[s.name] for s in shards.wanted
+        ]
+    assert sorted(hub.asked) == [FIRST, SECOND, THIRD, LAST] and not list(both[0].folder.glob(".*.failed"))
+
+
+def time_to_hash():
+    threading.Event().wait(0.1)
+
+
+def test_the_hub_may_refuse(hub, tmp_path):
+    hub.refuses = 403
+    with pytest.raises(UserError, match="the hub refuses it .403"):
+        Shards("climbmix", 2, tmp_path)
+
+
 def test_a_shard_that_was_damaged_here_is_fetched_again(hub, tmp_path, capsys):
     shards = Shards("climbmix", 2, tmp_path)
     path = fetched(shards)[1]

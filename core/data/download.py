@@ -22,6 +22,7 @@ import urllib.error
 import urllib.request
 import uuid
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def fetch(url: str, path: Path, say: Say) -> None:
             if path.exists():
                 return
             if attempt:
+                say(f"{url}: {reason}; attempt {attempt + 1} of {ATTEMPTS}")
                 time.sleep(2 ** (attempt - 1))
             try:
                 _continue(url, part, say)
@@ -69,7 +71,9 @@ def fetch(url: str, path: Path, say: Say) -> None:
                     part.unlink(missing_ok=True)
                 elif 400 <= error.code < 500 and error.code not in (408, 429):
                     break
-            except (OSError, HTTPException) as error:  # refused, dropped, timed out; no space left
+            except (OSError, HTTPException) as error:  # refused, dropped, timed out
+                if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+                    raise UserError(f"{path}: {error.strerror}; make room, or set --cache-dir") from error
                 reason = str(getattr(error, "reason", None) or error) or type(error).__name__
             else:
                 return
@@ -108,11 +112,12 @@ def fetch_zip(source: str, cache_dir: Path, say: Say) -> Path:
             return path
         if not path.exists():
             raise UserError(f"{source} does not exist: expected a folder, a .zip file or a URL")
-        name = path.resolve()
+        stat = path.stat()  # another archive of that name is unpacked anew
+        name = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     else:
         name = source
         path = cache_dir / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{source.rsplit('/', 1)[-1]}"
-    folder = cache_dir / f"{hashlib.sha256(str(name).encode()).hexdigest()[:16]}"
+    folder = cache_dir / hashlib.sha256(name.encode()).hexdigest()[:16]
     if folder.is_dir():
         return folder
     if name == source:
@@ -122,9 +127,9 @@ def fetch_zip(source: str, cache_dir: Path, say: Say) -> Path:
         with zipfile.ZipFile(path) as archive:
             archive.extractall(temporary)
         os.replace(temporary, folder)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         if name == source:
-            path.unlink()
+            path.unlink(missing_ok=True)
             raise UserError(f"{source} came damaged ({error}) and was removed: try again") from error
         raise UserError(f"{source} is no .zip archive, or a damaged one ({error})") from error
     except OSError as error:
@@ -155,6 +160,15 @@ class Shard:
     name: str
     num_bytes: int | None = None  # as the hub says
     sha256: str | None = None
+
+
+def _status(error: Exception) -> int:
+    """Of the hub's answer; 0 where there was none."""
+    return getattr(getattr(error, "response", None), "status_code", 0)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
 def _store(path: Path, text: str) -> None:
@@ -203,6 +217,8 @@ class Shards:
                 api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
                 info = api.dataset_info(self.dataset.repo, files_metadata=True, timeout=PATIENCE_S)
             except Exception as error:  # of the HTTP library, whichever the hub's client uses
+                if (status := _status(error)) and status != 429 and status < 500:
+                    raise UserError(f"{self.dataset.repo}: the hub refuses it ({status}: {_reason(error)})") from error
                 return self._by_hand(num_train, error)
             siblings = sorted(info.siblings or [], key=lambda s: s.rfilename)
             files = [
@@ -220,13 +236,13 @@ class Shards:
             raise UserError(f"{index} is damaged ({error}): remove it, and it is fetched again") from error
 
     def _by_hand(self, num_train: int, error: Exception) -> tuple[str, list[Shard]]:
-        names = [f"shard_{i:05d}.parquet" for i in (*range(num_train), self.dataset.num_shards - 1)]
+        last = self.dataset.num_shards - 1
+        names = [f"shard_{i:05d}.parquet" for i in (*range(min(num_train, last)), last)]
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
             shown = ", ".join(missing) if len(missing) < 5 else f"{missing[0]} to {missing[-2]}, {missing[-1]}"
-            reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
             raise UserError(
-                f"{self.name}: the Hugging Face hub does not answer ({reason}); put {shown} of the dataset "
+                f"{self.name}: the Hugging Face hub does not answer ({_reason(error)}); put {shown} of the dataset "
                 f"{self.dataset.repo} into {self.folder}, or train on other text with --data"
             ) from error
         return "by hand", [Shard(name) for name in names]
@@ -238,6 +254,10 @@ class Shards:
 
     def path(self, shard: Shard) -> Path:
         return self.folder / shard.name
+
+    def _failure(self, shard: Shard) -> Path:
+        """Where a process that fetches tells those that only read why a shard will not come."""
+        return self.folder / f".{shard.name}.failed"
 
     def announcement(self, tokens: int | None = None) -> str:
         """How much there is to fetch, where to. UserError where the disk has no room for it."""
@@ -259,7 +279,7 @@ class Shards:
         """Begins to check what is there and to fetch what is missing, in threads that end with the process."""
         self._fetches = True
         for shard in self.wanted:
-            (self.folder / f".{shard.name}.failed").unlink(missing_ok=True)
+            self._failure(shard).unlink(missing_ok=True)
         waiting: deque[Shard] = deque(self.wanted)
         for _ in range(WORKERS):
             threading.Thread(target=self._work, args=(waiting, say), name="download", daemon=True).start()
@@ -271,12 +291,16 @@ class Shards:
             except IndexError:
                 return
             try:
-                self._make_whole(shard, say)
+                # a lock: another run that shares the cache fetches into the same place
+                (self.folder / ".incoming").mkdir(parents=True, exist_ok=True)
+                with FileLock(self.folder / ".incoming" / f"{shard.name}.lock"):
+                    self._make_whole(shard, say)
+                self._failure(shard).unlink(missing_ok=True)
             except Exception as error:  # nobody waits for a thread: whoever waits for a shard is told
                 why = str(error) if isinstance(error, UserError) else f"{shard.name}: {type(error).__name__} {error}"
                 failed = UserError(why)
                 # processes that only read wait for the file, and look for this one
-                _store(self.folder / f".{shard.name}.failed", why)
+                _store(self._failure(shard), why)
                 with self._done:
                     self._failed = failed
                     self._done.notify_all()
@@ -306,8 +330,7 @@ class Shards:
                 options = {"repo_type": "dataset", "revision": self.commit, "local_dir": incoming, "endpoint": endpoint}
                 came = Path(hf_hub_download(self.dataset.repo, shard.name, **options))
             except Exception as error:  # of the HTTP library, whichever the hub's client uses
-                status = getattr(getattr(error, "response", None), "status_code", 0)
-                reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+                status, reason = _status(error), _reason(error)
                 if isinstance(error, OSError) and error.errno in STORAGE_ERRORS | {errno.EACCES}:
                     raise UserError(f"{self.folder}: {error.strerror}; make room, or set --cache-dir") from error
                 if 400 <= status < 500 and status not in (408, 429):
@@ -334,7 +357,7 @@ class Shards:
 
         stopped: whether to give up waiting, which raises Interrupted.
         """
-        path, failed = self.path(shard), self.folder / f".{shard.name}.failed"
+        path, failed = self.path(shard), self._failure(shard)
         while True:
             if self._fetches:
                 with self._done:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from core.communication import World, all_sum
+from core.communication import World, all_sum, together
 from core.data.corpus import Corpus
 from core.data.packing import BestFitPacker
 from core.data.tokenizer import Tokenizer
@@ -65,20 +65,25 @@ def bits_per_byte(
     nbytes = torch.from_numpy(token_bytes.astype(np.int64)).to(world.device)
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
     counts = torch.zeros(2, dtype=torch.int64, device=world.device)
-    for batch in batches[world.rank :: world.world_size]:
-        length = len(batch[0].tokens) - 1
-        idx = np.zeros((len(batch), length), dtype=np.int64)
-        targets = np.full((len(batch), length), -1, dtype=np.int64)
-        for i, w in enumerate(batch):
-            n = len(w.tokens) - 1
-            idx[i, :n] = w.tokens[:-1]
-            targets[i, w.skip : n] = w.tokens[w.skip + 1 :]
-        idx_t, targets_t = (torch.from_numpy(a).to(world.device) for a in (idx, targets))
-        counted = targets_t >= 0
-        hidden, wanted = model.hidden(idx_t)[counted], targets_t[counted]
-        size = nbytes[wanted]
-        nats += torch.where(size > 0, model.loss(hidden, wanted, "none"), 0.0).sum(dtype=torch.float64)
-        counts += torch.stack((size.sum(), (size > 0).sum()))
+
+    def score_mine() -> None:
+        nonlocal nats, counts
+        for batch in batches[world.rank :: world.world_size]:
+            length = len(batch[0].tokens) - 1
+            idx = np.zeros((len(batch), length), dtype=np.int64)
+            targets = np.full((len(batch), length), -1, dtype=np.int64)
+            for i, w in enumerate(batch):
+                n = len(w.tokens) - 1
+                idx[i, :n] = w.tokens[:-1]
+                targets[i, w.skip : n] = w.tokens[w.skip + 1 :]
+            idx_t, targets_t = (torch.from_numpy(a).to(world.device) for a in (idx, targets))
+            counted = targets_t >= 0
+            hidden, wanted = model.hidden(idx_t)[counted], targets_t[counted]
+            size = nbytes[wanted]
+            nats += torch.where(size > 0, model.loss(hidden, wanted, "none"), 0.0).sum(dtype=torch.float64)
+            counts += torch.stack((size.sum(), (size > 0).sum()))
+
+    together(score_mine, "the evaluation")
     total_nats = all_sum(nats).item()
     num_bytes, num_tokens = all_sum(counts).tolist()
     bpb = total_nats / (math.log(2) * num_bytes) if num_bytes else math.inf

@@ -1,7 +1,8 @@
 """CORE: 22 tasks in the few-shot setting of DCLM (arXiv 2406.11794), as one number that GPT-2 can be compared by.
 
     centered = (accuracy - baseline) / (1 - baseline),  CORE = mean of centered over the tasks
-[nanochat 92d63d4, core_eval.py and base_eval.py: prompts, seeds, scores and their order are the same]
+[nanochat 92d63d4, core_eval.py and base_eval.py: prompts, seeds, scores and their order are the same, ties and choices
+without a token of their own included]
 
 Kinds     multiple_choice: one context, several continuations; the one with the lowest mean loss is the answer.
           schema: several contexts, one continuation; the context under which its mean loss is lowest is the answer.
@@ -10,7 +11,8 @@ Shots     examples before the question, drawn by random.Random(1234 + index) fro
           come in the order of random.Random(1337); max_per_task keeps the first so many, shots come from these too.
 Spans     what counts is what the tokens of the choices do not share: all after their common beginning
           (multiple_choice), their common end (schema), all after the tokens of the prompt without its continuation
-          (language_modeling). Ties go to the first choice; one whose span is empty is never chosen.
+          (language_modeling). Ties go to the first choice. The mean over an empty span is NaN, which Python's min
+          keeps where it comes first and never takes later: a first choice that is the beginning of the others wins.
 Layout    the choices of an example begin alike, by its shots: that trunk is run once, and each choice is a branch that
           sees the trunk and itself (`Branches` in core/layers.py). Rows of similar length run together.
 Length    a model whose context is bounded sees the last tokens of a prompt. Redline's models have rotary positions and
@@ -32,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.communication import World, all_sum
+from core.communication import World, all_sum, gather_objects, together
 from core.data.download import Say, fetch_zip
 from core.data.tokenizer import Tokenizer
 from core.layers import Branches
@@ -40,7 +42,11 @@ from core.models.gpt2 import GPT
 from core.stopping import UserError
 
 GPT2_CORE = 0.256525  # GPT-2 (1.5B) by this scorer: the threshold of the race [nanochat 92d63d4, README]
-NUM_TASKS = 22
+TASKS = frozenset(
+    "hellaswag_zeroshot jeopardy bigbench_qa_wikidata arc_easy arc_challenge copa commonsense_qa piqa openbook_qa "
+    "lambada_openai hellaswag winograd winogrande bigbench_dyck_languages agi_eval_lsat_ar bigbench_cs_algorithms "
+    "bigbench_operators bigbench_repeat_copy_logic squad coqa boolq bigbench_language_identification".split()
+)  # of the board
 ORDER_SEED = 1337  # of a task's examples
 SHOTS_SEED = 1234  # plus the example's index
 FIELDS = {
@@ -71,7 +77,12 @@ def fetch_tasks(source: str, cache_dir: Path, say: Say) -> list[Task]:
     """The tasks of a bundle by its URL, archive or folder; a URL is fetched and unpacked once into the cache."""
     folder = fetch_zip(source, cache_dir / "core", say)
     inner = folder / "eval_bundle"
-    return read_tasks(inner if inner.is_dir() else folder)
+    try:
+        return read_tasks(inner if inner.is_dir() else folder)
+    except UserError as error:
+        if folder == Path(source).expanduser():
+            raise
+        raise UserError(f"{error}; remove {folder}, and it is unpacked again") from error
 
 
 def read_tasks(bundle: Path) -> list[Task]:
@@ -95,29 +106,35 @@ def read_tasks(bundle: Path) -> list[Task]:
             for row in rows
         ]
     except OSError as error:
-        raise UserError(
-            f"{error.filename}: cannot be read ({error.strerror}); remove {bundle} and fetch it again"
-        ) from None
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(
-            f"{bundle}: its core.yaml or eval_meta_data.csv is damaged ({error}); fetch it again"
-        ) from error
+        raise UserError(f"{bundle}: its core.yaml or eval_meta_data.csv is damaged ({error})") from error
     for task in tasks:
         if task.kind not in FIELDS:
             raise UserError(f"{config}: task {task.label} is of kind {task.kind}; expected one of {', '.join(FIELDS)}")
         if not task.file.is_file():
-            raise UserError(f"{task.file}: missing from the bundle; remove {bundle} and fetch it again")
+            raise UserError(f"{task.file}: missing from the bundle")
     return tasks
 
 
 def read_examples(task: Task, max_examples: int | None) -> list[dict[str, Any]]:
     """In the order of scoring. UserError for a line without what the task's kind needs, and for too few of them."""
+    return enough(task, every_example(task)[:max_examples])
+
+
+def every_example(task: Task) -> list[dict[str, Any]]:
+    """In the order of scoring; UserError for a line without what the task's kind needs."""
+    try:
+        lines = task.file.read_bytes().decode().split("\n")  # texts hold other line separators, which end no line
+    except UnicodeDecodeError as error:
+        raise UserError(f"{task.file}: not UTF-8 ({error.reason} at byte {error.start})") from error
     examples: list[dict[str, Any]] = []
-    for number, line in enumerate(task.file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             example = json.loads(line)
-            for name in FIELDS[task.kind]:
-                example[name]
+            check_example(task.kind, example)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{task.file}, line {number}: {type(error).__name__} {error}; expected an object with "
@@ -125,7 +142,22 @@ def read_examples(task: Task, max_examples: int | None) -> list[dict[str, Any]]:
             ) from None
         examples.append(example)
     random.Random(ORDER_SEED).shuffle(examples)
-    examples = examples[:max_examples]
+    return examples
+
+
+def check_example(kind: str, example: Any) -> None:
+    """ValueError, KeyError or TypeError for one that cannot be asked."""
+    texts = [example[name] for name in FIELDS[kind] if name not in ("choices", "context_options", "gold")]
+    if kind != "language_modeling":
+        choices, gold = example["choices" if kind == "multiple_choice" else "context_options"], example["gold"]
+        if type(choices) is not list or type(gold) is not int or not 0 <= gold < len(choices):
+            raise ValueError(f"gold is {gold!r} of choices {choices!r}")
+        texts += choices if kind == "schema" else []  # a choice may be a number, which is written out
+    if wrong := [text for text in texts if type(text) is not str]:
+        raise TypeError(f"{wrong[0]!r} is no text")
+
+
+def enough(task: Task, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(examples) <= task.num_shots:
         raise UserError(
             f"{task.label}: {len(examples)} examples are too few for {task.num_shots} shots and a question; allow more "
@@ -349,6 +381,10 @@ def centered(accuracy: float, baseline: float) -> float:
     return (accuracy - baseline) / (1 - baseline)
 
 
+class ScoringStopped(Exception):
+    """A process was told to stop before every task was scored."""
+
+
 @torch.no_grad()
 def core_score(
     scorer: Scorer,
@@ -357,43 +393,55 @@ def core_score(
     *,
     max_per_task: int | None = None,
     on_task: Callable[[TaskScore], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> CoreScore:
-    """Scores every task; ranks share the rows of each.
+    """Scores every task; ranks share the examples of each.
 
-    on_task: called with each score as it is known.
+    on_task: called with each score as it is known. stopped: asked between batches; ScoringStopped on all ranks where it
+    was true on one. An error on one rank is one on all.
     """
+    everything = [every_example(task) for task in tasks]  # a damaged one is found before the first is scored
+    asked = [enough(task, found[:max_per_task]) for task, found in zip(tasks, everything)]
     scores = []
-    for task in tasks:
+    for task, examples in zip(tasks, asked):
         started = time.perf_counter()
-        examples = read_examples(task, max_per_task)
-        right = answers(scorer, task, examples, world)
-        accuracy = right.double().mean().item()
+        right = together(lambda: answers(scorer, task, examples, world, stopped), f"task {task.label} of CORE")  # noqa: B023
+        if any(gather_objects(stopped())):
+            raise ScoringStopped
+        accuracy = (all_sum(right) > 0).double().mean().item()
         seconds = time.perf_counter() - started
         scores.append(TaskScore(task.label, accuracy, centered(accuracy, task.baseline), len(examples), seconds))
         if on_task:
             on_task(scores[-1])
-    whole = max_per_task is None and len(tasks) == NUM_TASKS
+    whole = asked == everything and {task.label for task in tasks} == TASKS and len(tasks) == len(TASKS)
     return CoreScore(sum(s.centered for s in scores) / len(scores), scores, whole)
 
 
-def answers(scorer: Scorer, task: Task, examples: Sequence[dict[str, Any]], world: World) -> Tensor:
-    """(N,) bool: whether each example was answered right."""
+def answers(
+    scorer: Scorer,
+    task: Task,
+    examples: Sequence[dict[str, Any]],
+    world: World,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """(N,) int32: 1 where an example of this rank was answered right, or 0."""
     right = torch.zeros(len(examples), dtype=torch.int32, device=world.device)
     asked = [question(task, examples, i, scorer.encode) for i in range(len(examples))[world.rank :: world.world_size]]
     for batch in batches(asked, scorer):
+        if stopped():
+            break
         losses, hits = scorer([row for _, rows in batch for row in rows])
         sizes = [len(part) for _, rows in batch for row in rows for part in row.targets]
-        means = [part.mean() if len(part) else part.new_tensor(torch.inf) for part in losses.split(sizes)]
-        all_hit = [part.all() for part in hits.split(sizes)]
+        # of an empty span the mean is NaN, see the top of this file
+        means = torch.stack([part.mean() for part in losses.split(sizes)]).tolist()
+        all_hit = torch.stack([part.all() for part in hits.split(sizes)]).tolist()
         at = 0
         for q, rows in batch:
             n = sum(len(row.targets) for row in rows)
-            if q.gold is None:
-                right[q.index] = all_hit[at]
-            else:
-                right[q.index] = torch.stack(means[at : at + n]).argmin() == q.gold
+            best = min(range(at, at + n), key=means.__getitem__) - at
+            right[q.index] = all_hit[at] if q.gold is None else best == q.gold
             at += n
-    return all_sum(right) > 0
+    return right
 
 
 def batches(questions: Sequence[Question], scorer: Scorer) -> Iterator[list[tuple[Question, list[Row]]]]:

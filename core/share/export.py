@@ -64,6 +64,9 @@ def export(folder: Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, s
             tokenizer.save(tmp / "tiktoken")
             shutil.copyfile(MODELLING, tmp / MODELLING.name)
             (tmp / "README.md").write_text(model_card(model, dtype, summary), encoding="utf-8")
+            for file in tmp.iterdir():  # that of the weights is its writer's alone
+                if file.is_file():
+                    file.chmod(0o644)
             os.replace(tmp, folder)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)

@@ -10,7 +10,7 @@ from core.models.gpt2 import GPT
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{path}")
+tokenizer = AutoTokenizer.from_pretrained("{path}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)
 ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=32, do_sample=False)[0]))
@@ -66,6 +66,4 @@ def model_card(model: GPT, dtype: torch.dtype, summary: dict[str, Any] | None) -
         f"- Time: {s['total_training_time_s']:.1f} s of training, {s['wall_time_s']:.1f} s in all, on {s['device']}",
         f"- Redline: {git['commit'] + (' with changes' if git['dirty'] else '') if git else 'not a git checkout'}",
     ]
-    if "command" in s:
-        lines.append(f"- Command: `{s['command']}`")
     return "\n".join([*lines, ""])
