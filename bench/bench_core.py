@@ -20,8 +20,8 @@ from core.models.gpt2 import GPT
 
 SIZES = {"depth": 2, "d_model": 256, "d_head": 64, "seq_len": 1024, "vocab_size": 4096, "window_pattern": "SL"}
 TASKS = {  # label: shots, words of a question, words of a choice, choices, questions
-    "ten shots": (10, 40, 5, 4, 4),
-    "no shots": (0, 30, 20, 4, 8),
+    "ten shots": (10, 40, 5, 4, 12),
+    "no shots": (0, 30, 20, 4, 12),
 }
 MIN_SPEEDUP = 2.0
 
