@@ -26,7 +26,7 @@ from core.data.download import silent
 from core.data.shards import open_validation_shard
 from core.data.tokenizer import Tokenizer
 from core.evals.bits_per_byte import score, validation_whole
-from core.evals.core_metric import GPT2_CORE, GPTScorer, Scorer, TaskScore, core_score, fetch_tasks
+from core.evals.core_metric import GPTScorer, Scorer, TaskScore, core_score, fetch_tasks
 from core.evals.hugging_face import HuggingFaceScorer
 from core.generate import sample_texts, stream_text
 from core.models.gpt2 import GPT
@@ -201,7 +201,7 @@ def score_core(cfg: EvalConfig, scorer: Scorer, cache_dir: Path, world: World, t
     with out_of_memory("CORE", lambda: "try a smaller --device-batch-size"):
         score = core_score(scorer, tasks, world, max_per_task=cfg.core_max_per_task, on_task=on_task)
     if talks:
-        print(f"CORE {score.core:.4f} ({score.scope()}; GPT-2: {GPT2_CORE})")
+        print(score.line())
     if cfg.core_csv and world.is_main:
         checkpoint.write_text(expanded(cfg.core_csv), score.csv())
     return score.summary()

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 STDLIB = "stdlib"
 CORE_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # [nanochat 92d63d4, base_eval.py]
+LEARNED_CHARS = 2_000_000_000  # that a tokenizer learns from at most [nanochat 92d63d4, scripts/tok_train.py]
 DOC_CHARS = 10_000  # of a document, for the tokenizer: nanochat 92d63d4, scripts/tok_train.py, --doc-cap
 
 

@@ -187,7 +187,7 @@ class RunLog:
     def core(self, step: int, score: CoreScore) -> None:
         self.event("core", step, **score.summary())
         if self._file:
-            self.print(f"step {step}/{self.plan.steps}  CORE {score.core:.4f} ({score.scope()}; GPT-2: {GPT2_CORE})")
+            self.print(f"step {step}/{self.plan.steps}  {score.line()}")
 
     def sample(self, step: int, texts: list[tuple[str, str]], **options: Any) -> None:
         """texts: (prompt, continuation) pairs."""

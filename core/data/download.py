@@ -355,7 +355,7 @@ class Shards:
     def wait(self, shard: Shard, stopped: Callable[[], bool] = lambda: False) -> Path:
         """The path of a shard once it is there and checked. Raises UserError where it will not come.
 
-        stopped: whether to give up waiting, which raises Interrupted.
+        stopped: whether to give up waiting, which raises InterruptedError.
         """
         path, failed = self.path(shard), self._failure(shard)
         while True:

@@ -13,13 +13,12 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from core.config import DATASETS
+from core.config import DATASETS, LEARNED_CHARS
 from core.data.corpus import Corpus, Documents, Rows
 from core.data.download import Say, Shard, Shards, shards_for
 from core.data.files import Progress, digest_of
 from core.data.sources import Parquet, Recent
 
-LEARNED_CHARS = 2_000_000_000  # that a tokenizer learns from at most [nanochat 92d63d4, scripts/tok_train.py]
 PART_BYTES = 1 << 20  # of a longer document of the validation shard; training reads documents whole
 
 

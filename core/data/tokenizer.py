@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from core.config import LEARNED_CHARS
 from core.data.corpus import Corpus
 from core.data.shards import ShardCorpus
 from core.stopping import TrainingError, UserError
@@ -183,7 +184,7 @@ def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     *,
-    max_chars: int = 2_000_000_000,
+    max_chars: int = LEARNED_CHARS,
     doc_cap: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Tokenizer:
@@ -251,7 +252,7 @@ def get_tokenizer(
     vocab_size: int,
     *,
     cache_dir: Path,
-    max_chars: int = 2_000_000_000,
+    max_chars: int = LEARNED_CHARS,
     doc_cap: int | None = None,
     on_train: Callable[[str], None] | None = None,
 ) -> Tokenizer:

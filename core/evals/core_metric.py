@@ -362,6 +362,9 @@ class CoreScore:
         n = sum(t.num_examples for t in self.tasks)
         return f"{'all' if self.whole else 'not comparable with the board:'} {n:,} examples of {len(self.tasks)} tasks"
 
+    def line(self) -> str:
+        return f"CORE {self.core:.4f} ({self.scope()}; GPT-2: {GPT2_CORE})"
+
     def summary(self) -> dict[str, Any]:
         """For JSON."""
         parts = {t.label: {k: v for k, v in asdict(t).items() if k != "label"} for t in self.tasks}
