@@ -1,34 +1,37 @@
 """Muon's step without the orthogonalisation, on a bank of matrices: `muon_momentum` before it, `muon_apply` after it.
 
 muon_momentum   buf = buf + (1 - momentum) (g - buf),   u = g + momentum (buf - g)    Nesterov [nanochat 92d63d4]
-                w_i = u_i / max(r_i, 1e-6),  r_i = ||u_i||, row by row                equilibration [MuonEq]
-                x = w,  scale = t / (safety t ||w||_F + 1e-6),  t = sqrt(sum r_i^2 / rows):
+                x_i = u_i / max(r_i, 1e-6),  r_i = ||u_i||, row by row                equilibration [MuonEq]
+                scale = t / (safety t ||x||_F + 1e-6),  t = sqrt(sum r_i^2 / rows):
                 Polar Express starts at scale x, whose rows have one length and whose Frobenius norm is just below 1
-muon_apply      y = x sqrt(min(rows, cols)) / max(||x||_F, 1e-6)                      Muon+
-                v = mean of y^2 over cols if rows >= cols, else over rows,
+muon_apply      y = x sqrt(min(R, C)) / max(||x||_F, 1e-6)                            Muon+
+                v = mean of y^2 over the longer side, so that there are max(R, C) of them
                 second = second + (1 - beta2) (v - second),  s = max(second, 1e-10)^-1/2
                 z = y s ||y||_F / max(||y s||_F, 1e-10)                               NorMuon [arXiv 2510.05491]
                 p = p - lr' weight_decay p [z p >= 0] - lr' z                         cautious decay
-                lr' = lr sqrt(max(1, rows / cols))
+                lr' = lr lr_scale,  lr_scale = sqrt(max(1, rows / cols))
 
 Shapes      g, buf, x, p, low (K, R, C) as stored. Muon's (rows, cols) are (R, C), or (C, R) if transposed: the second
-            matrix of the MLP lies (4C, C) in memory. scale (K,); second (K, rows, 1) if rows >= cols, else (K, 1,
-            cols); hyper (3,): lr, weight_decay, momentum, on the device, so that no step recompiles or waits
-Dtypes      g bf16 or fp32; buf, scale, second, hyper fp32; x bf16 or fp32; p fp32, or bf16 with low (int16), which
-            together hold an fp32 master
+            matrix of the MLP lies (4C, C) in memory. scale, lr_scale (K,); second (K, R, 1), a number a stored row, or
+            (K, 1, C), one a stored column; hyper (3,): lr, weight_decay, momentum, on the device, so that no step
+            recompiles or waits
+Dtypes      g bf16 or fp32; buf, scale, second, hyper, lr_scale fp32; x bf16 or fp32; p fp32, or bf16 with low (int16),
+            which together hold an fp32 master
 Rounding    arithmetic in fp32. x is rounded once, or twice if transposed: u is stored before its column norms are
             known. A master is not rounded: kernels/master.py
-In place    buf; p, second, low. x and scale are new
+In place    buf, x, scale; p, second, low: x and scale may be parts of larger tensors, so that Polar Express takes the
+            matrices of several banks at a time
 Backward    none
 Sums        partial sums are added in a fixed order, without atomics: bitwise repeatable
+Launches    momentum 2, transposed 3; apply 3; each 1 for matrices that fit a program (SMALL)
 Limits      in the kernels K <= 65535 and 1 <= R, C <= 16384. Elements of a row are adjacent; rows and matrices may be
-            any stride apart, except for second
+            any stride apart, except for x, second, scale and lr_scale, which are contiguous
 Bound       memory: `muon_momentum_cost`, `muon_apply_cost`. Bytes moved per element, with g in fp32 and x in bf16:
-            momentum 14, transposed 18 (u is written, read, and written again as w), apply 12 (x is read twice)
+            momentum 14, transposed 18 (u is written, read, and written again as x), apply 12 (x is read twice)
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -57,25 +60,19 @@ MAX_SIDE = 16384
 MAX_MATRICES = 65535  # of the third dimension of a grid
 
 
-class MuonMomentum(NamedTuple):
-    """What muon_momentum returns. The orthogonalisation starts at scale[k] * x[k]."""
-
-    x: Tensor
-    scale: Tensor
-
-
 # reference
 
 
 def muon_momentum_ref(
     g: Tensor,
     buf: Tensor,
+    x: Tensor,
+    scale: Tensor,
     hyper: Tensor,
     *,
     transposed: bool,
-    out_dtype: torch.dtype = torch.bfloat16,
     safety: float = SAFETY,
-) -> MuonMomentum:
+) -> None:
     momentum, g = hyper[2].to(buf.dtype), g.to(buf.dtype)
     buf.lerp_(g, 1 - momentum)
     u = torch.lerp(g, buf, momentum)
@@ -83,18 +80,17 @@ def muon_momentum_ref(
     norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
     w = u / norm.clamp_min(1e-6)
     target = torch.linalg.matrix_norm(u) / u.size(-2) ** 0.5
-    scale = target / (safety * target * torch.linalg.matrix_norm(w) + 1e-6)
-    x = (w.mT if transposed else w).contiguous()
-    return MuonMomentum(x if x.dtype == torch.float64 else x.to(out_dtype), scale)  # in float64 it is the oracle
+    scale.copy_(target / (safety * target * torch.linalg.matrix_norm(w) + 1e-6))
+    x.copy_(w.mT if transposed else w)
 
 
 def muon_apply_ref(
     p: Tensor,
     x: Tensor,
     second: Tensor,
+    lr_scale: Tensor,
     hyper: Tensor,
     *,
-    transposed: bool,
     low: Tensor | None = None,
     beta2: float = BETA2,
 ) -> None:
@@ -102,15 +98,13 @@ def muon_apply_ref(
     master = p.to(acc_dtype)
     if low is not None:
         master = join_master(p, low)
-    y = (x.mT if transposed else x).to(acc_dtype)
-    rows, cols = y.shape[-2:]
+    y = x.to(acc_dtype)
     lr, weight_decay, _ = hyper.to(acc_dtype).unbind()
-    lr = lr * max(1.0, rows / cols) ** 0.5
-    y = y * (min(rows, cols) ** 0.5 / torch.linalg.matrix_norm(y, keepdim=True).clamp_min(1e-6))
-    second.lerp_(y.square().mean(dim=-1 if rows >= cols else -2, keepdim=True), 1 - beta2)
+    lr = (lr * lr_scale.to(acc_dtype))[:, None, None]
+    y = y * (min(x.shape[1:]) ** 0.5 / torch.linalg.matrix_norm(y, keepdim=True).clamp_min(1e-6))
+    second.lerp_(y.square().mean(dim=-1 if _per_row(x, second) else -2, keepdim=True), 1 - beta2)
     z = y * second.clamp_min(1e-10).rsqrt()
     z = z * (torch.linalg.matrix_norm(y, keepdim=True) / torch.linalg.matrix_norm(z, keepdim=True).clamp_min(1e-10))
-    z = z.mT if transposed else z
     master = master - master * torch.where(z * master >= 0, lr * weight_decay, 0.0)
     master = master - lr * z
     if low is None:
@@ -121,150 +115,212 @@ def muon_apply_ref(
         low.copy_(rest)
 
 
+def _per_row(x: Tensor, second: Tensor) -> bool:
+    """Whether second has a number for each stored row, not for each column."""
+    return second.shape[1:] == (x.size(1), 1)
+
+
 # Triton
 
+SMALL = 4096  # elements up to which a program holds a whole matrix
 
-def _config(C: int, work: str, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
-    """Tile and warps of one kind of work. Not measured on a GPU yet.
+
+def _config(R: int, C: int, work: str, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
+    """Tile, tiles that a program takes one below the other, and warps of one kind of work. Not measured on a GPU yet.
 
     rows      whole rows in registers, 32 elements a lane
-    columns   tall tiles, whose sums down the columns leave one part for every 32 rows or more
+    columns   tall tiles, several a program, whose sums down the columns leave one part for 256 rows or more
     map       8 elements a thread: one 16-byte load of bf16, two of fp32
     """
-    side = triton.next_power_of_2(C)
+    side = max(16, triton.next_power_of_2(C))
+    if is_small(R, C):
+        return {"BLOCK_R": triton.next_power_of_2(R), "BLOCK_C": side, "STEPS": 1, "num_warps": 4}
     if work == "rows":
-        block = max(16, side)
-        return {"BLOCK_R": max(1, 1024 // block), "BLOCK_C": block, "num_warps": min(16, max(1, block // 1024))}
-    block = min(128, max(16, side))
-    return {"BLOCK_R": (4096 if work == "columns" else 1024) // block, "BLOCK_C": block, "num_warps": 4}
+        return {
+            "BLOCK_R": max(1, 1024 // side), "BLOCK_C": side, "STEPS": 1, "num_warps": min(16, max(1, side // 1024))
+        }  # fmt: skip
+    block = min(128, side)
+    if work == "columns":
+        return {"BLOCK_R": 4096 // block, "BLOCK_C": block, "STEPS": 8, "num_warps": 4}
+    return {"BLOCK_R": 1024 // block, "BLOCK_C": block, "STEPS": 1, "num_warps": 4}
+
+
+def is_small(R: int, C: int) -> bool:
+    return triton.next_power_of_2(R) * max(16, triton.next_power_of_2(C)) <= SMALL
 
 
 @triton.jit
-def _tile(R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's tile: matrix, block of rows, rows, columns, and the masks of those that exist."""
+def _tile(step, R, C, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's tile: matrix, rows, columns, and the masks of those that exist."""
     block_c, block_r, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    offs_r = block_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = (block_r.to(tl.int64) * STEPS + step) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_c = block_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    return k.to(tl.int64), block_r, offs_r, offs_c, offs_r < R, offs_c < C
+    return k.to(tl.int64), offs_r, offs_c, offs_r < R, offs_c < C
+
+
+@triton.jit
+def _inverse(squares):
+    """1 / r of rows whose squares are summed."""
+    return tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(squares), 1e-6))
+
+
+@triton.jit
+def _scale(squares, rows, safety):
+    """scale of a matrix, from r^2 of its rows (a float). Rows of x have length min(1, r / 1e-6)."""
+    target = tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), rows))
+    norm = tl.sqrt_rn(tl.sum(tl.minimum(squares * 1e12, 1.0), axis=0))
+    return tl.div_rn(target, safety * target * norm + 1e-6)
 
 
 @triton.jit
 def _muon_momentum_kernel(
-    g_ptr, buf_ptr, x_ptr, parts_ptr, hyper_ptr,
-    stride_g_k, stride_g_r, stride_buf_k, stride_buf_r, R, C,
-    TRANSPOSED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    g_ptr, buf_ptr, x_ptr, parts_ptr, scale_ptr, hyper_ptr,
+    stride_g_k, stride_g_r, stride_buf_k, stride_buf_r, R, C, rows, safety,
+    TRANSPOSED: tl.constexpr, SMALL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """buf and w, with r^2 (K, R). Transposed: buf and u, with parts (K, blocks of rows, C) of r^2."""
-    k, block_r, offs_r, offs_c, mask_r, mask_c = _tile(R, C, BLOCK_R, BLOCK_C)
-    mask = mask_r[:, None] & mask_c[None, :]
-    offs_g = k * stride_g_k + offs_r[:, None] * stride_g_r + offs_c[None, :]
-    offs_buf = k * stride_buf_k + offs_r[:, None] * stride_buf_r + offs_c[None, :]
+    """buf and x, with r^2 (K, 1, R). Transposed: buf and u, with parts (K, programs down a column, C) of r^2. Small:
+    buf, x and scale."""
+    totals = tl.zeros((BLOCK_C,), tl.float32)
     rest = 1.0 - tl.load(hyper_ptr + 2)
-    g = tl.load(g_ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
-    buf = tl.load(buf_ptr + offs_buf, mask=mask, other=0.0).to(tl.float32)
-    buf = tl.fma(g - buf, rest, buf)
-    tl.store(buf_ptr + offs_buf, buf, mask=mask)
-    u = tl.fma(g - buf, rest, buf)
-    if TRANSPOSED:
-        offs_part = (k * tl.num_programs(1) + block_r) * C + offs_c
-        tl.store(parts_ptr + offs_part, tl.sum(u * u, axis=0), mask=mask_c)
-    else:
-        squares = tl.sum(u * u, axis=1)
-        tl.store(parts_ptr + k * R + offs_r, squares, mask=mask_r)
-        u = u * tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(squares), 1e-6))[:, None]
-    tl.store(x_ptr + (k * R + offs_r[:, None]) * C + offs_c[None, :], u.to(x_ptr.dtype.element_ty), mask=mask)
+    for step in range(STEPS):
+        k, offs_r, offs_c, mask_r, mask_c = _tile(step, R, C, STEPS, BLOCK_R, BLOCK_C)
+        mask = mask_r[:, None] & mask_c[None, :]
+        offs_buf = k * stride_buf_k + offs_r[:, None] * stride_buf_r + offs_c[None, :]
+        g_ptrs = g_ptr + k * stride_g_k + offs_r[:, None] * stride_g_r + offs_c[None, :]
+        g = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32)
+        buf = tl.load(buf_ptr + offs_buf, mask=mask, other=0.0).to(tl.float32)
+        buf = tl.fma(g - buf, rest, buf)
+        tl.store(buf_ptr + offs_buf, buf, mask=mask)
+        u = tl.fma(g - buf, rest, buf)
+        if TRANSPOSED:
+            totals += tl.sum(u * u, axis=0)
+            if SMALL:
+                u = u * _inverse(totals)[None, :]
+                tl.store(scale_ptr + k, _scale(totals, rows, safety))
+        else:
+            squares = tl.sum(u * u, axis=1)
+            u = u * _inverse(squares)[:, None]
+            if SMALL:
+                tl.store(scale_ptr + k, _scale(squares, rows, safety))
+            else:
+                tl.store(parts_ptr + k * R + offs_r, squares, mask=mask_r)
+        tl.store(x_ptr + (k * R + offs_r[:, None]) * C + offs_c[None, :], u.to(x_ptr.dtype.element_ty), mask=mask)
+    if TRANSPOSED and not SMALL:
+        k, _, offs_c, _, mask_c = _tile(0, R, C, STEPS, BLOCK_R, BLOCK_C)
+        tl.store(parts_ptr + (k * tl.num_programs(1) + tl.program_id(1)) * C + offs_c, totals, mask=mask_c)
 
 
 @triton.jit
-def _muon_columns_kernel(x_ptr, squares_ptr, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def _muon_columns_kernel(
+    x_ptr, squares_ptr, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr
+):  # fmt: skip
     """Divides u by its column norms, in place, where Muon's rows are columns."""
-    k, _, offs_r, offs_c, mask_r, mask_c = _tile(R, C, BLOCK_R, BLOCK_C)
+    k, offs_r, offs_c, mask_r, mask_c = _tile(0, R, C, STEPS, BLOCK_R, BLOCK_C)
     mask = mask_r[:, None] & mask_c[None, :]
     x_ptrs = x_ptr + (k * R + offs_r[:, None]) * C + offs_c[None, :]
     squares = tl.load(squares_ptr + k * C + offs_c, mask=mask_c, other=1.0)
     u = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    w = u * tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(squares), 1e-6))[None, :]
-    tl.store(x_ptrs, w.to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(x_ptrs, (u * _inverse(squares)[None, :]).to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _muon_scale_kernel(squares_ptr, scale_ptr, n, rows, safety, BLOCK: tl.constexpr):
-    """scale of one matrix, from r^2 of its n rows (rows is n as a float). Rows of w have length min(1, r / 1e-6)."""
+def _total(parts_ptr, k, n_parts, n, BLOCK: tl.constexpr):
+    """Sum of parts (K, n_parts, n) of matrix k, in order."""
+    offs = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(0, n_parts):
+        total += tl.load(parts_ptr + (k * n_parts + part) * n + offs, mask=offs < n, other=0.0)
+    return total
+
+
+@triton.jit
+def _muon_scale_kernel(parts_ptr, squares_ptr, scale_ptr, n_parts, n, rows, safety, BLOCK: tl.constexpr):
+    """scale of one matrix and r^2 of its n rows, from their parts (rows is n as a float)."""
     k = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
-    squares = tl.load(squares_ptr + k * n + offs, mask=offs < n, other=0.0)
-    target = tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=0), rows))
-    norm = tl.sqrt_rn(tl.sum(tl.minimum(squares * 1e12, 1.0), axis=0))
-    tl.store(scale_ptr + k, tl.div_rn(target, safety * target * norm + 1e-6))
+    squares = _total(parts_ptr, k, n_parts, n, BLOCK)
+    tl.store(scale_ptr + k, _scale(squares, rows, safety))
+    if n_parts > 1:  # one part is r^2 itself
+        tl.store(squares_ptr + k * n + offs, squares, mask=offs < n)
 
 
 @triton.jit
 def _muon_squares_kernel(
     x_ptr, parts_ptr, stride_x_k, stride_x_r, R, C,
-    PER_ROW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    PER_ROW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of x^2: (K, R) of whole rows, or parts (K, blocks of rows, C) of columns."""
-    k, block_r, offs_r, offs_c, mask_r, mask_c = _tile(R, C, BLOCK_R, BLOCK_C)
-    mask = mask_r[:, None] & mask_c[None, :]
-    x_ptrs = x_ptr + k * stride_x_k + offs_r[:, None] * stride_x_r + offs_c[None, :]
-    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    if PER_ROW:
-        tl.store(parts_ptr + k * R + offs_r, tl.sum(x * x, axis=1), mask=mask_r)
-    else:
-        offs_part = (k * tl.num_programs(1) + block_r) * C + offs_c
-        tl.store(parts_ptr + offs_part, tl.sum(x * x, axis=0), mask=mask_c)
+    """Sums of x^2: (K, 1, R) of whole rows, or parts (K, programs down a column, C) of columns."""
+    totals = tl.zeros((BLOCK_C,), tl.float32)
+    for step in range(STEPS):
+        k, offs_r, offs_c, mask_r, mask_c = _tile(step, R, C, STEPS, BLOCK_R, BLOCK_C)
+        x_ptrs = x_ptr + k * stride_x_k + offs_r[:, None] * stride_x_r + offs_c[None, :]
+        x = tl.load(x_ptrs, mask=mask_r[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
+        if PER_ROW:
+            tl.store(parts_ptr + k * R + offs_r, tl.sum(x * x, axis=1), mask=mask_r)
+        else:
+            totals += tl.sum(x * x, axis=0)
+    if not PER_ROW:
+        k, _, offs_c, _, mask_c = _tile(0, R, C, STEPS, BLOCK_R, BLOCK_C)
+        tl.store(parts_ptr + (k * tl.num_programs(1) + tl.program_id(1)) * C + offs_c, totals, mask=mask_c)
 
 
 @triton.jit
-def _muon_sum_kernel(parts_ptr, sums_ptr, n_parts, n, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Adds parts (K, n_parts, n) to sums (K, n) in a fixed order; a program takes some columns of one matrix."""
-    k = tl.program_id(1).to(tl.int64)
-    offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, n_parts, BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P)
-        mask = (offs_p < n_parts)[:, None] & (offs < n)[None, :]
-        ptrs = parts_ptr + (k * n_parts + offs_p[:, None]) * n + offs[None, :]
-        total += tl.sum(tl.load(ptrs, mask=mask, other=0.0), axis=0)
-    tl.store(sums_ptr + k * n + offs, total, mask=offs < n)
-
-
-@triton.jit
-def _muon_factor_kernel(sums_ptr, second_ptr, factor_ptr, n, n_other, root, beta2, BLOCK: tl.constexpr):
-    """second and factor = z / x of one matrix, from n sums of n_other squares. root is sqrt(min(rows, cols))."""
-    offs = tl.program_id(0).to(tl.int64) * n + tl.arange(0, BLOCK)
-    mask = tl.arange(0, BLOCK) < n
-    sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)
-    second = tl.load(second_ptr + offs, mask=mask, other=1.0)
+def _factor(sums, second, n_other, root, beta2):
+    """New second, and factor = z / x, from sums of n_other squares each. root is sqrt(min(R, C))."""
     size = tl.sqrt_rn(tl.sum(sums, axis=0))
     rescale = tl.div_rn(root, tl.maximum(size, 1e-6))  # y / x
     squares = sums * rescale * rescale
     second = tl.fma(tl.div_rn(squares, n_other) - second, 1.0 - beta2, second)
-    tl.store(second_ptr + offs, second, mask=mask)
     inverse = tl.div_rn(1.0, tl.maximum(second, 1e-10))
     new_size = tl.sqrt_rn(tl.sum(squares * inverse, axis=0))
     keep = tl.div_rn(size * rescale, tl.maximum(new_size, 1e-10))
-    tl.store(factor_ptr + offs, rescale * tl.sqrt_rn(inverse) * keep, mask=mask)
+    return second, rescale * tl.sqrt_rn(inverse) * keep
+
+
+@triton.jit
+def _muon_factor_kernel(
+    parts_ptr, second_ptr, factor_ptr, n_parts, n, n_other, root, beta2, BLOCK: tl.constexpr
+):  # fmt: skip
+    """second and factor of one matrix, from parts of its n sums."""
+    k = tl.program_id(0).to(tl.int64)
+    offs, mask = k * n + tl.arange(0, BLOCK), tl.arange(0, BLOCK) < n
+    sums = _total(parts_ptr, k, n_parts, n, BLOCK)
+    second = tl.load(second_ptr + offs, mask=mask, other=1.0)
+    second, factor = _factor(sums, second, n_other, root, beta2)
+    tl.store(second_ptr + offs, second, mask=mask)
+    tl.store(factor_ptr + offs, factor, mask=mask)
 
 
 @triton.jit
 def _muon_apply_kernel(
-    p_ptr, low_ptr, x_ptr, factor_ptr, hyper_ptr,
-    stride_p_k, stride_p_r, stride_low_k, stride_low_r, stride_x_k, stride_x_r, R, C, lr_scale,
-    MASTER: tl.constexpr, PER_ROW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    p_ptr, low_ptr, x_ptr, second_ptr, factor_ptr, lr_scale_ptr, hyper_ptr,
+    stride_p_k, stride_p_r, stride_low_k, stride_low_r, stride_x_k, stride_x_r, R, C, n_other, root, beta2,
+    MASTER: tl.constexpr, PER_ROW: tl.constexpr, SMALL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    k, _, offs_r, offs_c, mask_r, mask_c = _tile(R, C, BLOCK_R, BLOCK_C)
+    """p from x and factor; small: from x and second, which is updated."""
+    k, offs_r, offs_c, mask_r, mask_c = _tile(0, R, C, STEPS, BLOCK_R, BLOCK_C)
     mask = mask_r[:, None] & mask_c[None, :]
     p_ptrs = p_ptr + k * stride_p_k + offs_r[:, None] * stride_p_r + offs_c[None, :]
     x_ptrs = x_ptr + k * stride_x_k + offs_r[:, None] * stride_x_r + offs_c[None, :]
     low_ptrs = low_ptr + k * stride_low_k + offs_r[:, None] * stride_low_r + offs_c[None, :] if MASTER else p_ptrs
-    lr = tl.load(hyper_ptr) * lr_scale
+    lr = tl.load(hyper_ptr) * tl.load(lr_scale_ptr + k)
     decay = lr * tl.load(hyper_ptr + 1)
-    if PER_ROW:
-        factor = tl.load(factor_ptr + k * R + offs_r, mask=mask_r, other=0.0)[:, None]
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if SMALL:
+        if PER_ROW:
+            second_ptrs, inside, sums = second_ptr + k * R + offs_r, mask_r, tl.sum(x * x, axis=1)
+        else:
+            second_ptrs, inside, sums = second_ptr + k * C + offs_c, mask_c, tl.sum(x * x, axis=0)
+        second = tl.load(second_ptrs, mask=inside, other=1.0)
+        second, factor = _factor(sums, second, n_other, root, beta2)
+        tl.store(second_ptrs, second, mask=inside)
+    elif PER_ROW:
+        factor = tl.load(factor_ptr + k * R + offs_r, mask=mask_r, other=0.0)
     else:
-        factor = tl.load(factor_ptr + k * C + offs_c, mask=mask_c, other=0.0)[None, :]
-    z = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32) * factor
+        factor = tl.load(factor_ptr + k * C + offs_c, mask=mask_c, other=0.0)
+    z = x * (factor[:, None] if PER_ROW else factor[None, :])
     if MASTER:
         p = join_tile(tl.load(p_ptrs, mask=mask), tl.load(low_ptrs, mask=mask))
     else:
@@ -285,24 +341,14 @@ def _muon_apply_kernel(
 
 def _grid(t: Tensor, config: dict[str, int]) -> tuple[int, int, int]:
     K, R, C = t.shape
-    return (triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(R, config["BLOCK_R"]), K)
+    return (triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(R, config["BLOCK_R"] * config["STEPS"]), K)
 
 
 def _parts(t: Tensor, per_row: bool, config: dict[str, int]) -> Tensor:
-    """Room for the partial sums of squares of each tile of t: (K, parts, rows or columns)."""
+    """Room for the sums of squares that each program finds: (K, parts, rows or columns)."""
     K, R, C = t.shape
-    shape = (K, 1, R) if per_row else (K, triton.cdiv(R, config["BLOCK_R"]), C)
+    shape = (K, 1, R) if per_row else (K, _grid(t, config)[1], C)
     return t.new_empty(shape, dtype=torch.float32)
-
-
-def _sum(parts: Tensor) -> Tensor:
-    """(K, parts, n) to (K, n)."""
-    K, n_parts, n = parts.shape
-    if n_parts == 1:
-        return parts.view(K, n)
-    sums = parts.new_empty(K, n)
-    launch(_muon_sum_kernel, (triton.cdiv(n, 64), K), parts, sums, n_parts, n, BLOCK_P=32, BLOCK_N=64, num_warps=4)
-    return sums
 
 
 def _vector(n: int) -> dict[str, int]:
@@ -311,89 +357,95 @@ def _vector(n: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
 
 
-@torch.library.custom_op("redline::muon_momentum", mutates_args=("buf",))
+@torch.library.custom_op("redline::muon_momentum", mutates_args=("buf", "x", "scale"))
 def _muon_momentum(
-    g: Tensor, buf: Tensor, hyper: Tensor, transposed: bool, out_dtype: torch.dtype, safety: float
-) -> tuple[Tensor, Tensor]:
+    g: Tensor, buf: Tensor, x: Tensor, scale: Tensor, hyper: Tensor, transposed: bool, safety: float
+) -> None:
     (K, R, C), arch = g.shape, capability(g.device)
-    x, scale = g.new_empty(K, R, C, dtype=out_dtype), g.new_empty(K, dtype=torch.float32)
     if not K:
-        return x, scale
-    config = _config(C, "columns" if transposed else "rows", g.dtype, arch)
-    parts = _parts(g, not transposed, config)
+        return
+    small, rows = is_small(R, C), C if transposed else R
+    config = _config(R, C, "columns" if transposed else "rows", g.dtype, arch)
+    parts = None if small else _parts(g, not transposed, config)
     launch(
         _muon_momentum_kernel, _grid(g, config),
-        g, buf, x, parts, hyper, g.stride(0), g.stride(1), buf.stride(0), buf.stride(1), R, C,
-        TRANSPOSED=transposed, **config,
+        g, buf, x, parts, scale, hyper, g.stride(0), g.stride(1), buf.stride(0), buf.stride(1), R, C,
+        float(rows), safety, TRANSPOSED=transposed, SMALL=small, **config,
     )  # fmt: skip
-    squares = _sum(parts)
-    n = squares.size(1)
-    launch(_muon_scale_kernel, (K,), squares, scale, n, float(n), safety, **_vector(n))
+    if parts is None:
+        return
+    squares = parts if parts.size(1) == 1 else parts.new_empty(K, 1, rows)
+    launch(
+        _muon_scale_kernel, (K,), parts, squares, scale, parts.size(1), rows, float(rows), safety, **_vector(rows)
+    )  # fmt: skip
     if transposed:
-        config = _config(C, "map", out_dtype, arch)
+        config = _config(R, C, "map", x.dtype, arch)
         launch(_muon_columns_kernel, _grid(x, config), x, squares, R, C, **config)
-    return x, scale
 
 
 @_muon_momentum.register_fake
-def _(g, buf, hyper, transposed, out_dtype, safety):
-    return g.new_empty(g.shape, dtype=out_dtype), g.new_empty(g.size(0), dtype=torch.float32)
+def _(g, buf, x, scale, hyper, transposed, safety):
+    return None
 
 
 @torch.library.custom_op("redline::muon_apply", mutates_args=("p", "second", "low"))
 def _muon_apply(
-    p: Tensor, x: Tensor, second: Tensor, hyper: Tensor, transposed: bool, low: Tensor | None, beta2: float
+    p: Tensor, x: Tensor, second: Tensor, lr_scale: Tensor, hyper: Tensor, low: Tensor | None, beta2: float
 ) -> None:
     (K, R, C), arch = p.shape, capability(p.device)
     if not K:
         return
-    rows, cols = (C, R) if transposed else (R, C)
-    # second has one number per row of Muon's matrix if rows >= cols, else per column; find that axis in the storage
-    per_row = (rows >= cols) != transposed
-    config = _config(C, "rows" if per_row else "columns", x.dtype, arch)
-    parts = _parts(x, per_row, config)
-    launch(_muon_squares_kernel, _grid(x, config), x, parts, x.stride(0), x.stride(1), R, C, PER_ROW=per_row, **config)
-    sums = _sum(parts)
-    factor = torch.empty_like(sums)
-    n, root = sums.size(1), min(rows, cols) ** 0.5
-    launch(_muon_factor_kernel, (K,), sums, second, factor, n, float(rows * cols // n), root, beta2, **_vector(n))
+    per_row, small = _per_row(x, second), is_small(R, C)
+    n, root = R if per_row else C, min(R, C) ** 0.5
+    n_other, factor = float(R * C // n), None
+    if not small:
+        config = _config(R, C, "rows" if per_row else "columns", x.dtype, arch)
+        parts = _parts(x, per_row, config)
+        launch(
+            _muon_squares_kernel, _grid(x, config),
+            x, parts, x.stride(0), x.stride(1), R, C, PER_ROW=per_row, **config,
+        )  # fmt: skip
+        factor = parts.new_empty(K, n)
+        launch(_muon_factor_kernel, (K,), parts, second, factor, parts.size(1), n, n_other, root, beta2, **_vector(n))
     low_strides = (0, 0) if low is None else (low.stride(0), low.stride(1))
-    config = _config(C, "map", p.dtype, arch)
+    config = _config(R, C, "map", p.dtype, arch)
     launch(
         _muon_apply_kernel, _grid(p, config),
-        p, low, x, factor, hyper, p.stride(0), p.stride(1), *low_strides, x.stride(0), x.stride(1), R, C,
-        max(1.0, rows / cols) ** 0.5, MASTER=low is not None, PER_ROW=per_row, **config,
+        p, low, x, second, factor, lr_scale, hyper,
+        p.stride(0), p.stride(1), *low_strides, x.stride(0), x.stride(1), R, C, n_other, root, beta2,
+        MASTER=low is not None, PER_ROW=per_row, SMALL=small, **config,
     )  # fmt: skip
 
 
 @_muon_apply.register_fake
-def _(p, x, second, hyper, transposed, low, beta2):
+def _(p, x, second, lr_scale, hyper, low, beta2):
     return None
 
 
 def _muon_momentum_triton(
     g: Tensor,
     buf: Tensor,
+    x: Tensor,
+    scale: Tensor,
     hyper: Tensor,
     *,
     transposed: bool,
-    out_dtype: torch.dtype = torch.bfloat16,
     safety: float = SAFETY,
-) -> MuonMomentum:
-    return MuonMomentum(*_muon_momentum(g, buf, hyper, transposed, out_dtype, safety))
+) -> None:
+    _muon_momentum(g, buf, x, scale, hyper, transposed, safety)
 
 
 def _muon_apply_triton(
     p: Tensor,
     x: Tensor,
     second: Tensor,
+    lr_scale: Tensor,
     hyper: Tensor,
     *,
-    transposed: bool,
     low: Tensor | None = None,
     beta2: float = BETA2,
 ) -> None:
-    _muon_apply(p, x, second, hyper, transposed, low, beta2)
+    _muon_apply(p, x, second, lr_scale, hyper, low, beta2)
 
 
 # cost
@@ -430,28 +482,29 @@ def _check_bank(
 def _check_momentum(
     g: Tensor,
     buf: Tensor,
+    x: Tensor,
+    scale: Tensor,
     hyper: Tensor,
     *,
     transposed: bool,
-    out_dtype: torch.dtype = torch.bfloat16,
     safety: float = SAFETY,
 ) -> Problem:
-    if out_dtype not in (*DTYPES, torch.float64):
-        raise ValueError(f"muon_momentum: out_dtype is {out_dtype}; expected torch.bfloat16 or torch.float32")
-    state = wide(out_dtype)
+    state = wide(x.dtype)
     _check_bank("muon_momentum", "g", g, g.shape, (*DTYPES, state), g.device)
     _check_bank("muon_momentum", "buf", buf, g.shape, (state,), g.device)
+    check_tensor("muon_momentum", "x", x, g.shape, (*DTYPES, torch.float64), g.device, contiguous=True)
+    check_tensor("muon_momentum", "scale", scale, g.shape[:1], (state,), g.device, contiguous=True)
     check_tensor("muon_momentum", "hyper", hyper, (3,), (torch.float32,), g.device, contiguous=True)
-    return Problem(tuple(g.shape), out_dtype, g.device)
+    return Problem(tuple(g.shape), x.dtype, g.device)
 
 
 def _check_apply(
     p: Tensor,
     x: Tensor,
     second: Tensor,
+    lr_scale: Tensor,
     hyper: Tensor,
     *,
-    transposed: bool,
     low: Tensor | None = None,
     beta2: float = BETA2,
 ) -> Problem:
@@ -461,11 +514,11 @@ def _check_apply(
     if low is not None:
         _check_bank("muon_apply", "low", low, p.shape, (torch.int16,), p.device)
     K, R, C = p.shape
-    rows, cols = (C, R) if transposed else (R, C)
-    shape = (K, rows, 1) if rows >= cols else (K, 1, cols)
+    shape = (K, R, 1) if _per_row(x, second) else (K, 1, C)
     check_tensor("muon_apply", "second", second, shape, (state,), p.device, contiguous=True)
+    check_tensor("muon_apply", "lr_scale", lr_scale, (K,), (torch.float32,), p.device, contiguous=True)
     check_tensor("muon_apply", "hyper", hyper, (3,), (torch.float32,), p.device, contiguous=True)
-    return Problem(tuple(p.shape), x.dtype, p.device)
+    return Problem((K, R, C), x.dtype, p.device)
 
 
 def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
@@ -479,18 +532,17 @@ def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
 
 def _momentum_inputs(make: Callable[..., Tensor], K: int, R: int, C: int, transposed: bool) -> dict[str, Any]:
     g, buf = (make(K, R, C, dtype=torch.float32).detach() for _ in range(2))
-    hyper = g.new_tensor([0.02, 0.1, 0.95])
-    return {"g": g, "buf": buf, "hyper": hyper, "transposed": transposed, "out_dtype": make(0).dtype}
+    x, scale, hyper = make(K, R, C).detach(), buf.new_empty(K), g.new_tensor([0.02, 0.1, 0.95])
+    return {"g": g, "buf": buf, "x": x, "scale": scale, "hyper": hyper, "transposed": transposed}
 
 
-def _apply_inputs(make: Callable[..., Tensor], K: int, R: int, C: int, transposed: bool) -> dict[str, Any]:
+def _apply_inputs(make: Callable[..., Tensor], K: int, R: int, C: int, per_row: bool) -> dict[str, Any]:
     """In bf16 a weight has low bits."""
     p, x = make(K, R, C).detach(), make(K, R, C).detach()
-    rows, cols = (C, R) if transposed else (R, C)
-    second = make(K, rows, 1) if rows >= cols else make(K, 1, cols)
-    second, hyper = second.detach().float().square(), p.new_tensor([0.02, 0.1, 0.95], dtype=torch.float32)
+    second = (make(K, R, 1) if per_row else make(K, 1, C)).detach().float().square()
+    hyper = p.new_tensor([0.02, 0.1, 0.95], dtype=torch.float32)
     low = make(K, R, C, dtype=torch.int16) if p.dtype == torch.bfloat16 else None
-    return {"p": p, "x": x, "second": second, "hyper": hyper, "transposed": transposed, "low": low}
+    return {"p": p, "x": x, "second": second, "lr_scale": second.new_ones(K), "hyper": hyper, "low": low}
 
 
 muon_momentum = Op(
@@ -511,8 +563,8 @@ muon_apply = Op(
     dims=("K", "R", "C"),
     cases=sizes.muon_cases(),
     forms={
-        "rows": lambda make, K, R, C: _apply_inputs(make, K, R, C, transposed=False),
-        "transposed": lambda make, K, R, C: _apply_inputs(make, K, R, C, transposed=True),
+        "rows": lambda make, K, R, C: _apply_inputs(make, K, R, C, per_row=True),
+        "columns": lambda make, K, R, C: _apply_inputs(make, K, R, C, per_row=False),
     },
     cost=muon_apply_cost,
     check=_check_apply,
