@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels.sizes import BANK_LAYERS
-
 MUON = "matrices"
+BANK_LAYERS = 4  # layers whose matrices share a bank
 
 Init = Callable[[Tensor, torch.Generator], object]
 

@@ -11,9 +11,11 @@ Rounding  products are summed in fp32; A, B and X are each rounded once. x is no
           the first A, scale the first new X
 Kernels   one GEMM, out = alpha left right + beta add, in five uses. A and B are symmetric: only tiles on and below the
           diagonal are computed, and those below it are stored a second time, transposed. The products read transposes
-          in place, so tall matrices need no copy
+          in place, so tall matrices need no copy. Matrices of up to SMALL_SIDE rows and columns take one launch in all:
+          a program makes the five steps of one in registers
 Limits    rows and cols are at least 1. Where cols, or the shorter side, is no multiple of 16 bytes, the batch is copied
-          and padded with zeros, which change nothing; an x with gaps between its rows is copied too
+          and padded with zeros, which change nothing (not for small matrices); an x with gaps between its rows is
+          copied too
 Bound     arithmetic: `polar_express_cost`, which counts half of each symmetric product
 """
 
@@ -26,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
-from kernels.gemm import for_descriptor, has_large_shared_memory, launch_persistent, num_programs
+from kernels.gemm import for_descriptor, halves, has_large_shared_memory, launch_persistent, num_programs
 from kernels.op import (
     DTYPES,
     Backend,
@@ -39,7 +41,7 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
-from kernels.tile import SAFETY
+from kernels.tile import SAFETY, launch
 
 COEFFICIENTS = (
     # five steps, safety 2e-2, cushion 2 [computed by the method of arXiv 2505.16932; as in nanochat and modded-nanogpt]
@@ -50,6 +52,7 @@ COEFFICIENTS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 TINY_NORM = 1e-6
+SMALL_SIDE = 64
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -76,19 +79,29 @@ def polar_express_ref(
 # Triton
 
 
-def _config(rows: int, cols: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
-    """Tile sizes, warps and stages for a result of rows x cols. Not measured on a GPU yet.
+def _config(rows: int, cols: int, symmetric: bool, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
+    """Tile sizes, warps, stages and programs per multiprocessor for a result of rows x cols. Not measured on a GPU yet.
 
-    Tiles are square, as mirroring needs. They fit an SM of sm_90 without spills; small results take small tiles, so
+    Tiles of symmetric results are square, as mirroring needs; wide ones are finished in two halves (SPLIT), which
+    keeps registers free. They fit an SM of sm_90 without spills; two programs
+    share one, so that the epilogue of one overlaps with the products of the other. Small results take small tiles, so
     that there are enough for all SMs.
     """
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "SPLIT": 1, "num_warps": 8, "num_stages": 2, "per_sm": 1}
     if not has_large_shared_memory(arch):
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "SPLIT": 1, "num_warps": 4, "num_stages": 3, "per_sm": 3}
     if min(rows, cols) <= 512:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2, "per_sm": 5}
+    if symmetric or arch == (8, 0):
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 8, "num_stages": 2, "per_sm": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "SPLIT": 2, "num_warps": 8, "num_stages": 3, "per_sm": 1}
+
+
+def num_tiles(K: int, M: int, N: int, symmetric: bool, config: dict[str, int]) -> int:
+    """Tiles of K results (M, N) that are computed."""
+    tiles_m, tiles_n = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
+    return K * (tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n)
 
 
 @triton.jit
@@ -100,11 +113,26 @@ def _tile(desc, k, row, col, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLS:
 
 
 @triton.jit
+def _finish(
+    acc, k, m, n, add_desc, out_desc, alpha, beta, factor, ADD: tl.constexpr, SCALE_POWER: tl.constexpr
+):  # fmt: skip
+    """Stores factor (alpha acc + beta add) at (m, n) of matrix k, and returns it as stored."""
+    acc = acc * alpha
+    if ADD:
+        acc += beta * add_desc.load([k, m, n]).reshape(acc.shape).to(tl.float32)
+    if SCALE_POWER > 0:
+        acc = acc * factor
+    out = acc.to(out_desc.dtype)
+    out_desc.store([k, m, n], out.reshape(1, acc.shape[0], acc.shape[1]))
+    return out
+
+
+@triton.jit
 def _gemm_kernel(
     left_ptr, right_ptr, add_ptr, scale_ptr, out_ptr, K, alpha, beta,
     M: tl.constexpr, N: tl.constexpr, L: tl.constexpr, LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr,
     ADD: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_POWER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out (K, M, N) = scale^SCALE_POWER (alpha left (K, M, L) right (K, L, N) + beta add (K, M, N)).
 
@@ -126,10 +154,11 @@ def _gemm_kernel(
     right_desc = tl.make_tensor_descriptor(
         right_ptr, [K, right_rows, right_cols], [L * N, right_cols, 1], [1, RIGHT_ROWS, RIGHT_COLS]
     )
-    out_desc = tl.make_tensor_descriptor(out_ptr, [K, M, N], [M * N, N, 1], [1, BLOCK_M, BLOCK_N])
+    PART: tl.constexpr = BLOCK_N // SPLIT
+    out_desc = tl.make_tensor_descriptor(out_ptr, [K, M, N], [M * N, N, 1], [1, BLOCK_M, PART])
     add_desc = out_desc
     if ADD:
-        add_desc = tl.make_tensor_descriptor(add_ptr, [K, M, N], [M * N, N, 1], [1, BLOCK_M, BLOCK_N])
+        add_desc = tl.make_tensor_descriptor(add_ptr, [K, M, N], [M * N, N, 1], [1, BLOCK_M, PART])
     tiles_m: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tiles: tl.constexpr = tiles_m * (tiles_m + 1) // 2 if SYMMETRIC else tiles_m * tiles_n  # of one matrix
@@ -150,17 +179,50 @@ def _gemm_kernel(
             left = _tile(left_desc, k, m, l, LEFT_T, BLOCK_M, BLOCK_K)
             right = _tile(right_desc, k, l, n, RIGHT_T, BLOCK_K, BLOCK_N)
             acc = tl.dot(left, right, acc, input_precision="ieee")
-        acc = acc * alpha
-        if ADD:
-            acc += beta * add_desc.load([k, m, n]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
+        factor = 1.0
         if SCALE_POWER > 0:
             scale = tl.load(scale_ptr + k)
-            acc = acc * (scale * scale if SCALE_POWER == 2 else scale)
-        out = acc.to(out_desc.dtype)
-        out_desc.store([k, m, n], out.reshape(1, BLOCK_M, BLOCK_N))
-        if SYMMETRIC:
-            if i != j:
-                out_desc.store([k, n, m], out.T.reshape(1, BLOCK_M, BLOCK_N))
+            factor = scale * scale if SCALE_POWER == 2 else scale
+        if SPLIT == 2:
+            left_acc, right_acc = halves(acc, BLOCK_M, PART)
+            _finish(left_acc, k, m, n, add_desc, out_desc, alpha, beta, factor, ADD, SCALE_POWER)
+            _finish(right_acc, k, m, n + PART, add_desc, out_desc, alpha, beta, factor, ADD, SCALE_POWER)
+        else:
+            out = _finish(acc, k, m, n, add_desc, out_desc, alpha, beta, factor, ADD, SCALE_POWER)
+            if SYMMETRIC:
+                if i != j:
+                    out_desc.store([k, n, m], out.T.reshape(1, BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def _small_kernel(
+    x_ptr, scale_ptr, out_ptr, COEFFICIENTS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """All steps of one matrix (R, C), rounded where the products of larger ones are."""
+    k = tl.program_id(0).to(tl.int64)
+    offs_r, offs_c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
+    mask = (offs_r < R)[:, None] & (offs_c < C)[None, :]
+    offs = (k * R + offs_r[:, None]) * C + offs_c[None, :]
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    scale = tl.load(scale_ptr + k)
+    for i in tl.static_range(0, len(COEFFICIENTS), 3):
+        a = COEFFICIENTS[i]
+        b = COEFFICIENTS[i + 1]
+        c = COEFFICIENTS[i + 2]
+        if R > C:
+            gram = tl.dot(tl.trans(x), x, input_precision="ieee")
+        else:
+            gram = tl.dot(x, tl.trans(x), input_precision="ieee")
+        gram = (gram * scale * scale).to(x.dtype)
+        poly = (c * tl.dot(gram, gram, input_precision="ieee") + b * gram.to(tl.float32)).to(x.dtype)
+        if R > C:
+            y = tl.dot(x, poly, input_precision="ieee")
+        else:
+            y = tl.dot(poly, x, input_precision="ieee")
+        x = ((y + a * x.to(tl.float32)) * scale).to(x.dtype)
+        scale = 1.0
+    tl.store(out_ptr + offs, x, mask=mask)
 
 
 def _gemm(
@@ -179,11 +241,9 @@ def _gemm(
     """scale^scale_power (alpha left right + beta add) for each matrix of a batch; left_t, right_t transpose first."""
     K, M, L = (left.mT if left_t else left).shape
     N = (right.mT if right_t else right).size(2)
-    config = _config(M, N, left.dtype, capability(left.device))
-    tiles_m, tiles_n = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
-    tiles = K * (tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n)
-    # small tiles leave room for three programs on a multiprocessor
-    programs = num_programs(left.device, tiles, per_sm=3 if config["num_warps"] == 4 else 1)
+    config = _config(M, N, symmetric, left.dtype, capability(left.device))
+    tiles, per_sm = num_tiles(K, M, N, symmetric, config), config.pop("per_sm")
+    programs = num_programs(left.device, tiles, per_sm)
     out = left.new_empty(K, M, N)
     launch_persistent(
         _gemm_kernel, programs,
@@ -200,7 +260,16 @@ def _gemm(
 @torch.library.custom_op("redline::polar_express", mutates_args=())
 def _polar_express(x: Tensor, scale: Tensor, coefficients: list[float]) -> Tensor:
     """coefficients: a, b, c of each step, one after the other."""
-    x, tall = for_descriptor(x), x.size(1) > x.size(2)
+    K, R, C = x.shape
+    if max(R, C) <= SMALL_SIDE:
+        out, blocks = x.new_empty(K, R, C), [max(16, triton.next_power_of_2(n)) for n in (R, C)]
+        launch(
+            _small_kernel, (K,),
+            x.contiguous(), scale, out, COEFFICIENTS=tuple(coefficients),
+            R=R, C=C, BLOCK_R=blocks[0], BLOCK_C=blocks[1], num_warps=4,
+        )  # fmt: skip
+        return out
+    x, tall = for_descriptor(x), R > C
     steps = list(zip(*[iter(coefficients)] * 3, strict=True))
     for i, (a, b, c) in enumerate(steps):
         first = scale if i == 0 else None
@@ -226,8 +295,8 @@ def _polar_express_triton(
     scale = scale.contiguous()
     flat = [float(number) for step in coefficients for number in step]
     unit, (_, rows, cols) = 16 // x.dtype.itemsize, x.shape
-    small = min(rows, cols) % unit  # A is square with the shorter side
-    if small or cols % unit:
+    # A is square with the shorter side
+    if max(rows, cols) > SMALL_SIDE and (min(rows, cols) % unit or cols % unit):
         padded = x.new_zeros(x.size(0), sizes.round_up(rows, unit), sizes.round_up(cols, unit))
         padded[:, :rows, :cols] = x
         y: Tensor = _polar_express(padded, scale, flat)

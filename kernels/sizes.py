@@ -28,12 +28,8 @@ class Size:
     def tokens(self) -> int:
         return self.B * self.T
 
-    def bank(self, matrices: int = 1) -> int:
-        """Matrices of one kind that Muon takes at a time, with so many in each layer."""
-        return matrices * min(BANK_LAYERS, self.L)
 
-
-BANK_LAYERS = 4  # layers whose matrices share a bank
+VE_GATE_CHANNELS = 12  # channels that the gates of value embeddings read
 
 
 def _gpt2(depth: int, rows: int) -> Size:
@@ -59,13 +55,16 @@ def cases(shape: Callable[[Size], tuple[int, ...]]) -> dict[str, tuple[int, ...]
 
 
 def muon_cases() -> dict[str, tuple[int, int, int]]:
-    """Label -> (matrices, rows, columns) of the banks that Muon updates: q, k and v of attention, and the MLP's."""
+    """Label -> (matrices, rows, columns) of what Muon updates at a time, all of a model that have one shape: q, k, v
+    and o of attention, the MLP's, and the gates of value embeddings."""
     first = SIZES["quickstart"]
-    found = {"quickstart": (first.bank(3), first.C, first.C)}
+    found = {"quickstart": (4 * first.L, first.C, first.C)}
     for label, size in SIZES.items():
         if label.startswith("depth"):
-            found[f"{label}, attention"] = (size.bank(3), size.C, size.C)
-            found[f"{label}, MLP"] = (size.bank(), size.F, size.C)
+            found[f"{label}, attention"] = (4 * size.L, size.C, size.C)
+            found[f"{label}, MLP"] = (2 * size.L, size.F, size.C)
+    size = SIZES["depth 12"]
+    found["depth 12, gates"] = (size.L // 2, size.G, VE_GATE_CHANNELS)
     # q and k of two heads are one matrix there; its other matrices are those of depth 12
     size = SIZES["fineweb"]
-    return found | {"fineweb, query pairs": (size.bank((size.H + size.G) // 2), 2 * size.D, size.C)}
+    return found | {"fineweb, query pairs": (size.L * (size.H + size.G) // 2, 2 * size.D, size.C)}

@@ -441,8 +441,8 @@ MUTATIONS = {
     "no Nesterov": {"u = tl.fma(g - buf, rest, buf)": "u = buf"},
     "Nesterov's ends are swapped": {"u = tl.fma(g - buf, rest, buf)": "u = tl.fma(buf - g, rest, g)"},
     "the momentum buffer is u": {
-        "    u = tl.fma(g - buf, rest, buf)\n": "    u = tl.fma(g - buf, rest, buf)\n"
-        "    tl.store(buf_ptr + offs_buf, u, mask=mask)\n"
+        "        u = tl.fma(g - buf, rest, buf)\n": "        u = tl.fma(g - buf, rest, buf)\n"
+        "        tl.store(buf_ptr + offs_buf, u, mask=mask)\n"
     },
     "rows are not divided by their length": {"_inverse(squares)[:, None]": "1.0"},
     "rows are divided by the square": {"tl.maximum(tl.sqrt_rn(squares), 1e-6)": "tl.maximum(squares, 1e-6)"},
@@ -467,7 +467,7 @@ MUTATIONS = {
     "only the first tile of a program": {"block_r.to(tl.int64) * STEPS + step": "block_r.to(tl.int64) * STEPS"},
     "tiles of programs overlap": {"block_r.to(tl.int64) * STEPS + step": "block_r.to(tl.int64) + step"},
     "summed squares are not stored": {"if n_parts > 1:": "if n_parts > 99:"},
-    "statistics lie along the wrong axis": {"factor[:, None] if PER_ROW else factor[None, :]": "factor[None, :]"},
+    "second is a mean over the wrong count": {"float(R * C // n), None": "float(n), None"},
     "the root is of the longer side": {"min(R, C) ** 0.5\n    n_other": "max(R, C) ** 0.5\n    n_other"},
     "beta2 is the rate": {"second, 1.0 - beta2, second)": "second, beta2, second)"},
     "second is a sum": {"tl.div_rn(squares, n_other)": "squares"},

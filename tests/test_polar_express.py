@@ -10,16 +10,20 @@ from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
 from tests.mutations import Edit, mutations
 
 DTYPES = (torch.bfloat16, torch.float32)
+# small: one launch; the largest of them; larger ones, some of which are padded
 SHAPES = (
     (2, 24, 40),
     (2, 40, 24),
-    (1, 72, 72),
-    (1, 136, 200),
-    (1, 200, 136),
     (3, 13, 29),
     (2, 29, 13),
     (2, 3, 12),
     (1, 1, 1),
+    (2, 64, 64),
+    (1, 72, 72),
+    (1, 136, 200),
+    (1, 200, 136),
+    (1, 66, 30),
+    (2, 13, 68),
 )
 NO_GRAD = ("x", "scale")
 triton_polar = polar_express.backends["triton"]
@@ -39,13 +43,15 @@ def test_agrees_with_float64(shape, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_layouts(layout):
     check(randn(0, torch.bfloat16)(2, 24, 40), layout=layout)
+    check(randn(0, torch.bfloat16)(2, 24, 72), layout=layout)
 
 
 def test_torch_compile_and_opcheck():
     check(randn(0, torch.bfloat16)(2, 16, 24), compiled=True, opcheck=True)
+    check(randn(0, torch.bfloat16)(2, 16, 72), compiled=True, opcheck=True)
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 40), (3, 40, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 16, 40), (3, 40, 16), (3, 16, 72)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_scale_stands_for_the_norm(shape, dtype):
     x = randn(0, dtype)(*shape)
@@ -65,7 +71,7 @@ def test_safety():
     assert not torch.allclose(triton_polar(x, safety=3.0), triton_polar(x), atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(2, 24, 40), (2, 40, 24), (2, 3, 12)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 24, 72), (2, 40, 24), (2, 3, 12)], ids=str)
 def test_zero_stays_zero(shape):
     x = torch.zeros(shape, device=DEVICE)
     x[1] = 1.0
@@ -74,7 +80,7 @@ def test_zero_stays_zero(shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 24, 40), (2, 40, 24), (2, 21, 21)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 24, 40), (2, 40, 24), (2, 21, 21), (2, 40, 72)], ids=str)
 def test_zero_padding_changes_nothing(shape, dtype):
     x = randn(0, dtype)(*shape)
     K, rows, cols = shape
@@ -178,13 +184,31 @@ def test_the_kernel_refuses_float64():
         polar_express.checked("triton")(x)
 
 
+@pytest.mark.parametrize("shape", [(1, 520, 560), (1, 560, 520)], ids=str)
+def test_the_tiles_of_large_matrices(shape):
+    """Of two widths: symmetric products, and the last one of a step, which is finished in halves."""
+    check(randn(0, torch.bfloat16)(*shape), coefficients=COEFFICIENTS[:1])
+
+
+@pytest.mark.parametrize("case", [case for case in polar_express.cases if not case.endswith(("gates", "quickstart"))])
+def test_the_matrices_of_a_model_fill_waves(case):
+    """Of an H100: the share of its places for programs that have a tile, over all waves."""
+    K, rows, cols = polar_express.cases[case]
+    side = min(rows, cols)
+    for M, N, symmetric in ((side, side, True), (rows, cols, False)):
+        config = module._config(M, N, symmetric, torch.bfloat16, (9, 0))
+        tiles = module.num_tiles(K, M, N, symmetric, config)
+        places = config["per_sm"] * gemm.PROGRAMS_WITHOUT_GPU
+        assert tiles / (places * -(-tiles // places)) >= 0.9, (M, N, symmetric, tiles, places)
+
+
 def test_cost():
     assert polar_express_cost((3, 10, 40), torch.bfloat16)[0] == 5 * 3 * (10 * 10 * 40 * 3 + 1000)
     assert polar_express_cost((3, 40, 10), torch.bfloat16) == polar_express_cost((3, 10, 40), torch.bfloat16)
 
 
 MUTATIONS = {
-    "mirrored tiles are not stored": {"            if i != j:\n": "            if False:\n"},
+    "mirrored tiles are not stored": {"                if i != j:\n": "                if False:\n"},
     "mirrored tiles are not transposed": {"out.T.reshape(1": "out.reshape(1"},
     "the last tile of the triangle is left out": {
         "tiles_m * (tiles_m + 1) // 2 if SYM": "tiles_m * (tiles_m + 1) // 2 - 1 if SYM"
@@ -192,8 +216,8 @@ MUTATIONS = {
     "the row of a triangle is off by one": {
         "i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)": "i = i + 1 * (t == 1)"
     },
-    "b is dropped": {"            acc += beta * add_desc": "            acc += 0.0 * add_desc"},
-    "c is dropped": {"acc = acc * alpha": "pass"},
+    "b is dropped": {"        acc += beta * add_desc": "        acc += 0.0 * add_desc"},
+    "c is dropped": {"    acc = acc * alpha": "    acc = acc * 1.0"},
     "the scale enters once": {"scale * scale if SCALE_POWER == 2 else scale": "scale"},
     "the scale is the first matrix's": {"tl.load(scale_ptr + k)": "tl.load(scale_ptr)"},
     "all matrices are the first": {"k = tile // tiles\n": "k = 0\n"},
@@ -202,6 +226,12 @@ MUTATIONS = {
         "    for tile in tl.range(": "    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n"
         "    for tile in tl.range(",
     },
+    "a small matrix keeps its scale": {"        scale = 1.0\n": ""},
+    "a small tall matrix is multiplied from the left": {"y = tl.dot(x, poly,": "y = tl.dot(poly, x,"},
+    "small matrices are the first": {"k = tl.program_id(0).to(tl.int64)\n    offs_r": "k = 0\n    offs_r"},
+    "b of a small matrix is dropped": {"+ b * gram.to(tl.float32)": ""},
+    "a small gram is not rounded": {"gram = (gram * scale * scale).to(x.dtype)": "gram = gram * scale"},
+    "halves of a tile lie upon each other": {"k, m, n + PART, add_desc": "k, m, n, add_desc"},
     "one step too few": {"for i, (a, b, c) in enumerate(steps):": "for i, (a, b, c) in enumerate(steps[:-1]):"},
     "padding is returned": {"[:, :rows, :cols].contiguous()": "[:, -rows:, -cols:].contiguous()"},
     "the last columns of the inner size are left out": {"range(0, L, BLOCK_K)": "range(0, L - BLOCK_K + 1, BLOCK_K)"},
@@ -212,6 +242,7 @@ CLASSES = [
     "the row of a triangle is off by one",
     "c is dropped",
     "the scale is the first matrix's",
+    "a small matrix keeps its scale",
     "the sum goes on in the next tile",
     "the last columns of the inner size are left out",
 ]
@@ -224,8 +255,10 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     broken = mutant(module, MUTATIONS[name], tmp_path).polar_express
     with pytest.raises(Failed):
         check(randn(0, torch.bfloat16)(2, 136, 200), op=broken)
-        check(randn(0, torch.bfloat16)(2, 13, 29), op=broken)
-        check(randn(0, torch.float32)(2, 40, 24), op=broken, scale=torch.tensor([0.01, 0.02], device=DEVICE))
+        check(randn(0, torch.bfloat16)(1, 520, 560), op=broken, coefficients=COEFFICIENTS[:1])
+        check(randn(0, torch.bfloat16)(2, 13, 68), op=broken)
+        for shape in ((2, 40, 72), (2, 40, 24), (2, 24, 40)):
+            check(randn(0, torch.float32)(*shape), op=broken, scale=torch.tensor([0.01, 0.02], device=DEVICE))
 
 
 RACES = {  # with the right bits, which no comparison of numbers shows

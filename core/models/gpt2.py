@@ -33,12 +33,11 @@ from kernels.quantise_weight import quantise_weight
 from kernels.relu2_mlp import relu2_mlp
 from kernels.rms_norm import rms_norm
 from kernels.rope_qk_norm import rope_qk_norm
-from kernels.sizes import round_up
+from kernels.sizes import VE_GATE_CHANNELS, round_up
 
 VOCAB_MULTIPLE = 64  # padded vocabulary: rows divide over ranks and fill tensor-core tiles
 WINDOW_MULTIPLE = 128  # short windows are whole attention tiles
 QK_SCALE = 1.2
-VE_GATE_CHANNELS = 12
 VE_GATE_RANGE = 3.0
 SMEAR_CHANNELS = 24
 
