@@ -1,4 +1,5 @@
-"""One AdamW step on one tensor, in place: each state is read and written once.
+"""One AdamW step on one tensor, or on many small ones that lie side by side, in place: each state is read and written
+once.
 
     m = m + (1 - beta1) (g - m),   v = beta2 v + (1 - beta2) g^2              [Kingma & Ba 2015, algorithm 1]
     p = p (1 - lr weight_decay) - lr c1 m / (sqrt(c2 v) + eps)                [Loshchilov & Hutter 2019, algorithm 2]
@@ -6,12 +7,15 @@
 with c1 = 1/(1 - beta1^t) and c2 = 1/(1 - beta2^t) in step t, counted from 1. eps is 1e-10, as in nanochat 92d63d4.
 
 Shapes    p, g, exp_avg (m), exp_avg_sq (v) and low have one shape, any; contiguous. hyper (6,): lr, beta1, beta2,
-          weight_decay, c1, c2, as `adam_hyper` makes them; on the device, so that no step recompiles or waits
+          weight_decay, c1, c2, as `adam_hyper` makes them; on the device, so that no step recompiles or waits. With
+          row (n,) hyper is (H, 6), p and its states are (n,), and element i takes row[i] of hyper: parameters of
+          several groups in one launch
 Dtypes    p fp32; or bf16; or bf16 with low (int16), which together hold an fp32 master. g fp32 or bf16; m and v both
-          fp32, or both of p's dtype; hyper fp32
+          fp32, or both of p's dtype; hyper fp32; row int32
 Rounding  arithmetic in fp32; each state is rounded once, at its store; p is computed from the unrounded m and v. A
           master is not rounded: kernels/master.py
 Backward  none
+Limits    a row that is not one of hyper's is an error: the reference raises, the kernel leaves the element as it is
 Bound     memory: `adam_update_cost`. 28 B an element for p, m, v, g in fp32, and for a master with fp32 moments; 16 B
           for p, m, v in bf16
 """
@@ -63,10 +67,12 @@ def adam_update_ref(
     hyper: Tensor,
     low: Tensor | None = None,
     *,
+    row: Tensor | None = None,
     eps: float = ADAM_EPS,
 ) -> None:
     acc_dtype = wide(p.dtype)
-    lr, beta1, beta2, weight_decay, c1, c2 = hyper.to(acc_dtype).unbind()
+    hyper = hyper if row is None else hyper[row]
+    lr, beta1, beta2, weight_decay, c1, c2 = hyper.to(acc_dtype).unbind(-1)
     g, m, v = (t.to(acc_dtype) for t in (g, exp_avg, exp_avg_sq))  # states that are fp32 already change in place
     m.lerp_(g, 1 - beta1)
     v.lerp_(g.square(), 1 - beta2)
@@ -98,13 +104,19 @@ def _config(n: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]
 
 @triton.jit
 def _adam_update_kernel(
-    p_ptr, low_ptr, g_ptr, m_ptr, v_ptr, hyper_ptr, n, eps,
-    MASTER: tl.constexpr, BLOCK: tl.constexpr,
+    p_ptr, low_ptr, g_ptr, m_ptr, v_ptr, hyper_ptr, row_ptr, n, rows, eps,
+    MASTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
-    lr, beta1, beta2 = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)
-    weight_decay, c1, c2 = tl.load(hyper_ptr + 3), tl.load(hyper_ptr + 4), tl.load(hyper_ptr + 5)
+    if ROWS:
+        row = tl.load(row_ptr + offs, mask=mask, other=0)
+        mask &= (row >= 0) & (row < rows)  # others are not addressed
+        h = hyper_ptr + 6 * tl.where(mask, row, 0)
+    else:
+        h = hyper_ptr
+    lr, beta1, beta2 = tl.load(h), tl.load(h + 1), tl.load(h + 2)
+    weight_decay, c1, c2 = tl.load(h + 3), tl.load(h + 4), tl.load(h + 5)
     g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     m = tl.load(m_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -132,19 +144,27 @@ def _adam_update_kernel(
 
 @torch.library.custom_op("redline::adam_update", mutates_args=("p", "exp_avg", "exp_avg_sq", "low"))
 def _adam_update(
-    p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Tensor, low: Tensor | None, eps: float
+    p: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    hyper: Tensor,
+    low: Tensor | None,
+    row: Tensor | None,
+    eps: float,
 ) -> None:
     n = p.numel()
     config = _config(n, p.dtype, capability(p.device))
     if n:
         launch(
             _adam_update_kernel, (triton.cdiv(n, config["BLOCK"]),),
-            p, low, g, exp_avg, exp_avg_sq, hyper, n, eps, MASTER=low is not None, **config,
+            p, low, g, exp_avg, exp_avg_sq, hyper, row, n, hyper.size(0), eps,
+            MASTER=low is not None, ROWS=row is not None, **config,
         )  # fmt: skip
 
 
 @_adam_update.register_fake
-def _(p, g, exp_avg, exp_avg_sq, hyper, low, eps):
+def _(p, g, exp_avg, exp_avg_sq, hyper, low, row, eps):
     return None
 
 
@@ -156,9 +176,10 @@ def _adam_update_triton(
     hyper: Tensor,
     low: Tensor | None = None,
     *,
+    row: Tensor | None = None,
     eps: float = ADAM_EPS,
 ) -> None:
-    _adam_update(p, g, exp_avg, exp_avg_sq, hyper, low, eps)
+    _adam_update(p, g, exp_avg, exp_avg_sq, hyper, low, row, eps)
 
 
 # cost
@@ -184,6 +205,7 @@ def _check(
     hyper: Tensor,
     low: Tensor | None = None,
     *,
+    row: Tensor | None = None,
     eps: float = ADAM_EPS,
 ) -> Problem:
     if p.dtype not in (*DTYPES, torch.float64) or (low is not None and p.dtype != torch.bfloat16):
@@ -199,7 +221,13 @@ def _check(
     ):
         if t is not None:
             check_tensor("adam_update", name, t, p.shape, dtypes, p.device, contiguous=True)
-    check_tensor("adam_update", "hyper", hyper, (6,), (torch.float32,), p.device, contiguous=True)
+    shape: tuple[int, ...] = (6,)
+    if row is not None:
+        if p.dim() != 1:
+            raise ValueError(f"adam_update: p is {describe(p)}; expected one dimension, as row is given")
+        check_tensor("adam_update", "row", row, p.shape, (torch.int32,), p.device, contiguous=True)
+        shape = (hyper.size(0) if hyper.dim() else 0, 6)
+    check_tensor("adam_update", "hyper", hyper, shape, (torch.float32,), p.device, contiguous=True)
     return Problem((p.numel(),), p.dtype, p.device)
 
 

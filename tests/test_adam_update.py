@@ -96,7 +96,10 @@ def test_shapes_gradients_in_bf16_and_steps(master):
 def test_opcheck():
     for low in (None, torch.zeros(40, dtype=torch.int16, device=DEVICE)):
         args = list(inputs(40, dtype=torch.float32 if low is None else torch.bfloat16, moments=torch.float32).values())
-        torch.library.opcheck(module._adam_update, (*args, low, ADAM_EPS))
+        torch.library.opcheck(module._adam_update, (*args, low, None, ADAM_EPS))
+    rows = torch.arange(40, dtype=torch.int32, device=DEVICE) % 2
+    args = inputs(40) | {"hyper": torch.tensor([HYPER, HYPER], device=DEVICE)}
+    torch.library.opcheck(module._adam_update, (*args.values(), None, rows, ADAM_EPS))
 
 
 @pytest.mark.parametrize("master", [False, True])
@@ -111,6 +114,25 @@ def test_torch_compile(master):
         assert not torch.equal(args["p"], before)
         results.append(args)
     assert all(torch.equal(t, results[1][name]) for name, t in results[0].items())
+
+
+def test_parameters_side_by_side(op=adam_update):
+    """Each element by its own row of hyperparameters, to the bit as if its parameter were updated alone; one that has
+    none is left alone."""
+    hypers = torch.tensor([adam_hyper(0.02 * (i + 1), (0.5 + 0.1 * i, 0.9 + 0.03 * i), 0.1 * i, 3) for i in range(3)])
+    hypers = hypers.to(DEVICE)
+    sizes = (5, 1, 1030)
+    row = torch.arange(3, dtype=torch.int32, device=DEVICE).repeat_interleave(torch.tensor(sizes, device=DEVICE))
+    for update in (op.checked("ref"), op.backends["triton"]):
+        alone, together = inputs(1036), inputs(1036)
+        for i, part in enumerate(zip(*(t.split(sizes) for t in list(alone.values())[:4]))):
+            update(*part, hypers[i])
+        update(**together | {"hyper": hypers, "row": row})
+        assert all(torch.equal(together[name], alone[name]) for name in States._fields)
+    before, unknown = inputs(1036)["p"], torch.where(torch.arange(1036, device=DEVICE) % 2 == 0, row, 99)
+    args = inputs(1036) | {"hyper": hypers, "row": unknown.int()}
+    op.backends["triton"](**args)
+    assert torch.equal(args["p"][::2], together["p"][::2]) and torch.equal(args["p"][1::2], before[1::2])
 
 
 def rel_rms(a, b):
@@ -234,6 +256,9 @@ SIX = torch.ones(6, device=DEVICE)
         (inputs(6, dtype=torch.bfloat16) | {"low": SIX.to(torch.int32)}, "low is .*expected .*int16"),
         (bad(hyper=SIX[:5]), r"hyper is \(5,\)"),
         (bad(hyper=SIX.double()), "hyper is .*float64"),
+        (bad(row=SIX.int()), r"hyper is \(6,\) .*expected contiguous \(6, 6\)"),
+        (bad(row=SIX.long(), hyper=torch.ones(2, 6, device=DEVICE)), "row is .*expected contiguous .*int32"),
+        (inputs(2, 3) | {"row": SIX.int()}, r"p is \(2, 3\) .*expected one dimension"),
     ],
 )
 @pytest.mark.parametrize("backend", adam_update.backends)
@@ -268,12 +293,8 @@ MUTATIONS = {
     "elements beyond n are written": {"mask = offs < n": "mask = offs < n + 1"},
     "the last element is missed": {"mask = offs < n": "mask = offs < n - 1"},
     "programs overlap": {"tl.int64) * BLOCK + tl": "tl.int64) * (BLOCK - 1) + tl"},
-    "the betas are swapped": {
-        "tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)": "tl.load(hyper_ptr + 2), tl.load(hyper_ptr + 1)"
-    },
-    "the corrections are swapped": {
-        "tl.load(hyper_ptr + 4), tl.load(hyper_ptr + 5)": "tl.load(hyper_ptr + 5), tl.load(hyper_ptr + 4)"
-    },
+    "the betas are swapped": {"tl.load(h + 1), tl.load(h + 2)": "tl.load(h + 2), tl.load(h + 1)"},
+    "the corrections are swapped": {"tl.load(h + 4), tl.load(h + 5)": "tl.load(h + 5), tl.load(h + 4)"},
     "the gradient is not squared": {"tl.fma((1.0 - beta2) * g, g,": "tl.fma((1.0 - beta2), g,"},
     "m is its old self": {"step = tl.div_rn(m,": "step = tl.div_rn(tl.load(m_ptr + offs, mask=mask).to(tl.float32),"},
     "eps is inside the root": {"tl.fma(tl.sqrt_rn(v), tl.sqrt_rn(c2), eps)": "tl.sqrt_rn(v * c2 + eps)"},
@@ -281,6 +302,9 @@ MUTATIONS = {
     "the decay grows": {"tl.fma(-lr, weight_decay, 1.0)": "tl.fma(lr, weight_decay, 1.0)"},
     "the decay is forgotten": {"p * tl.fma(-lr, weight_decay, 1.0)": "p"},
     "the root is not corrected": {"tl.sqrt_rn(c2), eps": "c2, eps"},
+    "every element takes the first row": {"hyper_ptr + 6 * tl.where(mask, row, 0)": "hyper_ptr + 0 * row"},
+    "rows are five numbers long": {"hyper_ptr + 6 *": "hyper_ptr + 5 *"},
+    "unknown rows are addressed": {"mask &= (row >= 0) & (row < rows)": "row = row % rows"},
     "low is not read": {"tl.load(low_ptr + offs, mask=mask))": "tl.load(low_ptr + offs, mask=mask) * 0)"},
     "low is not written": {"tl.store(low_ptr + offs, low, mask=mask)": "pass"},
     "a tie goes to even": {IMPORT: TO_EVEN},
@@ -300,6 +324,8 @@ CLASSES = [
     "the last element is missed",
     "the corrections are swapped",
     "eps is inside the root",
+    "every element takes the first row",
+    "unknown rows are addressed",
     "low is not written",
     "a tie goes to even",
     "v is rounded before it is used",
@@ -320,6 +346,7 @@ def everything(op):
         check(inputs(2000, dtype=dtype), op)
     check(inputs(2000), op, master=True)
     check(inputs(60) | {"eps": 0.5}, op)
+    test_parameters_side_by_side(op)
     test_bf16_states_are_rounded_once(op)
     test_ties_go_away_from_zero_in_the_update()
 
