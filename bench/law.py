@@ -112,6 +112,11 @@ def leaves(inputs: Mapping[str, Any]) -> Tensors:
     return {name: t for name, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
 
 
+def sums(inputs: Mapping[str, Any]) -> Tensors:
+    """Inputs to which backward adds a gradient."""
+    return {name: t for name, t in inputs.items() if name.endswith("_sum") and t is not None}
+
+
 def few(inputs: Mapping[str, Any]) -> bool:
     """Whether some gradient has so few numbers that one draw says little about its error."""
     return any(t.numel() < DRAWS for t in leaves(inputs).values())
@@ -126,6 +131,7 @@ def evaluate(function: Callable[..., Any], inputs: Mapping[str, Any], upstream: 
     """Outputs and, for upstream gradients by output name, the gradients of the inputs that require one.
 
     An op without gradients may work in place: for one, what it left in its floating-point inputs is a result as well.
+    So is what backward left in a `sum`.
     """
     outputs = named(function(**inputs))
     result = {name: t.detach() for name, t in outputs.items()}
@@ -138,7 +144,7 @@ def evaluate(function: Callable[..., Any], inputs: Mapping[str, Any], upstream: 
         grads = torch.autograd.grad(heads, list(wanted.values()), list(upstream.values()), allow_unused=True)
         if not all(torch.equal(t, upstream[name]) for name, t in before.items()):
             raise Failed("backward overwrites its upstream gradients")
-        result |= {f"d{name}": g for name, g in zip(wanted, grads) if g is not None}
+        result |= {f"d{name}": g for name, g in zip(wanted, grads) if g is not None} | sums(inputs)
     return result
 
 

@@ -137,7 +137,10 @@ def check_op(
         ready = {}
         for i, (name, t) in enumerate(inputs.items()):
             if isinstance(t, Tensor) and t.is_floating_point():
-                t = convert(t.detach(), i).requires_grad_(name not in no_grad)
+                is_sum = name.endswith("_sum")
+                t = (kept(t.detach()) if is_sum else convert(t.detach(), i)).requires_grad_(
+                    name not in no_grad and not is_sum
+                )
             ready[name] = t
         return ready
 
