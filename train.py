@@ -222,7 +222,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
         # one graph for one shape: a break would hide host time in every micro-step, a dynamic shape costs fusions
         forward=torch.compile(model, fullgraph=True, dynamic=False) if compiled else model,
         optimizer=optimizer,
-        gradients=Gradients(model.parameters()),
+        gradients=Gradients(model, optimizer),
         loader=loader,
     )
 
@@ -471,7 +471,7 @@ def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
     if world.world_size > 1:
         trainer.gradients.average(lambda grads: communication.average_([*grads, outcome]))
     # update, with hyperparameters that are functions of the step alone: a resumed run needs no scheduler state
-    trainer.optimizer.step(trainer.gradients, step=step, **schedule.at(step, plan.steps, cfg.optim))
+    trainer.optimizer.step(trainer.gradients.sums, step=step, **schedule.at(step, plan.steps, cfg.optim))
     trainer.gradients.zero()
     return outcome
 

@@ -3,14 +3,16 @@
 Source: nanochat 92d63d4, optim.py. The rules are those of the ops adam_update, muon_update and polar_express in
 `kernels`.
 
-Shape of the code   each row of the parameter table belongs to one group. A step calls, for each row, one op of AdamW or
-                    Muon's three on each of its views; so a rank that owns a slice of a bank would call the same on it.
+Shape of the code   parameters lie side by side in arenas (core/params.py), and so do their states and gradients. A step
+                    calls one op of AdamW for each arena, and Muon's three for all matrices of one shape: about 50
+                    launches whatever the depth. A rank that owns a slice of an arena would call the same on it.
 Hyperparameters     go to the device as one tensor a step: nothing compiles again or waits for it.
-State               as `Param.states` lists it. Fp32 parameters are their own master; a bf16 matrix or head keeps the
-                    low 16 bits of its fp32 master beside it (`kernels/master.py`); embeddings in bf16 have no master.
+State               as `Param.states` lists it; each is a part of its arena's. Fp32 parameters are their own master; a
+                    bf16 matrix or head keeps the low 16 bits of its fp32 master beside it (`kernels/master.py`);
+                    embeddings in bf16 have no master.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,11 +21,11 @@ from torch import Tensor, nn
 
 from core import schedule
 from core.config import OptimConfig
-from core.params import MUON, MuonView, Param, Table
+from core.params import MUON, Arena, MuonView, Table, arenas
 from kernels.adam_update import adam_hyper, adam_update
 from kernels.dispatch import Backends
 from kernels.master import split_master
-from kernels.muon_update import MuonMomentum, muon_apply, muon_momentum
+from kernels.muon_update import muon_apply, muon_momentum
 from kernels.polar_express import COEFFICIENTS, polar_express
 
 # betas and decay of each AdamW group [nanochat 92d63d4, gpt.py]
@@ -58,33 +60,69 @@ def learning_rates(cfg: OptimConfig, d_model: int, batch: int) -> dict[str, floa
 # the optimizer ------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MuonOps:
-    """The functions of one view's step."""
+@dataclass
+class MuonPart:
+    """Matrices of one arena that Muon updates together, and their states."""
 
-    momentum: Callable[..., MuonMomentum]
+    arena: int
+    view: MuonView
+    runs: list[tuple[slice, MuonView]]  # stored as they are, or transposed
+    p: Tensor  # (K, R, C), as the states
+    low: Tensor | None
+    momentum: Tensor
+    second: Tensor  # (K, R, 1) or (K, 1, C)
+    lr_scale: Tensor  # (K,)
+
+
+@dataclass
+class MuonShape:
+    """All matrices of one shape (R, C), and the functions of their step."""
+
+    parts: list[MuonPart]
+    momentum: Callable[..., None]
     orthogonalise: Callable[..., Tensor]
     apply: Callable[..., None]
 
-    def step(
-        self, p: Tensor, low: Tensor | None, g: Tensor, buf: Tensor, second: Tensor, hyper: Tensor, *,
-        transposed: bool, dtype: torch.dtype, ns_steps: int,
-    ) -> None:  # fmt: skip
-        """One step of matrices p (K, R, C) and their states in place; orthogonalises in dtype."""
+    def step(self, gradients: Sequence[Tensor], hyper: Tensor, *, dtype: torch.dtype, ns_steps: int) -> None:
+        """Updates them in place from the gradients of all arenas; orthogonalises in dtype."""
+        counts = [part.p.size(0) for part in self.parts]
+        first = self.parts[0]
+        x = first.p.new_empty((sum(counts), *first.p.shape[1:]), dtype=dtype)
+        scale = first.momentum.new_empty(sum(counts))
         # Nesterov momentum, rows equilibrated; scale makes the Frobenius norm 1 / safety, Polar Express's range
-        x, scale = self.momentum(g, buf, hyper, transposed=transposed, out_dtype=dtype)
+        for part, x_part, scale_part in zip(self.parts, x.split(counts), scale.split(counts)):
+            g = part.view.take(gradients[part.arena])
+            for run, turn in part.runs:
+                given = g[run], part.momentum[run], x_part[run], scale_part[run]
+                self.momentum(*given, hyper, transposed=turn.transposed)
         x = self.orthogonalise(x, scale, coefficients=COEFFICIENTS[:ns_steps])
         # NorMuon's variance, cautious decay, and the step
-        self.apply(p, x, second, hyper, transposed=transposed, low=low)
+        for part, x_part in zip(self.parts, x.split(counts)):
+            self.apply(part.p, x_part, part.second, part.lr_scale, hyper, low=part.low)
 
 
-def choose_muon(backends: Backends, stored: torch.Size) -> MuonOps:
-    """For matrices stored (K, R, C)."""
-    return MuonOps(*(backends.choose(op, *stored) for op in (muon_momentum, polar_express, muon_apply)))
+def muon_shape(backends: Backends, parts: list[MuonPart]) -> MuonShape:
+    """For parts of one shape, with the backends chosen for all of their matrices."""
+    K, (_, R, C) = sum(part.p.size(0) for part in parts), parts[0].p.shape
+    return MuonShape(parts, *(backends.choose(op, K, R, C) for op in (muon_momentum, polar_express, muon_apply)))
+
+
+@dataclass
+class AdamArena:
+    """A parameter, or the small ones, with their states and function. row: of each element's hyperparameters."""
+
+    arena: int
+    groups: list[str]
+    update: Callable[..., None]
+    p: Tensor
+    low: Tensor | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    row: Tensor | None
 
 
 class Model(Protocol):
-    """What the optimizer needs of a model: its parameters with their table, and word that they were written."""
+    """What the optimizer needs of a model: its parameters with their table, and its ear for what happens to them."""
 
     table: Table
 
@@ -92,9 +130,12 @@ class Model(Protocol):
 
     def refresh_copies(self) -> None: ...
 
+    def accumulate(self, sums: Mapping[str, Tensor]) -> None: ...
+
 
 class Optimizer:
-    """All state of one training run's updates. Casts the model's parameters to `compute_dtype` when it is built.
+    """All state of one training run's updates. Casts the model's parameters to `compute_dtype` when it is built, and
+    lays them side by side.
 
     Args: model with fp32 parameters; lrs by group and peak weight decay of the matrices from `core/plan.py`; backends
     of the ops, which are chosen here (None: the references).
@@ -114,131 +155,162 @@ class Optimizer:
             raise ValueError(f"ns_steps is {ns_steps}: expected 1 to {len(COEFFICIENTS)}")
         self._model = model
         self.params = {row.name: model.get_parameter(row.name) for row in model.table}
-        device = next(iter(self.params.values())).device
-        backends = backends or Backends("ref", device=device, dtype=compute_dtype)
+        self._device = next(iter(self.params.values())).device
+        backends = backends or Backends("ref", device=self._device, dtype=compute_dtype)
         self.backends = backends
         self.weight_decay, self.ns_steps, self.compute_dtype = weight_decay, ns_steps, compute_dtype
         self.lrs = lrs
-        self.groups: dict[str, list[Param]] = {}
+        self.arenas = arenas(model.table)
         self.state: dict[str, Tensor] = {}  # "<parameter>.<state>"
-        self._adam: dict[str, Callable[..., None]] = {}  # by parameter
-        self._muon: dict[str, list[tuple[MuonView, MuonOps]]] = {}
-        # one choice of backends a view, for the shape that it has as a batch of matrices: the step has no branches left
-        for row in model.table:
-            p = self.params[row.name]
-            self.groups.setdefault(row.group, []).append(row)
-            self._init_state(row, p)
-            if row.group == MUON:
-                self._muon[row.name] = [(view, choose_muon(backends, view.take(p).shape)) for view in row.views]
+        # one choice of backends a shape, for all its matrices: the step has no branches left
+        muon: dict[torch.Size, list[MuonPart]] = {}
+        self._adam: list[AdamArena] = []
+        for i, arena in enumerate(self.arenas):
+            if arena.views:
+                for part in self._muon_parts(i, arena):
+                    muon.setdefault(part.p.shape[1:], []).append(part)
             else:
-                self._adam[row.name] = backends.choose(adam_update, p.numel(), dtype=p.dtype)
+                self._adam.append(self._adam_arena(i, arena))
+        self._muon = [muon_shape(backends, parts) for parts in muon.values()]
         model.refresh_copies()
 
     @torch.no_grad()
-    def _init_state(self, row: Param, p: nn.Parameter) -> None:
-        """Allocates the states of one row and casts its parameter: a master to its bf16 half and the low bits."""
-        for state, (shape, dtype) in row.states(self.compute_dtype).items():
-            self.state[f"{row.name}.{state}"] = torch.zeros(shape, dtype=dtype, device=p.device)
-        # .data: the Parameter stays the object that the model and autograd know
-        if f"{row.name}.low" in self.state:
-            p.data, self.state[f"{row.name}.low"] = split_master(p.data)
-        else:
-            p.data = p.data.to(row.dtype(self.compute_dtype))
+    def _lay(self, arena: Arena) -> tuple[Tensor, Tensor | None]:
+        """Lays the arena's parameters side by side in the type that they are stored in: a master as its bf16 half and
+        the low bits."""
+        first = arena.params[0]
+        dtype = first.dtype(self.compute_dtype)
+        storage = torch.empty(arena.shape, dtype=dtype, device=self._device)
+        low = self._new_state(arena, "low") if "low" in first.states(self.compute_dtype) else None
+        for name, part in arena.cut(storage).items():
+            p = self.params[name]
+            if low is None:
+                part.copy_(p.data)
+            else:
+                high, rest = split_master(p.data)
+                part.copy_(high)
+                self.state[f"{name}.low"].copy_(rest)
+            p.data = part  # .data: the Parameter stays the object that the model and autograd know
+        return storage, low
+
+    def _new_state(self, arena: Arena, state: str) -> Tensor:
+        """Zeros for one state of all the arena's parameters."""
+        _, dtype = arena.params[0].states(self.compute_dtype)[state]
+        storage = torch.zeros(arena.shape, dtype=dtype, device=self._device)
+        self.state |= {f"{name}.{state}": part for name, part in arena.cut(storage).items()}
+        return storage
+
+    def _muon_parts(self, i: int, arena: Arena) -> list[MuonPart]:
+        p, low = self._lay(arena)
+        momentum, runs = self._new_state(arena, "momentum"), arena.turned()
+        parts: list[MuonPart] = []
+        for number, view in enumerate(arena.views):
+            taken = view.take(p)
+            stored = taken.shape
+            # all runs have their moments along the same side: `arenas` sees to it
+            second = momentum.new_zeros(runs[0][1].second_stored(stored))
+            counts = [row.shape[0] * row.views[0].split for row in arena.params]
+            for row, part in zip(arena.params, second.split(counts)):  # in checkpoints as Muon sees the matrix
+                name = f"second.{number}"
+                self.state[f"{row.name}.{name}"] = part.view(row.states(self.compute_dtype)[name][0])
+            factors = [turn.lr_scale(stored) for run, turn in runs for _ in range(run.start, run.stop)]
+            lr_scale = torch.tensor(factors, dtype=torch.float32, device=self._device)
+            low_taken = None if low is None else view.take(low)
+            parts.append(MuonPart(i, view, runs, taken, low_taken, view.take(momentum), second, lr_scale))
+        return parts
+
+    def _adam_arena(self, i: int, arena: Arena) -> AdamArena:
+        p, low = self._lay(arena)
+        moments = self._new_state(arena, "exp_avg"), self._new_state(arena, "exp_avg_sq")
+        groups = list(dict.fromkeys(row.group for row in arena.params))
+        update = self.backends.choose(adam_update, p.numel(), dtype=p.dtype)
+        row = None
+        if not arena.params[0].computes:
+            numbers = [torch.full((p.numel,), groups.index(p.group)) for p in arena.params]
+            row = torch.cat(numbers).to(self._device, torch.int32)
+        return AdamArena(i, groups, update, p, low, *moments, row)
 
     @torch.no_grad()
     def step(
-        self, grads: Callable[[Tensor], Tensor], *, step: int, lr_mult: float, momentum: float, decay_mult: float
+        self, gradients: Sequence[Tensor], *, step: int, lr_mult: float, momentum: float, decay_mult: float
     ) -> None:
-        """Updates every parameter. `grads` gives the fp32 gradient of one; step counts from 0."""
-        # one row of hyperparameters a group, in the order in which the ops read them. Tensors, not numbers: a kernel
-        # that takes a number would be specialised or compiled anew whenever a schedule moves. AdamW's bias correction
-        # counts steps from 1
-        values = [
-            [self.lrs[group] * lr_mult, self.weight_decay * decay_mult, momentum]
-            if group == MUON
-            else adam_hyper(self.lrs[group] * lr_mult, *ADAM_GROUPS[group], step + 1)
-            for group in self.groups
-        ]
-        for rows, hyper in zip(self.groups.values(), self._to_device(values)):
-            for row in rows:
-                # .data: autograd must not see the update, nor count it as a version
-                p, low = self.params[row.name], self.state.get(f"{row.name}.low")
-                if row.group == MUON:
-                    self._muon_step(row.name, p.data, low, grads(p), hyper)
-                else:
-                    moments = self.state[f"{row.name}.exp_avg"], self.state[f"{row.name}.exp_avg_sq"]
-                    self._adam[row.name](p.data, grads(p), *moments, hyper, low)
+        """Updates every parameter from the fp32 gradients of all arenas; step counts from 0."""
+        # hyperparameters in the order in which the ops read them. Tensors, not numbers: a kernel that takes a number
+        # would be specialised or compiled anew whenever a schedule moves. AdamW's bias correction counts steps from 1
+        values = [self.lrs[MUON] * lr_mult, self.weight_decay * decay_mult, momentum]
+        for part in self._adam:
+            for group in part.groups:
+                values += adam_hyper(self.lrs[group] * lr_mult, *ADAM_GROUPS[group], step + 1)
+        self._update(gradients, self._to_device(values))
+
+    def _update(self, gradients: Sequence[Tensor], hyper: Tensor) -> None:
+        """A step by hyperparameters that are on the device."""
+        for shape in self._muon:
+            shape.step(gradients, hyper[:3], dtype=self.compute_dtype, ns_steps=self.ns_steps)
+        # .view, not .data: what the optimizer holds of a parameter is no part of autograd's graph
+        begin = 3
+        for part in self._adam:
+            h = hyper[begin : begin + 6 * len(part.groups)].view(-1, 6)
+            begin += h.numel()
+            args = part.p, gradients[part.arena], part.exp_avg, part.exp_avg_sq
+            if part.row is None:
+                part.update(*args, h[0], part.low)
+            else:
+                part.update(*args, h, part.low, row=part.row)
         # the head's fp8 copy, where there is one, is of the weights before this step
         self._model.refresh_copies()
 
-    def _to_device(self, values: list[list[float]]) -> tuple[Tensor, ...]:
-        """Lists of numbers as fp32 tensors, by one copy that does not wait."""
-        device = next(iter(self.state.values())).device
+    def _to_device(self, values: list[float]) -> Tensor:
+        """Numbers as an fp32 tensor, by one copy that does not wait."""
         # pinned: a copy from pageable memory would wait for the device
-        flat = torch.tensor(sum(values, []), dtype=torch.float32, pin_memory=device.type == "cuda")
-        return flat.to(device, non_blocking=True).split([len(v) for v in values])
-
-    def _muon_step(self, name: str, p: Tensor, low: Tensor | None, g: Tensor, hyper: Tensor) -> None:
-        for i, (view, ops) in enumerate(self._muon[name]):
-            ops.step(
-                view.take(p),
-                None if low is None else view.take(low),
-                view.take(g),
-                view.take(self.state[f"{name}.momentum"]),
-                self.state[f"{name}.second.{i}"],
-                hyper,
-                transposed=view.transposed,
-                dtype=self.compute_dtype,
-                ns_steps=self.ns_steps,
-            )
+        flat = torch.tensor(values, dtype=torch.float32, pin_memory=self._device.type == "cuda")
+        return flat.to(self._device, non_blocking=True)
 
 
 class Gradients:
-    """Sums gradients over micro-steps in fp32 and averages them over ranks.
+    """fp32 sums of gradients over micro-steps, one tensor an arena, and their averages over ranks.
 
-    An fp32 parameter accumulates in its own `.grad`. The `.grad` of a bf16 parameter is moved into an fp32 sum as soon
-    as backward has written it, so that several micro-steps lose nothing. For communication the sum is rounded to bf16
-    once on GPUs; CPUs reduce fp32.
+    Ops that make weight gradients add them to the sums themselves; the model is told where. Of other parameters,
+    autograd adds to an fp32 `.grad` that is a part of the sums, and a bf16 one is added as soon as backward has made
+    it, so that several micro-steps lose nothing. For communication the sums are rounded to bf16 once on GPUs; CPUs
+    reduce fp32.
     """
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        self.params = list(params)
-        self._sums: dict[Tensor, Tensor] = {}
-        for p in self.params:
-            # autograd would add micro-steps in bf16, where a sum stops growing after 256 equal terms
-            if p.dtype != torch.float32:
+    def __init__(self, model: Model, optimizer: Optimizer) -> None:
+        self._half = [arena.params[0].dtype(optimizer.compute_dtype) == torch.bfloat16 for arena in optimizer.arenas]
+        wide = torch.promote_types(optimizer.compute_dtype, torch.float32)
+        device = next(iter(optimizer.params.values())).device
+        self.sums = [torch.zeros(arena.shape, dtype=wide, device=device) for arena in optimizer.arenas]
+        self._of: dict[Tensor, Tensor] = {}  # each parameter's part
+        by_name: dict[str, Tensor] = {}
+        for arena, total in zip(optimizer.arenas, self.sums):
+            by_name |= arena.cut(total)
+        for name, p in optimizer.params.items():
+            self._of[p] = by_name[name]
+            if p.dtype == wide:
+                p.grad = by_name[name]
+            else:  # autograd would add micro-steps in bf16, where a sum stops growing after 256 equal terms
                 p.register_post_accumulate_grad_hook(self._take)
+        model.accumulate(by_name)
 
     def _take(self, p: Tensor) -> None:
-        assert p.grad is not None
-        if p in self._sums:  # bf16 added to fp32: exact but for the sum's own rounding
-            self._sums[p].add_(p.grad)
-        else:
-            self._sums[p] = p.grad.float()
-        p.grad = None
+        if p.grad is not None:  # None where the op that uses p has added its gradient
+            self._of[p].add_(p.grad)
+            p.grad = None
 
     def __call__(self, p: Tensor) -> Tensor:
-        """fp32 gradient of p; zero when nothing reached it."""
-        g = self._sums.get(p, p.grad)
-        return torch.zeros_like(p, dtype=torch.float32) if g is None else g
+        """fp32 gradient of p; zero where nothing reached it."""
+        return self._of[p]
 
     def average(self, average_: Callable[[list[Tensor]], None]) -> None:
         """Applies `average_` (in place, over ranks) to all gradients; for several processes."""
-        # a rank whose rows gave a parameter no gradient must bring zeros: all ranks reduce the same list
-        for p in self.params:
-            if p.dtype == torch.float32:
-                p.grad = self(p)
-            else:
-                self._sums[p] = self(p)
-        grads = [self(p) for p in self.params]
         # half the bytes on the wire; the sums over micro-steps were fp32, so this is the one rounding
-        comm = [g.bfloat16() if g.is_cuda and p.dtype != torch.float32 else g for g, p in zip(grads, self.params)]
+        comm = [g.bfloat16() if g.is_cuda and half else g for g, half in zip(self.sums, self._half)]
         average_(comm)
-        for g, c in zip(grads, comm):
+        for g, c in zip(self.sums, comm):
             if g is not c:
                 g.copy_(c)
 
     def zero(self) -> None:
-        self._sums.clear()
-        for p in self.params:
-            p.grad = None
+        for g in self.sums:
+            g.zero_()

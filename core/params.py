@@ -8,6 +8,8 @@ Bank      same-shaped matrices of consecutive layers share one parameter (n, row
           Several banks over depth let the gradient of the last layers be reduced while backward reaches the first
 Group     which rule and learning rate update a row; "matrices" belong to Muon, every other group to AdamW
 Views     the matrices of a bank as Muon orthogonalises them: q, k and v apart although they share storage
+Arena     parameters that lie side by side in one storage, as do their states and gradients, so that one launch updates
+          all of them: the matrices of one shape, small parameters
 Storage   a row that is multiplied or looked up (`computes`) is stored in the compute type. Where that is bf16 and the
           row is `mastered`, 16 more bits beside it make the exact fp32 master. All other rows are fp32
 """
@@ -83,6 +85,17 @@ class MuonView:
         rows, cols = (C, R) if self.transposed else (R, C)
         return (K, rows, 1) if rows >= cols else (K, 1, cols)
 
+    def second_stored(self, stored: Sequence[int]) -> tuple[int, int, int]:
+        """The same with rows and columns as they are stored."""
+        K, rows, cols = self.second_shape(stored)
+        return (K, cols, rows) if self.transposed else (K, rows, cols)
+
+    def lr_scale(self, stored: Sequence[int]) -> float:
+        """Factor on the learning rate: tall matrices step further [nanochat 92d63d4, optim.py]."""
+        _, R, C = stored
+        rows, cols = (C, R) if self.transposed else (R, C)
+        return max(1.0, rows / cols) ** 0.5
+
 
 @dataclass(frozen=True)
 class Param:
@@ -137,6 +150,66 @@ def bank(kind: str, n_layer: int, rows: int, cols: int, init: Init, *views: Muon
         )
         for i, n in enumerate(sizes)
     ]  # fmt: skip
+
+
+# arenas
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Parameters side by side. Those of Muon are matrices (n, rows, cols) of one shape; of AdamW's, each has an arena
+    of its own but for the small ones (n,), which share one."""
+
+    shape: tuple[int, ...]
+    params: Table
+    views: tuple[
+        MuonView, ...
+    ] = ()  # of Muon's: what it sees in the whole arena, but for which matrices are transposed
+
+    def cut(self, storage: Tensor) -> dict[str, Tensor]:
+        """Each parameter's part, shaped like it, of a tensor that is shaped like the arena."""
+        size = torch.Size(self.shape[1:]).numel()
+        parts = storage.split([p.numel // size for p in self.params])
+        return {p.name: part.view(p.shape) for p, part in zip(self.params, parts)}
+
+    def turned(self) -> list[tuple[slice, MuonView]]:
+        """The matrices of an arena of Muon's, in runs of those that are all stored as they are, or all transposed."""
+        runs: list[tuple[slice, MuonView]] = []
+        begin = 0
+        for p in self.params:
+            end = begin + p.shape[0] * p.views[0].split
+            turn = MuonView(transposed=p.views[0].transposed)
+            if runs and runs[-1][1] == turn:
+                runs[-1] = (slice(runs[-1][0].start, end), turn)
+            else:
+                runs.append((slice(begin, end), turn))
+            begin = end
+        return runs
+
+
+def arenas(table: Table) -> list[Arena]:
+    """All parameters of a table, each in one arena."""
+    found: dict[object, list[Param]] = {}
+    for p in table:
+        key: object = p.name if p.computes else "small"
+        if p.group == MUON:
+            view = p.views[0]
+            R, C = p.shape[1] // view.split, p.shape[2]
+            # transposed square matrices have their second moments along the other axis
+            key = (R, C, view.transposed and R == C, p.views if view.rows else None)
+        found.setdefault(key, []).append(p)
+    made = []
+    for params in found.values():
+        shape, views = params[0].shape, ()
+        if params[0].group == MUON:
+            params.sort(key=lambda p: p.views[0].transposed)  # two runs at most
+            first = params[0].views[0]
+            n = sum(p.shape[0] * p.views[0].split for p in params)
+            shape, views = (n, shape[1] // first.split, shape[2]), params[0].views if first.rows else (MuonView(),)
+        elif not params[0].computes:
+            shape = (sum(p.numel for p in params),)
+        made.append(Arena(shape, tuple(params), views))
+    return made
 
 
 # what is read off a table

@@ -8,7 +8,7 @@ import torch
 from core import params
 from core.config import ModelConfig
 from core.models.gpt2 import COUNTED, GPT, parameter_table
-from core.optim import ADAM_GROUPS, Optimizer, learning_rates
+from core.optim import ADAM_GROUPS, Gradients, Optimizer, learning_rates
 from core.params import MUON, MuonView
 from core.plan import predict_memory
 from tests.test_golden import LAWS
@@ -54,7 +54,7 @@ def test_types_in_bf16():
 
 def test_a_tied_head_is_updated_as_a_head():
     model, optimizer = build(CONFIGS[1], torch.bfloat16)
-    assert [row.name for row in optimizer.groups["lm_head"]] == ["wte"] and "wte" not in optimizer.groups
+    assert [row.name for row in model.table if row.group == "lm_head"] == ["wte"]
     assert "wte.low" in optimizer.state
     assert model.lm_head is model.wte
 
@@ -87,6 +87,60 @@ def test_views_give_out_the_banks_own_storage():
     )
 
 
+@pytest.mark.parametrize("cfg", [*CONFIGS, dataclasses.replace(CFG, n_kv_head=None)])
+def test_arenas_hold_every_parameter_once(cfg):
+    """Weights, states and gradients lie side by side, whole banks one after the other; Muon's part of an arena is that
+    of its banks."""
+    model, optimizer = build(cfg, torch.bfloat16)
+    names = [p.name for arena in optimizer.arenas for p in arena.params]
+    assert sorted(names) == sorted(row.name for row in model.table) and len(optimizer.arenas) <= 9
+    gradients = Gradients(model, optimizer)
+    for arena, total in zip(optimizer.arenas, gradients.sums):
+        n = torch.Size(arena.shape).numel()
+        assert n == sum(p.numel for p in arena.params) == total.numel()
+        end = optimizer.params[arena.params[0].name].data_ptr()
+        for p in arena.params:
+            stored = optimizer.params[p.name]
+            assert stored.data_ptr() == end and stored.is_contiguous()
+            end += stored.nbytes
+            # a number at each parameter's place in the arena's gradient is found in the parameter's own
+            place = torch.zeros(arena.shape)
+            arena.cut(place)[p.name].fill_(1.0)
+            total.copy_(place)
+            assert all(gradients(optimizer.params[q.name]).all() == (q is p) for q in arena.params)
+        if arena.views:
+            assert len({p.group for p in arena.params}) == 1
+            runs = [(run.stop - run.start, turn.transposed) for run, turn in arena.turned()]
+            counts = {t: 0 for t in (False, True)}
+            for p in arena.params:
+                counts[p.views[0].transposed] += p.shape[0] * p.views[0].split
+            assert runs == [(k, t) for t, k in counts.items() if k]
+
+
+def test_matrices_of_one_shape_share_an_arena():
+    """q, k, v and o; both matrices of the MLP, one of which is stored transposed; all small parameters."""
+    square = dataclasses.replace(CFG, n_kv_head=None)
+    kinds = [{p.name.split(".")[0] for p in arena.params} for arena in params.arenas(parameter_table(square))]
+    assert {"attn_qkv", "attn_out"} in kinds and {"mlp_up", "mlp_down"} in kinds
+    assert {"resid_lambdas", "x0_lambdas", "smear_gate", "smear_lambda", "backout_lambda"} in kinds
+    shapes = [arena.shape for arena in params.arenas(parameter_table(square))]
+    assert (24, 64, 64) in shapes and (12, 256, 64) in shapes and (3, 4, 12) in shapes
+    grouped = [{p.name.split(".")[0] for p in arena.params} for arena in params.arenas(parameter_table(CFG))]
+    assert {"attn_qkv"} in grouped and {"attn_out"} in grouped  # k and v are narrower
+
+
+def test_transposed_square_matrices_lie_apart():
+    """Their second moments are those of columns."""
+    rows = [
+        params.Param(name, (2, 8, 8), params.constant(0.0), MUON, "x", True, True, True, (view,))
+        for name, view in (("a", MuonView()), ("b", MuonView(transposed=True)))
+    ]
+    assert [arena.shape for arena in params.arenas(rows)] == [(2, 8, 8), (2, 8, 8)]
+    assert rows[1].views[0].second_stored((2, 8, 8)) == (2, 1, 8)
+    assert MuonView(transposed=True).second_stored((2, 8, 3)) == MuonView().second_stored((2, 8, 3)) == (2, 8, 1)
+    assert MuonView().lr_scale((2, 12, 3)) == 2.0 and MuonView(transposed=True).lr_scale((2, 12, 3)) == 1.0
+
+
 def test_initialisation_of_a_row_does_not_depend_on_the_others():
     rows = [params.Param(name, (8,), params.normal(1.0), "gates", "scalars") for name in ("a", "b")]
     values = []
@@ -110,6 +164,7 @@ def test_whoever_writes_a_weight_refreshes_its_copies(monkeypatch):
         model, lrs=learning_rates(LAWS, 64, 1), weight_decay=0.1, ns_steps=5, compute_dtype=torch.bfloat16
     )
     assert calls[1:] == [torch.bfloat16]  # after the cast: a copy of the fp32 weight would round differently
-    zero = {p: torch.zeros(p.shape) for p in model.parameters()}
-    optimizer.step(zero.__getitem__, step=0, lr_mult=1.0, momentum=0.9, decay_mult=1.0)
+    optimizer.step(
+        [torch.zeros(arena.shape) for arena in optimizer.arenas], step=0, lr_mult=1.0, momentum=0.9, decay_mult=1.0
+    )
     assert len(calls) == 3

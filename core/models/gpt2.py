@@ -11,7 +11,7 @@ Precision    explicit, no autocast: matrices and embeddings are kept in the comp
 A new feature is a row of `parameter_table`, a line of `GPT.hidden` and a test of its formula.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from core.params import MuonView, Param, bank, constant, normal, ramp, uniform
 from core.stopping import UserError
 from kernels.dispatch import Backends
 from kernels.fp8 import Fp8Weight, empty_fp8
+from kernels.linear import linear
 from kernels.lm_head_loss import lm_head_loss, softcapped_logits, tanh_cap
 from kernels.op import Op
 from kernels.quantise_weight import quantise_weight
@@ -189,6 +190,8 @@ def choose_ops(cfg: ModelConfig, backends: Chooser, batch_size: int) -> dict[str
     chosen = {
         "norm": backends.choose(rms_norm, tokens, d.d_model),
         "rope_qk_norm": backends.choose(rope_qk_norm, batch_size, d.seq_len, d.n_head, d.n_kv_head, d.d_head),
+        "qkv": backends.choose(linear, tokens, d.d_model, d.d_model + 2 * d.d_kv),
+        "out": backends.choose(linear, tokens, d.d_model, d.d_model),
         "lm_head_loss": backends.choose(lm_head_loss, tokens, d.d_model, d.padded_vocab),
     }
     if cfg.relu2:
@@ -222,6 +225,8 @@ class GPT(nn.Module):
     # ops, on the backends that were chosen
     norm: Callable[..., Any]
     rope_qk_norm: Callable[..., Any]
+    qkv: Callable[..., Tensor]
+    out: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
     lm_head_loss: Callable[..., Tensor]
 
@@ -255,6 +260,7 @@ class GPT(nn.Module):
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
         self.masks = WindowMasks(d.windows, d.seq_len, device)
+        self._sums: Mapping[str, Tensor] = {}
 
     # weights --------------------------------------------------------------
 
@@ -270,6 +276,18 @@ class GPT(nn.Module):
         2026-11-21.)"""
         if self.fp8_head:
             self._quantise(self.lm_head.detach(), self.head_q, self.head_q_t, self.head_scale)
+
+    def accumulate(self, sums: Mapping[str, Tensor]) -> None:
+        """From now on backward adds the gradients of weights that are multiplied or looked up to these fp32 tensors, by
+        parameter name, and autograd gives them none."""
+        self._sums = sums
+
+    def _sums_of(self, kind: str) -> list[Tensor | None]:
+        """Where the gradient of each layer's matrix is added; None: it is left to autograd."""
+        banks = range(len(getattr(self, kind)))
+        if not self._sums:
+            return [None] * self.dims.n_layer
+        return [matrix for i in banks for matrix in self._sums[f"{kind}.{i}"].unbind(0)]
 
     # forward --------------------------------------------------------------
 
@@ -319,6 +337,7 @@ class GPT(nn.Module):
             (cos, sin), masks = self.rope(T) or (None, None), self.masks(T)
         # each bank is unbound once: see core/layers.py
         qkv_w, out_w, up_w, down_w = map(unbind_banks, (self.attn_qkv, self.attn_out, self.mlp_up, self.mlp_down))
+        qkv_sum, out_sum, up_sum, down_sum = map(self._sums_of, ("attn_qkv", "attn_out", "mlp_up", "mlp_down"))
         resid = self.resid_lambdas.unbind() if cfg.resid_lambdas else None
         share = self.x0_lambdas.unbind() if cfg.x0_lambdas else None
         ve: Sequence[Tensor] = ()
@@ -349,11 +368,14 @@ class GPT(nn.Module):
                 gate = VE_GATE_RANGE * torch.sigmoid(y[..., :VE_GATE_CHANNELS] @ gate_w[j].T)  # (B, T, G)
                 values = ve[j]  # (B, T, G, D)
             # q, k: rotated, normalised per head, scaled; with unit-norm q and k the scale sharpens the softmax
-            q, k, v = self.rope_qk_norm(y @ qkv_w[i].T, cos, sin, gate, values, **heads)
+            qkv = self.qkv(y, qkv_w[i], dw_sum=qkv_sum[i])
+            q, k, v = self.rope_qk_norm(qkv, cos, sin, gate, values, **heads)
             if cache is not None:
                 k, v = cache.extend(i, k, v)
             y = attention(q, k, v, masks[i]).reshape(B, T, d.d_model)
-            y, x, *_ = self.norm(x, y @ out_w[i].T)  # residual sum and second norm in one pass
+            y, x, *_ = self.norm(
+                x, self.out(y, out_w[i], dw_sum=out_sum[i])
+            )  # residual sum and second norm in one pass
             # MLP
             x = x + (self.mlp(y, up_w[i], down_w[i]) if cfg.relu2 else F.gelu(y @ up_w[i].T) @ down_w[i])
             # backout: what the middle layer knew is subtracted before the head, in the last norm's pass
