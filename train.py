@@ -163,6 +163,8 @@ def build(run: Run) -> tuple[Text, Trainer]:
         real = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
         return real, make_plan(real, device_type=world.device.type, world_size=world.world_size, compute_dtype=dtype)
 
+    if cfg.graph_optimizer and world.device.type != "cuda":
+        raise UserError("--graph-optimizer records a CUDA graph: give --device cuda, or leave it out")
     # plan: fail early on bad sizes or kernels. A resumed run has the vocabulary that its text yielded, which may be
     # smaller than the one that was asked for, and every law reads sizes off that
     real, plan = plan_for(saved.model["vocab_size"] if saved else cfg.model.vocab_size)
@@ -314,9 +316,15 @@ def announce(run: Run, text: Text, trainer: Trainer, command: str = "") -> tuple
 
 
 def warm_up(run: Run, trainer: Trainer, setup: dict[str, Any]) -> None:
-    """Compiles the model on a batch of the real shape that leaves no trace in it, before the clock starts."""
+    """Compiles the model on a batch of the real shape, and the optimizer's kernels, before the clock starts. Leaves no
+    trace in either."""
     plan, device = trainer.plan, run.world.device
-    if trainer.forward is trainer.model or run.start_step == plan.steps:
+    compiled, records = trainer.forward is not trainer.model, run.cfg.graph_optimizer
+    if run.start_step == plan.steps:
+        return
+    if records and not compiled:
+        trainer.optimizer.warm_up(trainer.gradients.sums, record=True)
+    if not compiled:
         return
     run.log.print("compiling the model, once: this can take minutes (--no-compile starts at once)")
     started = time.perf_counter()
@@ -325,6 +333,7 @@ def warm_up(run: Run, trainer: Trainer, setup: dict[str, Any]) -> None:
     try:
         trainer.forward(inputs, targets).backward()
         trainer.gradients.zero()
+        trainer.optimizer.warm_up(trainer.gradients.sums, record=records)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         reason = str(error.inner_exception).splitlines()[0]
         raise TrainingError(

@@ -172,6 +172,8 @@ class Optimizer:
             else:
                 self._adam.append(self._adam_arena(i, arena))
         self._muon = [muon_shape(backends, parts) for parts in muon.values()]
+        self._hyper = torch.zeros(3 + 6 * sum(len(part.groups) for part in self._adam), device=self._device)
+        self._graph: torch.cuda.CUDAGraph | None = None
         model.refresh_copies()
 
     @torch.no_grad()
@@ -241,16 +243,34 @@ class Optimizer:
         for part in self._adam:
             for group in part.groups:
                 values += adam_hyper(self.lrs[group] * lr_mult, *ADAM_GROUPS[group], step + 1)
-        self._update(gradients, self._to_device(values))
+        self._set_hyper(values)
+        if self._graph is None:
+            self._update(gradients)
+        else:
+            self._graph.replay()
 
-    def _update(self, gradients: Sequence[Tensor], hyper: Tensor) -> None:
-        """A step by hyperparameters that are on the device."""
+    @torch.no_grad()
+    def warm_up(self, gradients: Sequence[Tensor], *, record: bool = False) -> None:
+        """Compiles the kernels of a step by making one that changes nothing: no rate, and averages that keep all of
+        what they have. record: also records the step as a CUDA graph, which every later one replays: the host then
+        launches once, and these gradients must stay where they are."""
+        seconds = [part.second for shape in self._muon for part in shape.parts]
+        before = [second.clone() for second in seconds]  # their rate is no hyperparameter
+        self._set_hyper([0.0, 0.0, 1.0] + [0.0, 1.0, 1.0, 0.0, 1.0, 1.0] * (len(self._hyper) // 6))
+        self._update(gradients)
+        torch._foreach_copy_(seconds, before)
+        if record:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):  # records, and runs nothing
+                self._update(gradients)
+
+    def _update(self, gradients: Sequence[Tensor]) -> None:
+        """A step by the hyperparameters that are on the device."""
         for shape in self._muon:
-            shape.step(gradients, hyper[:3], dtype=self.compute_dtype, ns_steps=self.ns_steps)
-        # .view, not .data: what the optimizer holds of a parameter is no part of autograd's graph
+            shape.step(gradients, self._hyper[:3], dtype=self.compute_dtype, ns_steps=self.ns_steps)
         begin = 3
         for part in self._adam:
-            h = hyper[begin : begin + 6 * len(part.groups)].view(-1, 6)
+            h = self._hyper[begin : begin + 6 * len(part.groups)].view(-1, 6)
             begin += h.numel()
             args = part.p, gradients[part.arena], part.exp_avg, part.exp_avg_sq
             if part.row is None:
@@ -260,11 +280,11 @@ class Optimizer:
         # the head's fp8 copy, where there is one, is of the weights before this step
         self._model.refresh_copies()
 
-    def _to_device(self, values: list[float]) -> Tensor:
-        """Numbers as an fp32 tensor, by one copy that does not wait."""
+    def _set_hyper(self, values: list[float]) -> None:
+        """Brings the numbers to the device, by one copy that does not wait."""
         # pinned: a copy from pageable memory would wait for the device
         flat = torch.tensor(values, dtype=torch.float32, pin_memory=self._device.type == "cuda")
-        return flat.to(self._device, non_blocking=True)
+        self._hyper.copy_(flat, non_blocking=True)
 
 
 class Gradients:

@@ -8,7 +8,7 @@ import torch
 
 import train
 from core.checkpoint import training_tensors
-from core.stopping import TrainingError
+from core.stopping import TrainingError, UserError
 from tests.test_train import events, losses, run
 
 
@@ -29,7 +29,7 @@ def test_compiled_training_is_the_same_run(tiny, tmp_path, monkeypatch, capsys, 
     before, loop = [], train.loop
 
     def spied(run, text, trainer, *options):
-        assert all(p.grad is None for p in trainer.model.parameters())
+        assert not any(total.any() for total in trainer.gradients.sums)
         tensors = training_tensors(trainer.model, trainer.optimizer.state)
         before.append({"rng": torch.get_rng_state(), **{name: t.clone() for name, t in tensors.items()}})
         loop(run, text, trainer, *options)
@@ -79,3 +79,8 @@ def test_a_compiler_that_fails_is_one_sentence(tiny, tmp_path, backend):
         match=r"torch.compile fails here \(no C\+\+ compiler\): --no-compile trains without it; .*start again$",
     ):
         run(tiny, tmp_path / "run", "--compile")
+
+
+def test_a_cuda_graph_is_for_gpus(tiny, tmp_path):
+    with pytest.raises(UserError, match="--graph-optimizer records a CUDA graph: give --device cuda, or leave it out"):
+        run(tiny, tmp_path / "run", "--graph-optimizer")

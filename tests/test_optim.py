@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -390,23 +392,80 @@ def test_gradients_are_those_of_autograd(dtype):
     assert rel_rms(grads(model.smear_gate), plain.smear_gate.grad) < 1e-6
 
 
+def moved(model, optimizer):
+    """Three steps with changing hyperparameters, and what they leave behind."""
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        gradients = by_arena(
+            optimizer, {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
+        )
+        optimizer.step(gradients, step=step, lr_mult=1.0 + step, momentum=0.9 + 0.01 * step, decay_mult=1.0)
+    return snapshot(model, optimizer)
+
+
+def snapshot(model, optimizer):
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return weights | {n: t.clone() for n, t in optimizer.state.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["ref", "triton"])
+def test_warming_up_changes_nothing(dtype, backend):
+    """Not even of an optimizer that goes on from a checkpoint."""
+    model, optimizer = make(dtype, ONE_LAYER, backend, ns_steps=1)
+    moved(model, optimizer)
+    before = snapshot(model, optimizer)
+    optimizer.warm_up([torch.randn(arena.shape) for arena in optimizer.arenas])
+    after = snapshot(model, optimizer)
+    assert all(torch.equal(t, after[n]) for n, t in before.items())
+
+
+def test_a_recorded_step_takes_the_hyperparameters_of_its_time(monkeypatch):
+    """With what stands for a CUDA graph: it holds what was recorded, and recording runs nothing."""
+
+    class Graph:
+        def replay(self):
+            for function, args in self.recorded:
+                function(*args)
+
+    @contextmanager
+    def recording(graph):
+        graph.recorded, update = [], Optimizer._update
+        monkeypatch.setattr(Optimizer, "_update", lambda *args: graph.recorded.append((update, args)))
+        yield
+        monkeypatch.setattr(Optimizer, "_update", update)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    want = moved(*make(torch.float32))
+    model, optimizer = make(torch.float32)
+    gradients = [torch.zeros(arena.shape) for arena in optimizer.arenas]
+    optimizer.warm_up(gradients, record=True)
+    monkeypatch.setattr(Optimizer, "_update", None)  # from here on the graph alone
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        new = by_arena(optimizer, {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()})
+        torch._foreach_copy_(gradients, new)
+        optimizer.step(gradients, step=step, lr_mult=1.0 + step, momentum=0.9 + 0.01 * step, decay_mult=1.0)
+    got = snapshot(model, optimizer)
+    assert all(torch.equal(t, got[n]) for n, t in want.items())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts without launching")
 def test_launches_of_a_step_do_not_grow_with_depth(monkeypatch):
-    """Counted on tensors without storage."""
+    """Of the gpt2 preset, narrower: the number of matrices and their shapes decide, not their size."""
     launched = []
     for module in (muon_update, adam_update, gemm, polar_express):
         monkeypatch.setattr(module, "launch", lambda kernel, *args, **options: launched.append(kernel.__name__))
-    counts = {}
+    counts = []
     for depth in (12, 24):
-        cfg = preset("gpt2", "cuda").model
-        cfg = dataclasses.replace(cfg, depth=depth, vocab_size=32768)
-        with torch.device("meta"):
-            model = GPT(cfg, batch_size=1)
-            backends = Backends("triton", device=torch.device("meta"), dtype=torch.bfloat16)
-            optimizer = Optimizer(
-                model, lrs=LRS, weight_decay=0.1, ns_steps=5, compute_dtype=torch.bfloat16, backends=backends
-            )
-            gradients = [torch.empty(arena.shape) for arena in optimizer.arenas]
-            launched.clear()
-            optimizer._update(gradients, torch.empty(99))
-        counts[depth] = len(launched)
-    assert counts[12] <= 50 and counts[24] <= 60, counts
+        cfg = dataclasses.replace(preset("gpt2", "cuda").model, depth=depth, d_model=128, d_head=64, vocab_size=256)
+        _, optimizer = make(torch.bfloat16, cfg, "triton")
+        launched.clear()
+        gradients = [torch.empty(arena.shape) for arena in optimizer.arenas]
+        optimizer.step(gradients, step=0, lr_mult=1.0, momentum=0.9, decay_mult=1.0)
+        counts.append(Counter(launched))
+    # two shapes of large matrices, five steps of three products each; the gates' take one launch
+    assert counts[0]["_gemm_kernel"] == 30 and counts[0]["_small_kernel"] == 1
+    assert counts[0]["_adam_update_kernel"] == 4  # both embeddings, the head, everything small
+    assert counts[0] == counts[1] and counts[0].total() == 50
