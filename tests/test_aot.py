@@ -54,7 +54,8 @@ def test_shared_memory_fits(kernels):
 def test_rms_norm_moves_16_bytes_at_a_time(kernels):
     """Each tensor that a thread reads or writes goes in the fewest possible instructions: N / (lanes * 8) of them in
     bf16."""
-    tensors = {"plain": (1, 1, 2, 1), "add": (2, 2, 3, 1), "mix": (2, 2, 4, 2)}  # forward reads, writes; backward
+    # forward reads, writes; backward
+    tensors = {"plain": (1, 1, 2, 1), "add": (2, 2, 3, 1), "mix": (2, 2, 5, 2), "mix3": (3, 2, 6, 2)}
     for k in kernels:
         if k["op"] != "rms_norm" or k["dtype"] != "bfloat16" or k["form"] not in tensors:
             continue
