@@ -328,6 +328,7 @@ class GPT(nn.Module):
             ve = F.embedding(idx, self.value_embeds).view(B, T, len(d.ve_layers), d.n_kv_head, d.d_head).unbind(2)
             gate_w = unbind_banks(self.ve_gate)
         heads = {"heads": d.n_head, "kv_heads": d.n_kv_head, "scale": QK_SCALE, "norm": cfg.qk_norm}
+        heads |= {"gate_range": VE_GATE_RANGE}
 
         x = self.norm(F.embedding(idx, self.wte)).y  # (B, T, C)
         if cfg.smear:
@@ -344,13 +345,12 @@ class GPT(nn.Module):
                 y = self.norm(x).y
             # attention
             # values get a share of a per-token embedding, gated per head from the first channels of y
-            gate = values = None
+            gated: tuple[Tensor, ...] = ()
             if i in d.ve_layers:
                 j = d.ve_layers.index(i)
-                gate = VE_GATE_RANGE * torch.sigmoid(y[..., :VE_GATE_CHANNELS] @ gate_w[j].T)  # (B, T, G)
-                values = ve[j]  # (B, T, G, D)
+                gated = y[..., :VE_GATE_CHANNELS], gate_w[j], ve[j]
             # q, k: rotated, normalised per head, scaled; with unit-norm q and k the scale sharpens the softmax
-            q, k, v = self.rope_qk_norm(y @ qkv_w[i].T, cos, sin, gate, values, **heads)
+            q, k, v = self.rope_qk_norm(y @ qkv_w[i].T, cos, sin, *gated, **heads)
             if cache is not None:
                 k, v = cache.extend(i, k, v)
             y = attention(q, k, v, masks[i]).reshape(B, T, d.d_model)
