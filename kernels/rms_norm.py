@@ -1,19 +1,30 @@
-"""RMSNorm without gain, alone or at the end of a sum of two streams.
+"""RMSNorm without gain, alone or at the end of a sum of two or three streams.
 
-    h = a x + b x0                               when x0 is given; a and b default to 1: residual add and norm
+    h = a (x + x1) + b x0                        when x0 is given; x1 may be missing; a and b default to 1
     y = h rstd,  rstd = (mean_N(h^2) + eps)^-1/2                                    [Zhang & Sennrich 2019, eq. 4]
     y_fp8 = e4m3(y (1 / scale)),  amax = max |y| when scale is given; y ~ y_fp8 * scale
+    first = the leading `first` channels of y, as a tensor of its own, when first > 0
 
-Shapes    x, x0, h, y, y_fp8 (..., N); a, b, scale, amax: one element. M is the product of the leading sizes
-Dtypes    x, x0, h, y bf16 or fp32, all the same; a, b, scale, amax fp32
-Rounding  arithmetic in fp32. h is rounded to its dtype, y is the norm of the rounded h and rounded once; y_fp8 is made
-          from the rounded y and saturates at 448, the largest e4m3 number. amax is inf where y is NaN
-Backward  g = dh + rstd (dy - xhat mean_N(dy xhat)),  xhat = h rstd:
-          dx = a g,  dx0 = b g,  da = sum(g x),  db = sum(g x0), each rounded once; y_fp8 and amax have no gradient.
-          da and db add one partial sum per program in a fixed order: bitwise repeatable, no atomics
-Saves     rstd (4 B a row) and h; with a or b instead the inputs x and x0, from which backward recomputes the rounded h
-Limits    1 <= N <= 16384 in the kernel. Rows may be any stride apart; where the elements of a row are not adjacent, x
-          is copied first
+x and x0 alone are the residual add and norm. With x1, what a layer adds to the stream is summed in the pass that the
+next layer begins with: x + x1 is never stored.
+
+Shapes    x, x0, x1, h, y, y_fp8 (..., N); first (..., first); a, b, scale, amax: one element. M is the product of the
+          leading sizes
+Dtypes    x, x0, x1, h, y, first bf16 or fp32, all the same; a, b, scale, amax fp32
+Rounding  arithmetic in fp32. h is rounded to its dtype, once: x + x1 is not; y is the norm of the rounded h and rounded
+          once; y_fp8 is made from the rounded y and saturates at 448, the largest e4m3 number. amax is inf where y is
+          NaN
+Backward  with dy the gradient of y plus, in its channels, that of first:
+          g = dh + rstd (dy - xhat mean_N(dy xhat)),  xhat = h rstd:
+          dx = dx1 = a g,  dx0 = dx0_in + b g,  da = sum(g (x + x1)),  db = sum(g x0), each rounded once; y_fp8 and amax
+          have no gradient. da and db add one partial sum per program in a fixed order: bitwise repeatable, no atomics
+Chain     with a or b, RMSNorm.x0 is x0 again, for whoever uses x0 next: dx0_in is the gradient that arrives there, so
+          that the gradients of an x0 that every layer uses are summed without passes of their own. Where nobody uses
+          it, dx0_in is 0 and not read; in compiled code unused outputs have gradients, of zeros, which are read
+Saves     rstd (4 B a row) and h; with a or b instead the inputs x, x0 and x1, from which backward recomputes the
+          rounded h
+Limits    1 <= N <= 16384 in the kernel, first <= 64. Rows may be any stride apart; where the elements of a row are not
+          adjacent, x is copied first
 Bound     memory: `rms_norm_cost`
 """
 
@@ -27,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
-from kernels.fp8 import E4M3, E4M3_MAX, check_capability
+from kernels.fp8 import E4M3, E4M3_MAX, ROW_MULTIPLE, check_capability
 from kernels.op import (
     DTYPES,
     Backend,
@@ -42,10 +53,13 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
+from kernels.sizes import round_up
 from kernels.tile import launch
 
 EPS = torch.finfo(torch.float32).eps
 MAX_N = 16384
+MAX_FIRST = 64
+FIRST = 12  # channels that the gpt2 track's gate of value embeddings reads: of the forms that are measured
 
 
 class RMSNorm(NamedTuple):
@@ -55,6 +69,8 @@ class RMSNorm(NamedTuple):
     h: Tensor | None = None
     y_fp8: Tensor | None = None
     amax: Tensor | None = None
+    x0: Tensor | None = None  # x0 again: see Chain
+    first: Tensor | None = None
 
 
 # reference
@@ -66,6 +82,8 @@ def rms_norm_ref(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
+    x1: Tensor | None = None,
+    first: int = 0,
     scale: Tensor | None = None,
     eps: float = EPS,
 ) -> RMSNorm:
@@ -73,34 +91,54 @@ def rms_norm_ref(
     if x0 is not None:
         acc_dtype = wide(x.dtype)
         h, h0 = x.to(acc_dtype), x0.to(acc_dtype)
+        h = h if x1 is None else h + x1.to(acc_dtype)
         h = (h if a is None else a * h) + (h0 if b is None else b * h0)
         h = h.to(x.dtype)
     y = F.rms_norm(h, (h.size(-1),), eps=eps)
     mixed = None if x0 is None else h
+    chain = None if a is None and b is None else x0
+    part = y[..., :first] if first else None
     if scale is None:
-        return RMSNorm(y, mixed)
+        return RMSNorm(y, mixed, x0=chain, first=part)
     wide_y = y.detach().to(torch.promote_types(y.dtype, torch.float32))
     y_fp8 = (wide_y * (1 / scale)).clamp(-E4M3_MAX, E4M3_MAX)
     if y.dtype != torch.float64:  # there it is the oracle of the rounded one
         y_fp8 = y_fp8.to(E4M3)
     amax = wide_y.abs().nan_to_num(nan=torch.inf).amax() if y.numel() else wide_y.new_zeros(())
-    return RMSNorm(y, mixed, y_fp8, amax)
+    return RMSNorm(y, mixed, y_fp8, amax, chain, part)
 
 
 # Triton
 
 
 def _config(N: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
-    """Rows and columns of a program's tile, and warps. Not measured on a GPU yet.
+    """Rows and columns of a tile, tiles that a program takes one after another, and warps. Not measured on a GPU yet.
 
     Up to 1024 columns a warp holds whole rows, so that the reduction needs no barrier, and each lane has several
-    16-byte loads in flight.
+    16-byte loads in flight. Such a program takes 4 rows or more: a new one for each row is much to start for little.
     """
     block_n = max(16, triton.next_power_of_2(N))
+    block_m = max(1, 1024 // block_n)
     return {
-        "BLOCK_M": max(1, 1024 // block_n),
+        "BLOCK_M": block_m,
         "BLOCK_N": block_n,
+        "BLOCK_TILES": max(1, 4 // block_m) if block_n <= 1024 else 1,
         "num_warps": min(16, max(1, block_n // 1024)),
+    }
+
+
+def _mix_bwd_config(N: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
+    """Of backward with a or b, which holds three streams in registers across the mean. Not measured on a GPU yet.
+
+    Up to 4096 columns a thread has 8 numbers of each stream: 64 registers at 1536 columns, with 32 numbers 128.
+    """
+    config = _config(N, dtype, arch)
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
+    if block_n > 4096:
+        return config
+    return config | {
+        "BLOCK_TILES": max(1, 4 // block_m) if block_n <= 2048 else 1,
+        "num_warps": max(1, block_m * block_n // 256),
     }
 
 
@@ -118,74 +156,105 @@ def _mix(x, x0, a_ptr, b_ptr, HAS_A: tl.constexpr, HAS_B: tl.constexpr):
 # a scalar may be an element of a larger tensor, at any alignment: one kernel for all, not one for each alignment
 @triton.jit(do_not_specialize_on_alignment=["a_ptr", "b_ptr", "scale_ptr"])
 def _rms_norm_fwd_kernel(
-    x_ptr, x0_ptr, a_ptr, b_ptr, scale_ptr,
-    y_ptr, h_ptr, rstd_ptr, y_fp8_ptr, row_amax_ptr,
-    stride_x_row, stride_x0_row, M, eps, fp8_max,
-    N: tl.constexpr, MIX: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, QUANTISE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, x0_ptr, x1_ptr, a_ptr, b_ptr, scale_ptr,
+    y_ptr, h_ptr, rstd_ptr, y_fp8_ptr, row_amax_ptr, first_ptr,
+    stride_x_row, stride_x0_row, stride_x1_row, M, eps, fp8_max,
+    N: tl.constexpr, PADDED_FIRST: tl.constexpr, MIX: tl.constexpr, HAS_X1: tl.constexpr, HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr, QUANTISE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    mask_m = offs_m < M
-    mask = mask_m[:, None] & (offs_n < N)[None, :]
-    offs_out = offs_m[:, None] * N + offs_n[None, :]
-    h = tl.load(x_ptr + offs_m[:, None] * stride_x_row + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    if MIX:
-        x0 = tl.load(x0_ptr + offs_m[:, None] * stride_x0_row + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        stored = _mix(h, x0, a_ptr, b_ptr, HAS_A, HAS_B).to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + offs_out, stored, mask=mask)
-        h = stored.to(tl.float32)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(h * h, axis=1) / N + eps)  # (BLOCK_M,)
-    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
-    y = (h * rstd[:, None]).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offs_out, y, mask=mask)
-    if QUANTISE:
-        y = y.to(tl.float32)
-        size = tl.where(y == y, tl.abs(y), float("inf"))
-        tl.store(row_amax_ptr + offs_m, tl.max(size, axis=1), mask=mask_m)
-        y = tl.clamp(y * tl.div_rn(1.0, tl.load(scale_ptr)), -fp8_max, fp8_max, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(y_fp8_ptr + offs_out, y.to(y_fp8_ptr.dtype.element_ty), mask=mask)
+    for tile in range(BLOCK_TILES):
+        offs_m = (tl.program_id(0).to(tl.int64) * BLOCK_TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & (offs_n < N)[None, :]
+        offs_out = offs_m[:, None] * N + offs_n[None, :]
+        h = tl.load(x_ptr + offs_m[:, None] * stride_x_row + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if MIX:
+            if HAS_X1:
+                offs_x1 = offs_m[:, None] * stride_x1_row + offs_n[None, :]
+                h += tl.load(x1_ptr + offs_x1, mask=mask, other=0.0).to(tl.float32)
+            offs_x0 = offs_m[:, None] * stride_x0_row + offs_n[None, :]
+            x0 = tl.load(x0_ptr + offs_x0, mask=mask, other=0.0).to(tl.float32)
+            stored = _mix(h, x0, a_ptr, b_ptr, HAS_A, HAS_B).to(h_ptr.dtype.element_ty)
+            tl.store(h_ptr + offs_out, stored, mask=mask)
+            h = stored.to(tl.float32)
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(h * h, axis=1) / N + eps)  # (BLOCK_M,)
+        tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+        y = (h * rstd[:, None]).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offs_out, y, mask=mask)
+        if PADDED_FIRST:
+            # into rows of 16-byte multiples, filled: as wide as the store of y
+            offs_first = offs_m[:, None] * PADDED_FIRST + offs_n[None, :]
+            tl.store(first_ptr + offs_first, y, mask=mask & (offs_n < PADDED_FIRST)[None, :])
+        if QUANTISE:
+            y = y.to(tl.float32)
+            size = tl.where(y == y, tl.abs(y), float("inf"))
+            tl.store(row_amax_ptr + offs_m, tl.max(size, axis=1), mask=mask_m)
+            y = tl.clamp(y * tl.div_rn(1.0, tl.load(scale_ptr)), -fp8_max, fp8_max, propagate_nan=tl.PropagateNan.ALL)
+            tl.store(y_fp8_ptr + offs_out, y.to(y_fp8_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["a_ptr", "b_ptr"])
 def _rms_norm_bwd_kernel(
-    dy_ptr, dh_ptr, h_ptr, x_ptr, x0_ptr, a_ptr, b_ptr, rstd_ptr,
+    dy_ptr, dh_ptr, dfirst_ptr, dx0_in_ptr, h_ptr, x_ptr, x0_ptr, x1_ptr, a_ptr, b_ptr, rstd_ptr,
     dx_ptr, dx0_ptr, da_ptr, db_ptr,
-    stride_dy_row, stride_dh_row, stride_h_row, stride_x_row, stride_x0_row, M,
-    N: tl.constexpr, HAS_DH: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_dy_row, stride_dh_row, stride_dfirst_row, stride_dx0_in_row, stride_h_row, stride_x_row, stride_x0_row,
+    stride_x1_row, M,
+    N: tl.constexpr, FIRST: tl.constexpr, HAS_DH: tl.constexpr, HAS_DX0_IN: tl.constexpr, HAS_X1: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    offs_m = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    mask_m = offs_m < M
-    mask = mask_m[:, None] & (offs_n < N)[None, :]
-    offs_out = offs_m[:, None] * N + offs_n[None, :]
-    if HAS_A or HAS_B:
-        x = tl.load(x_ptr + offs_m[:, None] * stride_x_row + offs_n[None, :], mask=mask, other=0.0)
-        x0 = tl.load(x0_ptr + offs_m[:, None] * stride_x0_row + offs_n[None, :], mask=mask, other=0.0)
-        dtype: tl.constexpr = x.dtype
-        x, x0 = x.to(tl.float32), x0.to(tl.float32)
-        h = _mix(x, x0, a_ptr, b_ptr, HAS_A, HAS_B).to(dtype).to(tl.float32)
-    else:
-        h = tl.load(h_ptr + offs_m[:, None] * stride_h_row + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
-    dy = tl.load(dy_ptr + offs_m[:, None] * stride_dy_row + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    xhat = h * rstd
-    g = rstd * (dy - xhat * (tl.sum(dy * xhat, axis=1) / N)[:, None])
-    if HAS_DH:
-        g += tl.load(dh_ptr + offs_m[:, None] * stride_dh_row + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    dx = g
+    da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tile in range(BLOCK_TILES):
+        offs_m = (pid.to(tl.int64) * BLOCK_TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & (offs_n < N)[None, :]
+        offs_out = offs_m[:, None] * N + offs_n[None, :]
+        if HAS_A or HAS_B:
+            x = tl.load(x_ptr + offs_m[:, None] * stride_x_row + offs_n[None, :], mask=mask, other=0.0)
+            dtype: tl.constexpr = x.dtype
+            x = x.to(tl.float32)
+            if HAS_X1:
+                offs_x1 = offs_m[:, None] * stride_x1_row + offs_n[None, :]
+                x += tl.load(x1_ptr + offs_x1, mask=mask, other=0.0).to(tl.float32)
+            offs_x0 = offs_m[:, None] * stride_x0_row + offs_n[None, :]
+            x0 = tl.load(x0_ptr + offs_x0, mask=mask, other=0.0).to(tl.float32)
+            h = _mix(x, x0, a_ptr, b_ptr, HAS_A, HAS_B).to(dtype).to(tl.float32)
+        else:
+            h = tl.load(h_ptr + offs_m[:, None] * stride_h_row + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
+        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dy_row + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if FIRST:
+            offs_first = offs_m[:, None] * stride_dfirst_row + offs_n[None, :]
+            mask_first = mask & (offs_n < FIRST)[None, :]
+            dy += tl.load(dfirst_ptr + offs_first, mask=mask_first, other=0.0).to(tl.float32)
+        xhat = h * rstd
+        g = rstd * (dy - xhat * (tl.sum(dy * xhat, axis=1) / N)[:, None])
+        if HAS_DH:
+            offs_dh = offs_m[:, None] * stride_dh_row + offs_n[None, :]
+            g += tl.load(dh_ptr + offs_dh, mask=mask, other=0.0).to(tl.float32)
+        dx = g
+        if HAS_A:
+            dx = g * tl.load(a_ptr)
+            da += g * x
+        if HAS_A or HAS_B:  # otherwise dx0 is dx
+            dx0 = g
+            if HAS_B:
+                dx0 = g * tl.load(b_ptr)
+                db += g * x0
+            if HAS_DX0_IN:
+                offs_dx0_in = offs_m[:, None] * stride_dx0_in_row + offs_n[None, :]
+                dx0 += tl.load(dx0_in_ptr + offs_dx0_in, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx0_ptr + offs_out, dx0.to(dx0_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + offs_out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if HAS_A:
-        dx = g * tl.load(a_ptr)
-        tl.store(da_ptr + pid, tl.sum(tl.sum(g * x, axis=1), axis=0))
-    tl.store(dx_ptr + offs_out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    if HAS_A or HAS_B:  # otherwise dx0 is dx
-        dx0 = g
-        if HAS_B:
-            dx0 = g * tl.load(b_ptr)
-            tl.store(db_ptr + pid, tl.sum(tl.sum(g * x0, axis=1), axis=0))
-        tl.store(dx0_ptr + offs_out, dx0.to(dx0_ptr.dtype.element_ty), mask=mask)
+        tl.store(da_ptr + pid, tl.sum(tl.sum(da, axis=1), axis=0))
+    if HAS_B:
+        tl.store(db_ptr + pid, tl.sum(tl.sum(db, axis=1), axis=0))
 
 
 # torch ops
@@ -204,101 +273,152 @@ def _like(t: Tensor, wanted: bool, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device)
 
 
+def _stride(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.stride(0)
+
+
 @torch.library.custom_op("redline::rms_norm_fwd", mutates_args=())
 def _rms_norm_fwd(
-    x: Tensor, x0: Tensor | None, a: Tensor | None, b: Tensor | None, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, h (empty without x0), rstd (M,), y_fp8 (empty without scale), amax."""
+    x: Tensor,
+    x0: Tensor | None,
+    x1: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: Tensor | None,
+    first: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, h (empty without x0), rstd (M,), y_fp8 (empty without scale), amax, the first channels in padded rows."""
     if scale is not None:
         check_capability("rms_norm", x.device)
-    rows, rows0 = _rows(x), None if x0 is None else _rows(x0)
+    rows, rows0, rows1 = _rows(x), None if x0 is None else _rows(x0), None if x1 is None else _rows(x1)
     (M, N), fp8 = rows.shape, scale is not None
     y, h, y_fp8 = _like(x, True), _like(x, x0 is not None), _like(x, fp8, E4M3)
     rstd, row_amax = rows.new_empty(M, dtype=torch.float32), rows.new_empty(M if fp8 else 0, dtype=torch.float32)
+    part = x.new_empty(*x.shape[:-1], round_up(first, ROW_MULTIPLE))
     config = _config(N, x.dtype, capability(x.device))
     if M:
         launch(
-            _rms_norm_fwd_kernel, (triton.cdiv(M, config["BLOCK_M"]),),
-            rows, rows0, a, b, scale, y, h, rstd, y_fp8, row_amax,
-            rows.stride(0), 0 if rows0 is None else rows0.stride(0), M, eps, E4M3_MAX,
-            N=N, MIX=x0 is not None, HAS_A=a is not None, HAS_B=b is not None, QUANTISE=fp8, **config,
+            _rms_norm_fwd_kernel, (triton.cdiv(M, config["BLOCK_M"] * config["BLOCK_TILES"]),),
+            rows, rows0, rows1, a, b, scale, y, h, rstd, y_fp8, row_amax, part,
+            _stride(rows), _stride(rows0), _stride(rows1), M, eps, E4M3_MAX,
+            N=N, PADDED_FIRST=part.size(-1), MIX=x0 is not None, HAS_X1=x1 is not None, HAS_A=a is not None,
+            HAS_B=b is not None, QUANTISE=fp8, **config,
         )  # fmt: skip
-    return y, h, rstd, y_fp8, row_amax.amax() if row_amax.numel() else rstd.new_zeros(())
+    return y, h, rstd, y_fp8, row_amax.amax() if row_amax.numel() else rstd.new_zeros(()), part
 
 
 @_rms_norm_fwd.register_fake
-def _(x, x0, a, b, scale, eps):
+def _(x, x0, x1, a, b, scale, first, eps):
     fp8 = scale is not None
     rstd = x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
-    return _like(x, True), _like(x, x0 is not None), rstd, _like(x, fp8, E4M3), x.new_empty((), dtype=torch.float32)
+    part = x.new_empty(*x.shape[:-1], round_up(first, ROW_MULTIPLE))
+    amax = x.new_empty((), dtype=torch.float32)
+    return _like(x, True), _like(x, x0 is not None), rstd, _like(x, fp8, E4M3), amax, part
 
 
 @torch.library.custom_op("redline::rms_norm_bwd", mutates_args=())
 def _rms_norm_bwd(
     dy: Tensor,
     dh: Tensor | None,
+    dfirst: Tensor | None,
+    dx0_in: Tensor | None,
     h: Tensor | None,
     x: Tensor | None,
     x0: Tensor | None,
+    x1: Tensor | None,
     a: Tensor | None,
     b: Tensor | None,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dx0 (empty without a and b: it is dx), da, db (fp32, one element; empty without a, b). h, or x and x0."""
+    """dx, dx0 (empty without a and b: it is dx), da, db (fp32, one element; empty without a, b). h, or x, x0 and x1."""
     like = x if x is not None else h
     assert like is not None, "backward needs h, or x and x0"
-    dy_rows = _rows(dy)
-    dh_rows, h_rows, x_rows, x0_rows = (None if t is None else _rows(t) for t in (dh, h, x, x0))
-    M, N = dy_rows.shape
-    config = _config(N, like.dtype, capability(like.device))
-    programs = triton.cdiv(M, config["BLOCK_M"])
     mixed = x is not None
+    dy_rows = _rows(dy)
+    given = (dh, dfirst, dx0_in, h, x, x0, x1)
+    dh_rows, dfirst_rows, dx0_in_rows, h_rows, x_rows, x0_rows, x1_rows = rows = [
+        None if t is None else _rows(t) for t in given
+    ]
+    M, N = dy_rows.shape
+    config = (_mix_bwd_config if mixed else _config)(N, like.dtype, capability(like.device))
+    programs = triton.cdiv(M, config["BLOCK_M"] * config["BLOCK_TILES"])
     dx, dx0 = _like(like, True), _like(like, mixed)
     da, db = (rstd.new_empty(programs if t is not None else 0) for t in (a, b))
-
-    def stride(rows: Tensor | None) -> int:
-        return 0 if rows is None else rows.stride(0)
-
     if M:
         launch(
             _rms_norm_bwd_kernel, (programs,),
-            dy_rows, dh_rows, h_rows, x_rows, x0_rows, a, b, rstd,
+            dy_rows, dh_rows, dfirst_rows, dx0_in_rows, h_rows, x_rows, x0_rows, x1_rows, a, b, rstd,
             dx, dx0, da, db,
-            stride(dy_rows), stride(dh_rows), stride(h_rows), stride(x_rows), stride(x0_rows), M,
-            N=N, HAS_DH=dh is not None, HAS_A=a is not None, HAS_B=b is not None, **config,
+            _stride(dy_rows), *map(_stride, rows), M,
+            N=N, FIRST=0 if dfirst is None else dfirst.size(-1), HAS_DH=dh is not None, HAS_DX0_IN=dx0_in is not None,
+            HAS_X1=x1 is not None, HAS_A=a is not None, HAS_B=b is not None, **config,
         )  # fmt: skip
     return dx, dx0, da if a is None else da.sum(), db if b is None else db.sum()
 
 
 @_rms_norm_bwd.register_fake
-def _(dy, dh, h, x, x0, a, b, rstd):
+def _(dy, dh, dfirst, dx0_in, h, x, x0, x1, a, b, rstd):
     like = h if x is None else x
     return _like(like, True), _like(like, x is not None), *(rstd.new_empty((0,) if t is None else ()) for t in (a, b))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, x0, a, b, _, _ = inputs
-    _, h, rstd, y_fp8, amax = output
-    ctx.mark_non_differentiable(rstd, y_fp8, amax)
-    ctx.set_materialize_grads(False)
-    ctx.mixed = x0 is not None
-    if a is not None or b is not None:
-        ctx.save_for_backward(None, x, x0, a, b, rstd)
-    else:
-        ctx.save_for_backward(h if ctx.mixed else x, None, None, None, None, rstd)
+class _RMSNorm(torch.autograd.Function):
+    """A custom op cannot return one of its arguments, which the chain of x0 does; so the formula stands here."""
+
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override]  # torch declares (ctx, *args, **kwargs)
+        ctx: Any,
+        x: Tensor,
+        x0: Tensor | None,
+        x1: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        scale: Tensor | None,
+        first: int,
+        eps: float,
+    ) -> tuple[Tensor | None, ...]:
+        y, h, rstd, y_fp8, amax, part = _rms_norm_fwd(x, x0, x1, a, b, scale, first, eps)
+        ctx.set_materialize_grads(False)
+        part = part[..., :first] if first else None
+        ctx.streams, chain = (True, x0 is not None, x1 is not None), None
+        if x0 is not None and (a is not None or b is not None):
+            ctx.save_for_backward(None, x, x0, x1, a, b, rstd)
+            chain = x0.view_as(x0)
+        else:
+            ctx.save_for_backward(x if x0 is None else h, None, None, None, None, None, rstd)
+        if scale is None:
+            return y, None if x0 is None else h, None, None, chain, part
+        ctx.mark_non_differentiable(y_fp8, amax)
+        return y, None if x0 is None else h, y_fp8, amax, chain, part
+
+    @staticmethod
+    def backward(  # pyrefly: ignore[bad-override]  # torch declares (ctx, *args)
+        ctx: Any,
+        dy: Tensor | None,
+        dh: Tensor | None,
+        _fp8: Any,
+        _amax: Any,
+        dx0_in: Tensor | None,
+        dfirst: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        h, x, x0, x1, a, b, rstd = ctx.saved_tensors
+        if dy is None and dh is None and dfirst is None:  # x0 alone was used
+            return None, dx0_in, None, None, None, None, None, None
+        if dy is None:
+            dy = torch.zeros_like(h if x is None else x)
+        dx, dx0, da, db = _rms_norm_bwd(dy, dh, dfirst, dx0_in, h, x, x0, x1, a, b, rstd)
+        streams = (dx, dx if x is None else dx0, dx)
+        scalars = (None if t is None else dt.reshape(t.shape) for t, dt in ((a, da), (b, db)))
+        return *(t if there else None for t, there in zip(streams, ctx.streams)), *scalars, None, None, None
 
 
-def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    h, x, x0, a, b, rstd = ctx.saved_tensors
-    like = h if x is None else x
-    dy = torch.zeros_like(like) if dy is None else dy
-    dx, dx0, da, db = _rms_norm_bwd(dy, dh if ctx.mixed else None, h, x, x0, a, b, rstd)
-    dx0 = dx0 if x is not None else dx if ctx.mixed else None
-    da, db = (None if t is None else dt.reshape(t.shape) for t, dt in ((a, da), (b, db)))
-    return dx, dx0, da, db, None, None
-
-
-_rms_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
+def _each_once(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, one that is there already as a view: torch.compile gives each to an autograd.Function but once."""
+    seen: list[Tensor | None] = []
+    for t in tensors:
+        seen.append(t.view_as(t) if t is not None and any(t is other for other in seen) else t)
+    return seen
 
 
 def _rms_norm_triton(
@@ -307,12 +427,12 @@ def _rms_norm_triton(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
+    x1: Tensor | None = None,
+    first: int = 0,
     scale: Tensor | None = None,
     eps: float = EPS,
 ) -> RMSNorm:
-    y, h, _, y_fp8, amax = _rms_norm_fwd(x, x0, a, b, scale, eps)
-    fp8 = (None, None) if scale is None else (y_fp8, amax)
-    return RMSNorm(y, None if x0 is None else h, *fp8)
+    return RMSNorm(*_RMSNorm.apply(*_each_once(x, x0, x1, a, b), scale, first, eps))
 
 
 # cost
@@ -323,11 +443,13 @@ def rms_norm_cost(
 ) -> tuple[int, int]:
     """The least FLOPs and bytes of forward or backward: each (M, N) tensor of the form is read or written once."""
     M, N = shape
-    # tensors: x | x x0 -> h y;  backward: dy h -> dx | dy dh h -> dx (x0 has the same) | dy dh x x0 -> dx dx0
-    tensors = {"plain": (2, 3), "add": (4, 4), "mix": (4, 6), "mix_fp8": (4, 6)}[form][backward]
-    flops = {"plain": (3, 7), "add": (4, 8), "mix": (6, 14), "mix_fp8": (9, 14)}[form][backward]
+    # tensors: x -> y | x x0 -> h y | x x0 x1 -> h y;  backward: dy h -> dx | dy dh h -> dx, which is dx0 too |
+    # dy dh x x0 dx0_in -> dx dx0 | dy dh x x0 x1 dx0_in -> dx dx0
+    known = {"plain": (2, 3), "add": (4, 4), "mix": (4, 7), "mix_fp8": (4, 7), "mix3": (5, 8), "mix3_first": (5, 8)}
+    work = {"plain": (3, 7), "add": (4, 8), "mix": (6, 15), "mix_fp8": (9, 15), "mix3": (7, 16), "mix3_first": (7, 16)}
     fp8_bytes = M * N if form == "mix_fp8" and not backward else 0
-    return flops * M * N, tensors * M * N * dtype.itemsize + fp8_bytes
+    first_bytes = M * FIRST * dtype.itemsize if form == "mix3_first" else 0
+    return work[form][backward] * M * N, known[form][backward] * M * N * dtype.itemsize + fp8_bytes + first_bytes
 
 
 # interface
@@ -339,6 +461,8 @@ def _check(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
+    x1: Tensor | None = None,
+    first: int = 0,
     scale: Tensor | None = None,
     eps: float = EPS,
 ) -> Problem:
@@ -346,8 +470,13 @@ def _check(
         raise ValueError(f"rms_norm: x is {describe(x)}; expected (..., N) bfloat16 or float32 with 1 <= N")
     if x0 is None and (a is not None or b is not None):
         raise ValueError("rms_norm: a and b scale a sum of two streams; give x0 with them")
-    if x0 is not None:
-        check_tensor("rms_norm", "x0", x0, x.shape, (x.dtype,), x.device)
+    if x0 is None and x1 is not None:
+        raise ValueError("rms_norm: x1 is the third stream of a sum; give x0 with it, or one other stream as x0")
+    for name, t in (("x0", x0), ("x1", x1)):
+        if t is not None:
+            check_tensor("rms_norm", name, t, x.shape, (x.dtype,), x.device)
+    if not 0 <= first <= min(MAX_FIRST, x.size(-1)):
+        raise ValueError(f"rms_norm: first is {first}; expected 0 to {MAX_FIRST} of the {x.size(-1)} channels")
     for name, t in (("a", a), ("b", b), ("scale", scale)):
         if t is not None:
             check_number("rms_norm", name, t, (wide(x.dtype),), x.device)
@@ -360,9 +489,9 @@ def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
     )
 
 
-def _mix_inputs(make: Callable[..., Tensor], M: int, N: int) -> dict[str, Tensor]:
+def _inputs(make: Callable[..., Tensor], M: int, N: int, *streams: str, **options: Any) -> dict[str, Any]:
     scalars = {name: make(dtype=torch.float32) for name in ("a", "b")}
-    return {"x": make(M, N), "x0": make(M, N), **scalars}
+    return {name: make(M, N) for name in ("x", "x0", *streams)} | scalars | options
 
 
 rms_norm = Op(
@@ -372,8 +501,10 @@ rms_norm = Op(
     forms={
         "plain": lambda make, M, N: {"x": make(M, N)},
         "add": lambda make, M, N: {"x": make(M, N), "x0": make(M, N)},
-        "mix": _mix_inputs,
-        "mix_fp8": lambda make, M, N: _mix_inputs(make, M, N) | {"scale": make(dtype=torch.float32).detach().abs()},
+        "mix": _inputs,
+        "mix_fp8": lambda make, M, N: _inputs(make, M, N) | {"scale": make(dtype=torch.float32).detach().abs()},
+        "mix3": lambda make, M, N: _inputs(make, M, N, "x1"),
+        "mix3_first": lambda make, M, N: _inputs(make, M, N, "x1", first=min(FIRST, N)),
     },
     cost=rms_norm_cost,
     check=_check,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.law import (
@@ -182,7 +183,7 @@ def check_op(
         for func, args, kwargs, has_fp8 in record.calls:
             # opcheck's own comparison cannot add up fp8 numbers; `compiled` covers what is left out
             checks = OPCHECKS[:-1] if has_fp8 else OPCHECKS
-            differentiable = bool(upstream) and "bwd" not in func.name()
+            differentiable = bool(upstream) and OPDEFS[func._schema.name]._backward_fn is not None
             fresh = tuple(_fresh(a, differentiable) for a in args)
             torch.library.opcheck(func, fresh, kwargs, test_utils=checks)
     if compiled:

@@ -54,7 +54,8 @@ def test_shared_memory_fits(kernels):
 def test_rms_norm_moves_16_bytes_at_a_time(kernels):
     """Each tensor that a thread reads or writes goes in the fewest possible instructions: N / (lanes * 8) of them in
     bf16."""
-    tensors = {"plain": (1, 1, 2, 1), "add": (2, 2, 3, 1), "mix": (2, 2, 4, 2)}  # forward reads, writes; backward
+    # forward reads, writes; backward
+    tensors = {"plain": (1, 1, 2, 1), "add": (2, 2, 3, 1), "mix": (2, 2, 5, 2), "mix3": (3, 2, 6, 2)}
     for k in kernels:
         if k["op"] != "rms_norm" or k["dtype"] != "bfloat16" or k["form"] not in tensors:
             continue
@@ -108,11 +109,11 @@ def test_lm_head_loss_multiplies_in_tensor_cores(kernels):
 
 
 def test_rope_qk_norm_moves_16_bytes_at_a_time(kernels):
-    """But for the statistics of a head and the gate, which are single numbers."""
+    """But for the statistics of a head, the channels and weights of its gate, and their gradients: a few numbers."""
     for k in kernels:
         if k["op"] == "rope_qk_norm" and k["dtype"] == "bfloat16" and k["case"] != "quickstart":
             got = k["instructions"]
-            assert got["LDG"] - got["LDG.E.128"] <= 5 and got["STG"] - got["STG.E.128"] <= 1, describe(k)
+            assert got["LDG"] - got["LDG.E.128"] <= 5 and got["STG"] - got["STG.E.128"] <= 2, describe(k)
 
 
 def test_adam_update_moves_16_bytes_at_a_time(kernels):

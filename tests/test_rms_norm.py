@@ -1,14 +1,17 @@
 """rms_norm: every form, layout and odd shape against float64, what is bitwise, what is refused, and that the tests
 can fail."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 
 import kernels.rms_norm as module
 from kernels.fp8 import E4M3, E4M3_MAX
 from kernels.rms_norm import EPS, MAX_N, rms_norm, rms_norm_cost
-from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
-from tests.mutations import mutations
+from tests.harness import DEVICE, LAYOUTS, Failed, RecordOps, check_op, mutant, randn
+from tests.mutations import Edit, mutations
 
 triton_norm = rms_norm.backends["triton"]
 FACTOR = 1.25  # each result is rounded once, at its store
@@ -46,10 +49,87 @@ def test_one_coefficient_alone(given, dtype):
     assert f"d{given}" in result
 
 
-@pytest.mark.parametrize("form", ["add", "mix"])
-@pytest.mark.parametrize("upstream", ["y", "h"])
+@pytest.mark.parametrize(
+    "form, upstream",
+    [*itertools.product(["add", "mix", "mix3"], "yh"), ("mix3", "x0"), ("mix3_first", "first"), ("mix3_first", "y")],
+)
 def test_gradient_of_one_output_alone(form, upstream):
     check(form, (7, 40), upstream_of=(upstream,))
+
+
+@pytest.mark.parametrize("scalars", ["", "a", "b"])
+def test_three_streams_with_one_coefficient_or_none(scalars):
+    wanted = ("x", "x0", "x1", *scalars)
+    result = check_op(rms_norm, {name: inputs("mix3", (6, 50), torch.bfloat16)[name] for name in wanted}, factor=FACTOR)
+    assert {f"d{name}" for name in wanted} <= result.keys() and ("x0" in result) == bool(scalars)
+
+
+def chain(norm, x, x0, x1, a, b):
+    """As layers use it: x is x0 first, then x0 is handed on; the last one hands it to nobody."""
+    y, h, _, _, x0, first = norm(x0, x0, a, b, first=5)
+    y, h, _, _, x0, _ = norm(x, x0, b, a, x1=h * y)
+    z, h, *_ = norm(h, x0, None, b, x1=y)
+    return norm(h, z, x1=x1).h, first
+
+
+def check_chain(norm, **options):
+    streams = [t.requires_grad_() for t in (randn(seed, torch.float32)(3, 4, 40) for seed in range(3))]
+    scalars = [torch.tensor(n, device=DEVICE, requires_grad=True) for n in (0.7, -1.3)]
+    up = [randn(9, torch.float32)(3, 4, n) for n in (40, 5)]
+    results = []
+    for function in (norm, rms_norm.backends["ref"]):
+        for each in (function, torch.compile(functools.partial(chain, function), **options) if options else None):
+            if each is not None:
+                out = each(*streams, *scalars) if each is not function else chain(function, *streams, *scalars)
+                results.append([*out, *torch.autograd.grad(out, [*streams, *scalars], up)])
+    for got in results[:-1]:
+        for mine, want in zip(got, results[-1]):
+            torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_chain_of_layers():
+    check_chain(triton_norm)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_chain_of_layers_begins_with_one_tensor_twice(backend):
+    torch.compiler.reset()
+    check_chain(triton_norm, fullgraph=True, dynamic=False, backend=backend)
+
+
+def test_a_gradient_that_is_not_there_is_not_read():
+    args = inputs("mix3_first", (4, 40))
+    for wanted in (("y",), ("y", "h"), ("y", "h", "x0", "first")):
+        out = triton_norm(**{name: t.requires_grad_() if torch.is_tensor(t) else t for name, t in args.items()})
+        with RecordOps() as record:
+            torch.autograd.backward([getattr(out, name) for name in wanted], [getattr(out, name) for name in wanted])
+        ((_, given, *_),) = record.calls
+        assert [t is not None for t in given[1:4]] == [name in wanted for name in ("h", "first", "x0")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [1, 8, 16, 33, 64])
+def test_the_first_channels_are_those_of_y(first, dtype):
+    args = inputs("mix3", (5, 70), dtype)
+    out = triton_norm(**args, first=first)
+    assert torch.equal(out.first, out.y[..., :first]) and out.first.untyped_storage() != out.y.untyped_storage()
+    assert torch.equal(out.y, triton_norm(**args).y) and triton_norm(**args).first is None
+    check_op(rms_norm, args | {"first": first}, factor=FACTOR)
+    check_op(rms_norm, {"x": args["x"], "first": first}, factor=FACTOR)
+
+
+def test_the_reference_is_the_sum_and_then_the_mix():
+    ref, grads = rms_norm.backends["ref"], []
+    args = inputs("mix3", (6, 50))
+    for summed in (False, True):
+        own = {name: t.detach().clone().requires_grad_() for name, t in args.items()}
+        given = own if not summed else {**own, "x": own["x"] + own["x1"], "x1": None}
+        out = ref(**given)
+        head = (out.y * out.h.cos()).sum() + out.x0.sin().sum()
+        grads.append([out.y, out.h, *torch.autograd.grad(head, list(own.values()))])
+    assert all(map(torch.equal, *grads))
+    plain = ref(args["x"])
+    assert plain.x0 is None and plain.first is None and ref(args["x"], args["x0"]).x0 is None
 
 
 @pytest.mark.parametrize("form", rms_norm.forms)
@@ -163,6 +243,11 @@ def test_gradients_are_rounded_once():
         (dict(x=torch.ones(2, 0)), "1 <= N"),
         (dict(x=torch.ones(())), "expected"),
         (dict(x=torch.ones(2, 4), a=torch.ones(())), "give x0"),
+        (dict(x=torch.ones(2, 4), x1=torch.ones(2, 4)), "x1 is the third stream of a sum; give x0"),
+        (dict(x=torch.ones(2, 4), x0=torch.ones(2, 4), x1=torch.ones(2, 5)), r"x1 is \(2, 5\)"),
+        (dict(x=torch.ones(2, 4), first=5), "first is 5; expected 0 to 64 of the 4 channels"),
+        (dict(x=torch.ones(2, 70), first=65), "first is 65"),
+        (dict(x=torch.ones(2, 4), first=-1), "first is -1"),
         (dict(x=torch.ones(2, 4), x0=torch.ones(2, 5)), r"x0 is \(2, 5\)"),
         (dict(x=torch.ones(2, 4), x0=torch.ones(2, 4).bfloat16()), "x0 is"),
         (dict(x=torch.ones(2, 4), x0=torch.ones(2, 4), b=torch.ones(2)), r"b is \(2,\)"),
@@ -208,6 +293,10 @@ def test_cost():
     assert rms_norm_cost((10, 100), torch.bfloat16) == (3000, 4000)
     assert rms_norm_cost((10, 100), torch.bfloat16, "add", backward=True)[1] == 8000
     assert rms_norm_cost((10, 100), torch.float32, "mix_fp8")[1] == 17000
+    assert rms_norm_cost((10, 100), torch.bfloat16, "mix", backward=True)[1] == 14000
+    for backward, tensors in ((False, 5), (True, 8)):
+        assert rms_norm_cost((10, 100), torch.bfloat16, "mix3", backward)[1] == 2000 * tensors
+        assert rms_norm_cost((10, 100), torch.bfloat16, "mix3_first", backward)[1] == 2000 * tensors + 10 * 12 * 2
 
 
 MUTATIONS = {
@@ -235,9 +324,33 @@ MUTATIONS = {
     "rows end early": {"mask_m = offs_m < M": "mask_m = (offs_m < M) & (offs_m < 1000)"},
     "columns end early": {"(offs_n < N)[None, :]": "((offs_n < N) & (offs_n < 2048))[None, :]"},
     "b alone is a little off": {"tl.fma(x0, b, x)": "tl.fma(x0, b, x) * 1.0001"},
-    "dx is rounded twice": {"    dx = g\n": "    g = g.to(dx_ptr.dtype.element_ty).to(tl.float32)\n    dx = g\n"},
+    "dx is rounded twice": {" dx = g\n": " g = g.to(dx_ptr.dtype.element_ty).to(tl.float32); dx = g\n"},
     "amax has a sign": {"tl.where(y == y, tl.abs(y)": "tl.where(y == y, -y"},
     "rstd is not written": {"tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)": "pass"},
+    "x1 is left out of da": [
+        Edit(
+            r"da \+= g \* x\b", "da += g * (x - (tl.load(x1_ptr + offs_x1, mask=mask).to(tl.float32) if HAS_X1 else 0))"
+        )
+    ],
+    "x1 is forgotten backward": [Edit(r"x \+= tl.load\(x1_ptr", "x += 0 * tl.load(x1_ptr")],
+    "x1 has the stride of x": {"* stride_x1_row": "* stride_x_row"},
+    "x + x1 is rounded": {
+        "h += tl.load(x1_ptr + offs_x1, mask=mask, other=0.0).to(tl.float32)": "h = (h + tl.load(x1_ptr + offs_x1, "
+        "mask=mask, other=0.0).to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)"
+    },
+    "what arrives at x0 is dropped": {"dx0 += tl.load(dx0_in_ptr": "dx0 += 0 * tl.load(dx0_in_ptr"},
+    "what arrives at x0 is scaled": {
+        "                dx0 += tl.load(dx0_in_ptr": "                dx0 += tl.load(b_ptr) * tl.load(dx0_in_ptr"
+    },
+    "dx0_in has the stride of dy": {"* stride_dx0_in_row": "* stride_dy_row"},
+    "dfirst reaches further than its channels": {"mask & (offs_n < FIRST)[None, :]": "mask"},
+    "dfirst comes after the norm": {
+        "g += tl.load(dh_ptr": "g += dy - dy1 + tl.load(dh_ptr",
+        "        if FIRST:\n": "        dy1 = dy\n        if FIRST:\n",
+    },
+    "rows of dfirst follow each other": {"* stride_dfirst_row": "* FIRST"},
+    "every tile is the first": {"* BLOCK_TILES + tile)": "* BLOCK_TILES)"},
+    "da is of the last tile": {"da += g * x": "da = g * x"},
     "a stride is forgotten": {
         "tl.load(dy_ptr + offs_m[:, None] * stride_dy_row": "tl.load(dy_ptr + offs_m[:, None] * N"
     },
@@ -253,6 +366,10 @@ CLASSES = [
     "x0 has the stride of x",
     "eps is a constant",
     "columns end early",
+    "x1 is forgotten backward",
+    "what arrives at x0 is dropped",
+    "dfirst reaches further than its channels",
+    "every tile is the first",
 ]
 
 
@@ -264,6 +381,8 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     with pytest.raises((Failed, AssertionError)):
         for layout in LAYOUTS:
             check("mix_fp8", (21, 40), torch.bfloat16, op=broken, layout=layout)
+            check("mix3_first", (21, 40), torch.bfloat16, op=broken, layout=layout)
+        check("mix3_first", (7, 600), op=broken)
         small = inputs("plain", (4, 40))
         check_op(broken, {"x": small["x"] * 1e-4}, factor=FACTOR)
         test_one_coefficient_alone("b", torch.float32)

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import kernels.rope_qk_norm as module
+from bench.law import double
 from kernels.rope_qk_norm import rope_qk_norm, rope_qk_norm_cost, rope_qk_norm_ref
-from tests.harness import DEVICE, LAYOUTS, check_op, guarded, mutant, randn
+from tests.harness import DEVICE, LAYOUTS, RecordOps, check_op, guarded, mutant, randn
 from tests.mutations import Edit, mutations
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -48,7 +49,7 @@ def test_layouts(form, layout):
 def test_gradients_as_attention_returns_them():
     """(B, heads, T, D) in memory: read where they are, without a copy."""
     args = inputs("value embeddings", (2, 5, 4, 2, 16))
-    leaves = {name: args[name].requires_grad_() for name in ("qkv", "gate", "ve")}
+    leaves = {name: args[name].requires_grad_() for name in ("qkv", "gate_x", "gate_w", "ve")}
     grads = [
         torch.randn(t.shape, device=DEVICE).transpose(1, 2).contiguous().transpose(1, 2) for t in triton_op(**args)
     ]
@@ -71,7 +72,7 @@ def check_value_embeddings(name, op=triton_op):
     wide = guarded(torch.randn(shape, device=DEVICE)).requires_grad_()
     args["ve"] = cut(wide)
     assert not args["ve"].is_contiguous()
-    leaves = {"wide": wide, "gate": args["gate"].requires_grad_(), "qkv": args["qkv"].requires_grad_()}
+    leaves = {"wide": wide} | {name: args[name].requires_grad_() for name in ("gate_x", "gate_w", "qkv")}
     results = []
     for function in (op, rope_qk_norm_ref):
         out = function(**args)
@@ -84,6 +85,45 @@ def check_value_embeddings(name, op=triton_op):
 @pytest.mark.parametrize("name", CUTS)
 def test_value_embeddings_are_read_where_they_are(name):
     check_value_embeddings(name)
+
+
+def check_gate(J, gate_range, dtype, op=rope_qk_norm):
+    """Of one layer's row of a bank, from the first channels of a wider tensor, kept in place."""
+    args = inputs("value embeddings", (2, 4, 3, 3, 16), dtype, gate_range=gate_range)
+    args |= {"gate_x": randn(5, dtype)(2, 4, J), "gate_w": 0.3 * randn(6, dtype)(3, J)}
+    # PyTorch's product of one column sums in another order where rows are apart
+    check_op(op, args, no_grad=NO_GRAD, factor=FACTOR, layout="rows apart" if J > 1 else "contiguous")
+    wide, bank = guarded(randn(7, dtype)(2, 4, J + 9)), guarded(randn(8, dtype)(2, 3, J))
+    args |= {"gate_x": wide[..., :J], "gate_w": bank[1]}
+    with RecordOps() as record:
+        v = op.backends["triton"](**args).v
+    torch.testing.assert_close(v.double(), rope_qk_norm_ref(**double(args)).v, rtol=1e-2, atol=1e-2)
+    ((_, given, *_),) = record.calls
+    assert given[3].data_ptr() == wide.data_ptr() and given[4].data_ptr() == bank[1].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("J, gate_range", [(1, 3.0), (12, 2.0), (16, 3.0), (31, -0.5), (32, 3.0)])
+def test_the_gate(J, gate_range, dtype):
+    check_gate(J, gate_range, dtype)
+
+
+def test_a_gate_that_is_open_or_shut():
+    args = inputs("value embeddings", (1, 3, 2, 2, 16))
+    for size in (40.0, -40.0, 200.0, -200.0):
+        gate_x, gate_w = torch.full((1, 3, 1), size, device=DEVICE), torch.ones(2, 1, device=DEVICE)
+        result = check_op(rope_qk_norm, args | {"gate_x": gate_x, "gate_w": gate_w}, no_grad=NO_GRAD, factor=FACTOR)
+        assert all(t.isfinite().all() for t in result.values())
+        if size < 0:
+            assert torch.equal(result["v"].flatten(2), args["qkv"][..., 64:])
+
+
+def test_the_reference_s_gate_is_a_product_and_a_sigmoid():
+    for dtype in DTYPES:
+        args = inputs("value embeddings", (2, 5, 4, 2, 16), dtype)
+        gate = 3.0 * torch.sigmoid(args["gate_x"] @ args["gate_w"].T)
+        v = args["qkv"][..., -32:].unflatten(-1, (2, 16)).float() + gate.float().unsqueeze(-1) * args["ve"].float()
+        assert torch.equal(rope_qk_norm_ref(**args).v, v.to(dtype))
 
 
 @pytest.mark.parametrize("changes", [{"scale": -0.7}, {"scale": 3.0, "eps": 0.5}], ids=str)
@@ -176,6 +216,7 @@ def test_rotation_depends_on_the_difference_of_positions():
 
 
 GOOD = dict(qkv=torch.ones(2, 3, 32), heads=2, kv_heads=1)
+GATED = dict(gate_x=torch.ones(2, 3, 12), gate_w=torch.ones(1, 12), ve=torch.ones(2, 3, 1, 8))
 
 
 @pytest.mark.parametrize(
@@ -187,11 +228,18 @@ GOOD = dict(qkv=torch.ones(2, 3, 32), heads=2, kv_heads=1)
         (dict(qkv=torch.ones(2, 3, 32).half()), "float16"),
         (dict(cos=torch.ones(3, 4)), "cos goes with sin"),
         (dict(scale=0.0), "scale is 0"),
-        (dict(gate=torch.ones(2, 3, 1)), "gate with ve"),
+        (dict(gate_x=torch.ones(2, 3, 12)), "gate_x with gate_w and ve"),
+        (dict(gate_x=torch.ones(2, 3, 12), ve=torch.ones(2, 3, 1, 8)), "gate_x with gate_w and ve"),
+        (dict(gate_w=torch.ones(1, 12), ve=torch.ones(2, 3, 1, 8)), "gate_x with gate_w and ve"),
         (dict(cos=torch.ones(4, 4), sin=torch.ones(4, 4)), r"cos is \(4, 4\)"),
         (dict(cos=torch.ones(3, 4).bfloat16(), sin=torch.ones(3, 4).bfloat16()), "cos is .*bfloat16"),
-        (dict(gate=torch.ones(2, 3, 2), ve=torch.ones(2, 3, 1, 8)), r"gate is \(2, 3, 2\)"),
-        (dict(gate=torch.ones(2, 3, 1), ve=torch.ones(2, 3, 1, 9)), r"ve is \(2, 3, 1, 9\)"),
+        (GATED | dict(gate_x=torch.ones(2, 2, 12)), r"gate_x is \(2, 2, 12\)"),
+        (GATED | dict(gate_x=torch.ones(2, 3, 33)), r"gate_x is \(2, 3, 33\) .*1 <= J <= 32"),
+        (GATED | dict(gate_x=torch.ones(2, 3, 0)), "1 <= J <= 32"),
+        (GATED | dict(gate_w=torch.ones(2, 12)), r"gate_w is \(2, 12\)"),
+        (GATED | dict(gate_w=torch.ones(1, 11)), r"gate_w is \(1, 11\)"),
+        (GATED | dict(gate_w=torch.ones(1, 12).bfloat16()), "gate_w is .*bfloat16"),
+        (GATED | dict(ve=torch.ones(2, 3, 1, 9)), r"ve is \(2, 3, 1, 9\)"),
     ],
 )
 @pytest.mark.parametrize("backend", rope_qk_norm.backends)
@@ -218,7 +266,9 @@ def test_cost():
     shape = (1, 10, 2, 1, 8)
     assert rope_qk_norm_cost(shape, torch.bfloat16)[1] == 10 * 2 * 32 * 2
     assert rope_qk_norm_cost(shape, torch.bfloat16, backward=True)[1] == 10 * (2 * 32 + 24) * 2
-    assert rope_qk_norm_cost(shape, torch.bfloat16, "value embeddings")[1] == 10 * (2 * 32 + 8) * 2
+    assert rope_qk_norm_cost(shape, torch.bfloat16, "value embeddings")[1] == 10 * (2 * 32 + 8 + 12) * 2
+    backward = rope_qk_norm_cost(shape, torch.bfloat16, "value embeddings", backward=True)
+    assert backward[1] == 10 * (2 * 32 + 24 + 2 * (8 + 12)) * 2
 
 
 MUTATIONS = {
@@ -245,17 +295,29 @@ MUTATIONS = {
     "the gate is one": {"v1 + gate * ve1, v2 + gate * ve2": "v1 + ve1, v2 + ve2"},
     "the gradient of the gate takes half a head": {"dv1 * ve1 + dv2 * ve2": "dv1 * ve1"},
     "dve has no gate": {"(gate * dv2)": "dv2"},
+    "the gate has no range": {"gate = (gate_range * sigmoid)": "gate = (3.0 * sigmoid)"},
+    "the gate's slope is left out": {"* (gate_range * sigmoid * (1.0 - sigmoid))": "* gate_range"},
+    "the gate reads one channel less": {"mask=offs_j < J, other=0.0": "mask=offs_j < J - 1, other=0.0"},
+    "the gate's channels have no batch": {"gate_x_ptr + b * stride_gate_x_b + t": "gate_x_ptr + t"},
+    "rows of the gate's weights follow each other": {"offs_h[:, None] * stride_w": "offs_h[:, None] * J"},
+    "heads take each other's gate": {"w_ptr + offs_h[:, None]": "w_ptr + ((offs_h + 1) % G)[:, None]"},
+    "dgate_x is of the sigmoid": {"tl.sum(dpre[:, None] * gate_w": "tl.sum(sigmoid[:, None] * gate_w"},
+    "rows of dgate_x follow each other": {"dgate_x_ptr + token * stride_dgate_x": "dgate_x_ptr + token * J"},
+    "dgate_w has the channels of another token": {"gate_x.flatten(0, 1))": "gate_x.flatten(0, 1).roll(1, 0))"},
     "dk is dropped": {"dq1 + dk1, dq2 + dk2": "dq1, dq2"},
     "dv is one": {
         "dv1, dv2 = _two_halves(dv_ptr, offs_dv, HALF, is_v)": "dv1, dv2 = _two_halves(dv_ptr, offs_dv * 0, HALF, is_v)"
     },
     "sin has the stride of cos": {"t * stride_sin_t": "t * stride_cos_t"},
     "the scale is a constant": {"scale * (r1 * rstd[:, None])": "1.2 * (r1 * rstd[:, None])"},
-    "eps is a constant": {"scale, eps,\n            H=heads": "scale, EPS,\n            H=heads"},
-    "ve has a stride of its own only forward": {
-        "        ve1, ve2 = _two_halves(ve_ptr, offs_ve, HALF, is_v)\n        dgate": "        offs_ve = token * "
-        "G * D + offs\n        ve1, ve2 = _two_halves(ve_ptr, offs_ve, HALF, is_v)\n        dgate"
-    },
+    "eps is a constant": [Edit("scale, gate_range, eps,", "scale, gate_range, EPS,", within="_rope_qk_norm_fwd")],
+    "ve has a stride of its own only forward": [
+        Edit(
+            r"_two_halves\(ve_ptr, offs_ve,",
+            "_two_halves(ve_ptr, token * G * D + offs,",
+            within="_rope_qk_norm_bwd_kernel",
+        )
+    ],
     "batches of ve follow each other": [
         Edit(r"b \* stride_ve_b", "b * T * stride_ve_t", within="_rope_qk_norm_fwd_kernel")
     ],
@@ -271,6 +333,9 @@ CLASSES = [
     "heads of k take the row of q",
     "masks of channels are gone",
     "dk is dropped",
+    "the gate's slope is left out",
+    "rows of the gate's weights follow each other",
+    "dgate_w has the channels of another token",
     "sin has the stride of cos",
     "the scale is a constant",
     "ve has a stride of its own only forward",
@@ -290,6 +355,7 @@ def test_a_broken_kernel_is_noticed(name, tmp_path):
         check_op(broken, small | {"qkv": small["qkv"] * 1e-4}, no_grad=NO_GRAD, factor=FACTOR)
         check("plain", (1, 3, 2, 1, 16), op=broken, changes={"scale": 3.0, "eps": 0.5})
         check_value_embeddings("the middle of longer rows", broken.backends["triton"])
+        check_gate(11, 2.0, torch.float32, broken)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")

@@ -80,7 +80,7 @@ def redline(depth: int = 24, target: bool = False) -> Workload:
         for direction in ("forward", "backward"):
             rows.append(op(rope_qk_norm_cost, "rope_qk_norm", heads, form, direction, layers * micro))
     rows += [
-        one_pass("gradient of x0 summed", "passes", 3 * L * stream, n),
+        one_pass("gradient of x0 summed", "passes", 2 * L * stream, n),  # rms_norm counts one of the three
         one_pass("embedding, smear, last norm", "passes", 24 * stream, 20 * micro),
         # all layers' rows are gathered at once; their gradients are joined again
         one_pass("value embeddings gathered, gradients joined", "tables", 4 * ve * stream, 2 * micro),

@@ -346,30 +346,34 @@ class GPT(nn.Module):
             ve = F.embedding(idx, self.value_embeds).view(B, T, len(d.ve_layers), d.n_kv_head, d.d_head).unbind(2)
             gate_w = unbind_banks(self.ve_gate)
         heads = {"heads": d.n_head, "kv_heads": d.n_kv_head, "scale": QK_SCALE, "norm": cfg.qk_norm}
+        heads |= {"gate_range": VE_GATE_RANGE}
 
         x = self.norm(F.embedding(idx, self.wte)).y  # (B, T, C)
         if cfg.smear:
             x = self._smear(x, None if cache is None else cache.swap_embedding(x), branches)
-        # x is the residual stream; x0, the embedding, enters every layer again [modded-nanogpt]
+        # x is the residual stream; x0, the embedding, enters every layer again [modded-nanogpt]. What an MLP adds waits
+        # in `added` for the next norm, which reads it anyway: the sum is never a pass of its own
         x0, x_mid = x, None
+        added: Tensor | None = None
         for i in range(d.n_layer):
-            # entry: x <- resid x + share x0, in one pass with the norm where there is a share
+            # entry: x <- resid (x + added) + share x0, in one pass with the norm where there is a share
             scale = None if resid is None else resid[i]
+            first = VE_GATE_CHANNELS if i in d.ve_layers else 0
             if share is not None:
-                y, x, *_ = self.norm(x, x0, scale, share[i])
+                y, x, _, _, x0, channels = self.norm(x, x0, scale, share[i], x1=added, first=first)
             else:
+                x = x if added is None else x + added
                 x = x if scale is None else scale * x
-                y = self.norm(x).y
+                y, _, _, _, _, channels = self.norm(x, first=first)
             # attention
             # values get a share of a per-token embedding, gated per head from the first channels of y
-            gate = values = None
+            gated: tuple[Tensor, ...] = ()
             if i in d.ve_layers:
                 j = d.ve_layers.index(i)
-                gate = VE_GATE_RANGE * torch.sigmoid(y[..., :VE_GATE_CHANNELS] @ gate_w[j].T)  # (B, T, G)
-                values = ve[j]  # (B, T, G, D)
+                gated = channels, gate_w[j], ve[j]
             # q, k: rotated, normalised per head, scaled; with unit-norm q and k the scale sharpens the softmax
             qkv = self.qkv(y, qkv_w[i], dw_sum=qkv_sum[i])
-            q, k, v = self.rope_qk_norm(qkv, cos, sin, gate, values, **heads)
+            q, k, v = self.rope_qk_norm(qkv, cos, sin, *gated, **heads)
             if cache is not None:
                 k, v = cache.extend(i, k, v)
             y = attention(q, k, v, masks[i]).reshape(B, T, d.d_model)
@@ -377,13 +381,16 @@ class GPT(nn.Module):
                 x, self.out(y, out_w[i], dw_sum=out_sum[i])
             )  # residual sum and second norm in one pass
             # MLP
-            x = x + (self.mlp(y, up_w[i], down_w[i]) if cfg.relu2 else F.gelu(y @ up_w[i].T) @ down_w[i])
+            added = self.mlp(y, up_w[i], down_w[i]) if cfg.relu2 else F.gelu(y @ up_w[i].T) @ down_w[i]
             # backout: what the middle layer knew is subtracted before the head, in the last norm's pass
             if i == d.n_layer // 2:
-                x_mid = x
+                x = x_mid = x + added
+                added = None
         if cache is not None:
             cache.advance(T)
-        return self.norm(x, x_mid, None, -self.backout_lambda).y if cfg.backout else self.norm(x).y
+        if cfg.backout:
+            return self.norm(x, x_mid, None, -self.backout_lambda, x1=added).y
+        return self.norm(x, added).y
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) fp32 softcapped logits of the true vocabulary."""
