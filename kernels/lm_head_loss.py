@@ -29,6 +29,7 @@ Limits    1 <= K <= 16; in the kernel C is a multiple of 16
 Bound     arithmetic: `lm_head_loss_cost`
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -65,6 +66,7 @@ from kernels.op import (
     check_number,
     check_tensor,
     describe,
+    interpreted,
     needs_triton,
     takes_dtypes,
     wide,
@@ -76,7 +78,7 @@ SMALL_BYTES = 2**25  # of EXTRA_BYTES, reserved for O(M) and O(V) buffers
 CHUNK_MULTIPLE = 128  # rows: a chunk is made of whole tiles
 REFERENCE_COPIES = 5  # fp32 copies of a chunk's logits that the reference holds at a time
 CACHED_LOGITS = 2**20  # logits of a chunk on a CPU: 4 MiB stay in its caches
-ROW_IN_REGISTERS = 16384  # columns up to which a program holds a whole row
+FIXED_HEIGHT = 60.0  # of a softcap: terms relative to it are at least exp(-60), 40 powers of two above underflow
 MAX_TARGETS = 16
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -283,97 +285,154 @@ def softcapped_logits(x: Tensor, w: Tensor, softcap: Softcap | None, vocab_size:
 
 
 def _row_config(V: int) -> dict[str, int]:
-    """Columns of a tile and warps. Not measured on a GPU yet.
+    """Columns of a tile and warps. Not measured on a GPU yet."""
+    block = min(2048, max(16, triton.next_power_of_2(V)))
+    return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
-    Up to ROW_IN_REGISTERS columns a row stays in registers; twice as many spill with Triton 3.6. A longer row is read
-    tile by tile, first from memory and then, for its gradient, from the caches.
+
+@triton.jit
+def _reciprocal(x, PTX: tl.constexpr):
+    """1 / x to one ulp, in one instruction; `/`, which Triton's interpreter knows instead, takes five."""
+    if PTX:
+        asm: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
+        r = tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        r = 1.0 / x
+    return r
+
+
+@triton.jit
+def _exponent(z, gain, offset, height2, CAP: tl.constexpr, PTX: tl.constexpr):
+    """(y - height) log2(e) and sigma under a softcap, with gain = -log2(e) / width and offset = gain * shift; else z.
+
+    Every term of a softmax comes from here and is the same in its sum as in a loss, to the last bit.
     """
-    if V <= ROW_IN_REGISTERS:
-        block = max(16, triton.next_power_of_2(V))
-        return {"BLOCK": block, "num_warps": min(32, max(1, block // 1024))}
-    return {"BLOCK": 4096, "num_warps": 8}
+    s = 1.0
+    if CAP:
+        s = _reciprocal(1.0 + tl.exp2(tl.fma(z, gain, offset)), PTX)
+        z = tl.fma(s, height2, -height2)
+    return z, s
 
 
 @triton.jit
-def _capped(z, height, shift, inv_width, CAP: tl.constexpr):
-    if CAP:
-        z = height / (1.0 + tl.exp(-(z + shift) * inv_width))
-    return z
+def _add_terms(
+    totals, tops, z, inside, gain, offset, height2,
+    CAP: tl.constexpr, FIXED: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Sums of terms and, unless FIXED, largest exponents that these are relative to, with one more tile in them."""
+    x, _ = _exponent(z, gain, offset, height2, CAP, PTX)
+    if FIXED:
+        e = tl.exp2(x)
+        if MASKED:
+            e = tl.where(inside, e, 0.0)
+        totals += e
+    else:
+        if MASKED:
+            x = tl.where(inside, x, -1e30)
+        larger = tl.maximum(tops, x, propagate_nan=tl.PropagateNan.ALL)
+        totals = totals * tl.exp2((tops - larger) * UNIT) + tl.exp2((x - larger) * UNIT)
+        tops = larger
+    return totals, tops
 
 
 @triton.jit
-def _slope(y, height, inv_width, CAP: tl.constexpr):
-    """dy/dz."""
-    slope = 1.0
+def _gradient(z, top, scale, gain, offset, height2, CAP: tl.constexpr, UNIT: tl.constexpr, PTX: tl.constexpr):
+    """Of logits that are no targets: softmax times y', up to the scale of the row."""
+    x, s = _exponent(z, gain, offset, height2, CAP, PTX)
+    g = tl.exp2((x - top) * UNIT) * scale
     if CAP:
-        slope = y * inv_width * (1.0 - y / height)
-    return slope
+        g *= s - s * s
+    return g
 
 
 @triton.jit
 def _row_kernel(
     z_ptr, out_ptr, losses_ptr, targets_ptr, weights_ptr, factor_ptr,
-    vocab, columns, height, shift, inv_width, limit, stride_z, stride_out,
-    K: tl.constexpr, TARGETS: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    vocab, columns, gain, offset, height2, steep, limit, stride_z, stride_out,
+    K: tl.constexpr, TARGETS: tl.constexpr, CAP: tl.constexpr, FIXED: tl.constexpr, GRAD: tl.constexpr,
+    PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss of one row, and its gradient times a factor, over the logits or elsewhere in another dtype.
+
+    Logits are read tile by tile, first from memory and then, for the gradient, from the caches.
+
+    Bound by the instructions that a multiprocessor can issue, so terms are powers of two, whose scales are arguments
+    (steep = height / width), and columns are compared with the vocabulary only in tiles that reach past it.
+
+    FIXED: terms are relative to the cap, which no y exceeds, so no maximum is looked for. Then log(total) and the
+    target's exponent are both far from 0 and their difference would lose a confident row's small loss; the log of total
+    / term does not. A term stays far from underflow (FIXED_HEIGHT).
 
     Loads are masked by columns, the padded vocabulary: a multiple of 16 where vocab need not be, so they are wide.
     Columns from vocab on are not part of the softmax; their gradient is 0. Only the gradients of targets are clamped to
     the limit: the others cannot exceed it.
     """
+    UNIT: tl.constexpr = 1.0 if CAP else 1.4426950408889634  # log2 of a term: its exponent times this
+    LN2: tl.constexpr = 0.6931471805599453
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_z
     out_ptr += row * stride_out
     offs = tl.arange(0, BLOCK)
-    if WHOLE:
-        inside = offs < vocab
-        z = tl.load(z_ptr + offs, mask=offs < columns, other=0.0).to(tl.float32)
-        y = tl.where(inside, _capped(z, height, shift, inv_width, CAP), float("-inf"))
-        top = tl.max(y, axis=0)
-        y -= top  # only y - max stays live
-        total = tl.sum(tl.exp(y), axis=0)
-    else:
-        tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-        totals = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, vocab, BLOCK):
-            z = tl.load(z_ptr + start + offs, mask=start + offs < columns, other=0.0).to(tl.float32)
-            y = tl.where(start + offs < vocab, _capped(z, height, shift, inv_width, CAP), -1e30)
-            larger = tl.maximum(tops, y, propagate_nan=tl.PropagateNan.ALL)
-            totals = totals * tl.exp(tops - larger) + tl.exp(y - larger)
-            tops = larger
+    full = vocab // BLOCK * BLOCK  # columns in tiles that the vocabulary fills
+    top = 0.0
+    tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    totals = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, full, BLOCK):
+        z = tl.load(z_ptr + start + offs).to(tl.float32)
+        totals, tops = _add_terms(totals, tops, z, True, gain, offset, height2, CAP, FIXED, False, UNIT, PTX)
+    if full < vocab:
+        z = tl.load(z_ptr + full + offs, mask=full + offs < columns, other=0.0).to(tl.float32)
+        inside = full + offs < vocab
+        totals, tops = _add_terms(totals, tops, z, inside, gain, offset, height2, CAP, FIXED, True, UNIT, PTX)
+    if not FIXED:
         top = tl.max(tops, axis=0)
-        total = tl.sum(totals * tl.exp(tops - top), axis=0)
-    rest = tl.log(total)  # lse = top + rest, kept apart: their sum rounds rest away when the row is confident
+        totals *= tl.exp2((tops - top) * UNIT)
+    total = tl.sum(totals, axis=0)
     ks = tl.arange(0, TARGETS)
     t = tl.load(targets_ptr + row * K + ks, mask=ks < K, other=0)
     w = tl.load(weights_ptr + row * K + ks, mask=ks < K, other=0.0)
     known = (t >= 0) & (t < vocab) & (ks < K)  # others make the loss NaN and are not addressed
-    y_t = _capped(tl.load(z_ptr + t, mask=known, other=0.0).to(tl.float32), height, shift, inv_width, CAP)
-    y_t = tl.where(known | (ks >= K), y_t, float("nan"))
-    tl.store(losses_ptr + row, tl.sum(tl.where(w == 0.0, 0.0, w * (rest - (y_t - top))), axis=0))
+    z_t = tl.load(z_ptr + t, mask=known, other=0.0).to(tl.float32)
+    x_t, s_t = _exponent(z_t, gain, offset, height2, CAP, PTX)
+    x_t = tl.where(known | (ks >= K), (x_t - top) * UNIT, float("nan"))
+    e_t = tl.exp2(x_t)
+    if FIXED:
+        loss = tl.log2(tl.div_rn(total, e_t)) * LN2
+    else:
+        loss = (tl.log2(total) - x_t) * LN2
+    tl.store(losses_ptr + row, tl.sum(tl.where(w == 0.0, 0.0, w * loss), axis=0))
     if GRAD:
-        factor = tl.load(factor_ptr)
+        factor = tl.load(factor_ptr) * steep
         S = tl.sum(w, axis=0)
-        if WHOLE:
-            tl.debug_barrier()  # without it a store below overwrites a target's logit before another warp has read it
-            g = tl.exp(y - rest) * (S * factor) * _slope(y + top, height, inv_width, CAP)
-            g = tl.where(offs < vocab, g, 0.0)
-            tl.store(out_ptr + offs, g.to(out_ptr.dtype.element_ty), mask=offs < columns)
-        else:
-            tl.debug_barrier()  # as above
-            for start in range(0, columns, BLOCK):
-                z = tl.load(z_ptr + start + offs, mask=start + offs < columns, other=0.0).to(tl.float32)
-                y = _capped(z, height, shift, inv_width, CAP)
-                g = tl.exp((y - top) - rest) * (S * factor) * _slope(y, height, inv_width, CAP)
-                g = tl.where(start + offs < vocab, g, 0.0)
-                tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), mask=start + offs < columns)
+        scale = S * factor / total
+        tl.debug_barrier()  # without it a store below overwrites a target's logit before another warp has read it
+        for start in range(0, full, BLOCK):
+            z = tl.load(z_ptr + start + offs).to(tl.float32)
+            g = _gradient(z, top, scale, gain, offset, height2, CAP, UNIT, PTX)
+            tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty))
+        for start in range(full, columns, BLOCK):
+            z = tl.load(z_ptr + start + offs, mask=start + offs < columns, other=0.0).to(tl.float32)
+            g = _gradient(z, top, scale, gain, offset, height2, CAP, UNIT, PTX)
+            g = tl.where(start + offs < vocab, g, 0.0)
+            tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), mask=start + offs < columns)
         tl.debug_barrier()  # without it another warp's store of the same column could land after the target's
         same = tl.where(t[:, None] == t[None, :], w[None, :], 0.0)
-        g = (tl.exp((y_t - top) - rest) * S - tl.sum(same, axis=1)) * factor * _slope(y_t, height, inv_width, CAP)
+        g = (tl.div_rn(e_t, total) * S - tl.sum(same, axis=1)) * factor
+        if CAP:
+            g *= s_t - s_t * s_t
         g = clamped(g, limit)
         tl.store(out_ptr + t, g.to(out_ptr.dtype.element_ty), mask=known)
+
+
+def _softcap_arguments(softcap: list[float]) -> dict[str, Any]:
+    """What `_row_kernel` takes of a softcap, or of none: scales in powers of two."""
+    height, shift, width = softcap or (1.0, 0.0, 1.0)
+    gain = -math.log2(math.e) / width
+    return {
+        "gain": gain, "offset": gain * shift, "height2": height * math.log2(math.e),
+        "steep": height / width if softcap else 1.0,
+        "CAP": bool(softcap), "FIXED": bool(softcap) and abs(height) <= FIXED_HEIGHT,
+    }  # fmt: skip
 
 
 class _Products:
@@ -444,7 +503,6 @@ def _by_chunks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, losses (M,), dx like x and dw like w in fp32, empty without need_grad. softcap: three numbers, or none."""
     (M, C), V = x.shape, w.size(0)
-    height, shift, width = softcap or (1.0, 0.0, 1.0)
     x, targets, weights = for_descriptor(x), targets.contiguous(), weights.contiguous()
     losses = x.new_empty(M, dtype=torch.float32)
     dx = x.new_empty((M, C) if need_grad else (0,))
@@ -456,7 +514,7 @@ def _by_chunks(
         check_capability("lm_head_loss", x.device)
         x_scale = amax_scale(x, E4M3_MAX) if x_scale is None else x_scale
         # the scale of the largest gradient that there can be: none saturates
-        steepest = height / (4 * width) if softcap else 1.0
+        steepest = Softcap(*softcap).steepest if softcap else 1.0
         g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * steepest).clamp_min(TINY_SCALE)
         factor, limit = 1 / g_scale, E5M2_MAX
         scales = x_scale, w_scale, g_scale * scale
@@ -470,9 +528,9 @@ def _by_chunks(
         launch(
             _row_kernel, (z.size(0),),
             z, dz, losses[chunk], targets[chunk], weights[chunk], factor,
-            vocab_size, V, height, shift, 1 / width, limit, z.stride(0), dz.stride(0),
+            vocab=vocab_size, columns=V, limit=limit, stride_z=z.stride(0), stride_out=dz.stride(0),
             K=targets.size(1), TARGETS=triton.next_power_of_2(targets.size(1)),
-            CAP=bool(softcap), GRAD=need_grad, WHOLE=config["BLOCK"] >= V, **config,
+            GRAD=need_grad, PTX=not interpreted(), **_softcap_arguments(softcap), **config,
         )  # fmt: skip
         if need_grad:
             products.add_gradients(dz, part, dx[chunk], dw)

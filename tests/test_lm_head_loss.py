@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 import kernels.lm_head_loss as module
 from bench.law import error, fill_dynamo_tables, judge, judge_rows, poisoned_allocations, same_form
 from kernels import fp8 as fp8_module
-from kernels import gemm
+from kernels import gemm, sizes
 from kernels.fp8 import E4M3, E4M3_MAX, E5M2, E5M2_MAX, Fp8Weight, empty_fp8
 from kernels.lm_head_loss import (
     EXTRA_BYTES,
@@ -142,23 +142,24 @@ def test_vocabularies(V, padded):
         check(case(M=20, V=V, padded=padded, dtype=dtype, ignored=1), softcap=CAPS["sigmoid"])
 
 
-SHORT_TILES = {"BLOCK": 64, "num_warps": 1}  # of rows that no program can hold, in the place of 4,096 columns
+SHORT_TILES = {"BLOCK": 64, "num_warps": 1}  # of which a row of the tests has many, as real rows have of 2,048 columns
+TALL = {"at the limit": Softcap(module.FIXED_HEIGHT, 5.0, 7.5), "beyond it": Softcap(200.0, 5.0, 7.5)}
 
 
-def test_rows_that_no_program_can_hold():
-    held, tiled = (module._row_config(V)["BLOCK"] for V in (module.ROW_IN_REGISTERS, 50304))
-    assert held == module.ROW_IN_REGISTERS and tiled < 50304
+def test_real_rows_have_several_tiles():
+    assert all(module._row_config(size.V)["BLOCK"] < size.V for size in sizes.SIZES.values())
 
 
-@pytest.mark.parametrize("cap", CAPS)
-def test_a_row_that_no_program_can_hold(cap, monkeypatch):
-    """Read twice, tile by tile."""
+@pytest.mark.parametrize("cap", CAPS | TALL)
+@pytest.mark.parametrize("V, padded", [(151, 160), (128, 128), (64, 256), (20, 200)], ids=str)
+def test_rows_of_several_tiles(cap, V, padded, monkeypatch):
+    """The vocabulary ends within a tile, at its end, and tiles before the columns do."""
     monkeypatch.setattr(module, "_row_config", lambda V: SHORT_TILES)
     for dtype in DTYPES:
-        check(case(M=9, V=601, padded=608, C=16, ignored=1, K=3, dtype=dtype), softcap=CAPS[cap])
+        check(case(M=5, V=V, padded=padded, C=16, ignored=1, K=3, dtype=dtype), softcap=(CAPS | TALL)[cap])
 
 
-def test_a_row_that_no_program_can_hold_in_fp8(monkeypatch):
+def test_rows_of_several_tiles_in_fp8(monkeypatch):
     args = case(M=9, V=601, padded=608, dtype=torch.bfloat16)
     copy = copies(args["w"])[1]
     want = evaluate(lm_head_loss.backends["triton"], args, 1.0, softcap=CAPS["tanh"], fp8=copy)
@@ -166,6 +167,47 @@ def test_a_row_that_no_program_can_hold_in_fp8(monkeypatch):
     with poisoned_allocations():
         got = evaluate(lm_head_loss.backends["triton"], args, 1.0, softcap=CAPS["tanh"], fp8=copy)
     assert all(error(got[name], want[name].double()) < 0.01 for name in RESULTS)
+
+
+@pytest.mark.parametrize("cap", CAPS | TALL)
+@pytest.mark.parametrize("K", [1, 3])
+def test_a_confident_row_keeps_its_small_loss(cap, K):
+    """Each within two roundings of a number near 1, as with a softmax whose largest term is 1."""
+    check_confident_rows(lm_head_loss, (CAPS | TALL)[cap], K)
+
+
+def check_confident_rows(op, softcap, K=1):
+    M, V, C = 24, 101, 16
+    x, w = torch.zeros(M, C, device=DEVICE), torch.zeros(112, C, device=DEVICE)
+    x[:, 0], w[:V, 0], w[20:23, 0] = torch.linspace(8, 13, M), -9.0, -1.0  # three that count beside the target
+    x[:, 1], w[5, 0], w[5, 1] = torch.linspace(5, 10, M), 0.0, 1.0
+    x[:, 2], w[:V, 2] = 1.0, -15.0 if softcap in TALL.values() else 0.0  # all terms far below the cap's
+    targets = torch.full((M, K) if K > 1 else (M,), 5, device=DEVICE)
+    args = {"x": x, "w": w, "targets": targets, "vocab_size": V, "softcap": softcap}
+    args |= {"weights": torch.tensor([0.2, 0.3, 0.5], device=DEVICE).expand(M, 3)} if K > 1 else {}
+    wide = args | {"x": x.double(), "w": w.double(), "reduction": "none"}
+    want = whole(**wide)
+    assert want.min() < 1e-4 and want.max() < 0.1
+    with torch.no_grad():
+        got = op.backends["triton"](**args, reduction="none")
+    if not (off := (got - want).abs().max()) <= 2 * torch.finfo(torch.float32).eps:
+        raise Failed(f"losses are off by {off:.2e}")
+
+
+@pytest.mark.parametrize("cap", CAPS | TALL)
+def test_extreme_logits(cap):
+    """All terms as small as a softcap allows, all of them as large, and a target whose term is next to nothing."""
+    softcap = (CAPS | TALL)[cap]
+    for low, high in ((-1e3, -1e3), (1e3, 1e3), (-1e3, 1e3), (-60.0, 0.0)):
+        args = case(M=6, C=16, V=24, padded=32, ignored=0)
+        args["x"], args["w"] = torch.zeros(6, 16, device=DEVICE), torch.zeros(32, 16, device=DEVICE)
+        args["x"][:, 0], args["w"][:, 0] = 1.0, low
+        args["w"][3, 0], args["targets"][:] = high, 4
+        wide = {**args, "x": args["x"].double(), "w": args["w"].double()}
+        want = whole(**wide, softcap=softcap, reduction="none")
+        with torch.no_grad():
+            got = lm_head_loss.backends["triton"](**args, softcap=softcap, reduction="none")
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -593,17 +635,27 @@ def test_the_fp8_loss_curve_follows_fp32():
 # mutations ----------------------------------------------------------------
 
 MUTATIONS = {
-    "padded columns count": {"        inside = offs < vocab\n": "        inside = offs < columns\n"},
-    "the gradient of padded columns stays": {"g = tl.where(offs < vocab, g, 0.0)": "g = g"},
+    "padded columns count": {"inside = full + offs < vocab\n": "inside = full + offs < columns\n"},
+    "the last tile is left out": {"if full < vocab:": "if full < 0:"},
+    "the first tiles are left out": {"0, full, BLOCK):\n        z =": "0, full, 2 * BLOCK):\n        z ="},
+    "the gradient of padded columns stays": {"g = tl.where(start + offs < vocab, g, 0.0)": "g = g"},
+    "the gradient of padded columns is not written": {"range(full, columns, BLOCK)": "range(full, vocab, BLOCK)"},
     "no target": {" * S - tl.sum(same, axis=1)": " * S"},
     "the last of equal targets only": {
         "t[:, None] == t[None, :]": "(t[:, None] == t[None, :]) & (ks[:, None] == ks[None, :])"
     },
     "weights are ones in the gradient": {"S = tl.sum(w, axis=0)": "S = tl.sum(tl.where(w == 0.0, 0.0, 1.0), axis=0)"},
-    "weights are ones in the loss": {"w * (rest - (y_t - top))": "(rest - (y_t - top))"},
-    "the softcap has no slope": {"slope = y * inv_width * (1.0 - y / height)": "slope = 1.0"},
-    "the shift is left out": {"-(z + shift) * inv_width": "-z * inv_width"},
-    "the largest number is not taken off": {"top = tl.max(y, axis=0)\n        y -= top": "top = 0.0\n        y -= top"},
+    "weights are ones in the loss": {"0.0, w * loss)": "0.0, loss)"},
+    "the softcap has no slope": {"g *= s - s * s": "g *= 1.0"},
+    "the softcap has no slope at targets": {"g *= s_t - s_t * s_t": "g *= 1.0"},
+    "the slope is not divided by the width": {'"steep": height / width if': '"steep": height if'},
+    "the shift is left out": {"tl.fma(z, gain, offset)": "tl.fma(z, gain, 0.0)"},
+    "no terms are relative to the largest": {"larger = tl.maximum(tops, x,": "larger = tl.maximum(0.0 * x, 0.0 * x,"},
+    "the sum is not brought to the largest of all": {"totals *= tl.exp2((tops - top) * UNIT)": "totals *= 1.0"},
+    "a difference of logarithms": {
+        "loss = tl.log2(tl.div_rn(total, e_t)) * LN2": "loss = (tl.log2(total) - x_t) * LN2"
+    },
+    "any softcap has a fixed maximum": {" and abs(height) <= FIXED_HEIGHT": ""},
     "dx of the first chunk everywhere": {"dz, part, dx[chunk], dw)": "dz, part, dx[: len(dz)], dw)"},
     "the upstream gradient is one": {
         "* dloss).to(dx.dtype), torch.mul(dw, dloss,": ").to(dx.dtype), torch.mul(dw, 1.0,"
@@ -620,7 +672,9 @@ CLASSES = [
     "the gradient of padded columns stays",
     "the last of equal targets only",
     "weights are ones in the gradient",
-    "the largest number is not taken off",
+    "no terms are relative to the largest",
+    "a difference of logarithms",
+    "any softcap has a fixed maximum",
     "dx of the first chunk everywhere",
     "the upstream gradient is one",
     "the loss is 0.5 % off",
@@ -628,21 +682,16 @@ CLASSES = [
 
 
 BARRIERS = {  # by what stands after each
-    "before the gradient of a row": (False, r"g = tl\.exp\(y - rest\)"),
-    "before the gradient of a long row": (True, r"for start"),
-    "before the gradients of targets": (False, r"same ="),
-    "before the gradients of targets in a long row": (True, r"same ="),
+    "before the gradient of a row": r"for start",
+    "before the gradients of targets": r"same =",
 }
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="races show in the interpreter")
 @pytest.mark.parametrize("name", BARRIERS)
-def test_a_missing_barrier_is_noticed(name, tmp_path, monkeypatch):
-    long, following = BARRIERS[name]
-    edit = Edit(rf"tl\.debug_barrier\(\)(.*\n +{following})", r"pass\1", within="_row_kernel")
+def test_a_missing_barrier_is_noticed(name, tmp_path):
+    edit = Edit(rf"tl\.debug_barrier\(\)(.*\n +{BARRIERS[name]})", r"pass\1", within="_row_kernel")
     racing = mutant(module, [edit], tmp_path)
-    if long:
-        monkeypatch.setattr(racing, "_row_config", lambda V: SHORT_TILES)
     with pytest.raises(Failed, match="no barrier"):
         evaluate(racing.lm_head_loss.backends["triton"], case(M=5), 1.0)
 
@@ -656,6 +705,11 @@ def stress(op, monkeypatch):
         check(case(M=40, K=K, dtype=torch.bfloat16), op=op, softcap=CAPS["sigmoid"])
     check(case(M=20, V=300, padded=304, dtype=torch.bfloat16), op=op, softcap=CAPS["tanh"])
     check(case(M=20, scale=40.0), op=op)
+    for cap in TALL.values():
+        check_confident_rows(op, cap)
+    monkeypatch.setitem(op.backends["triton"].function.__globals__, "_row_config", lambda V: SHORT_TILES)
+    for cap in ("tanh", "none"):
+        check(case(M=5, V=150, padded=256, ignored=1), op=op, softcap=CAPS[cap])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
