@@ -20,8 +20,8 @@ fp8       with `fp8`, the copy of w that `quantise_weight` makes, x and w are mu
           with one scale: that of x is max |x| / 448, or x_scale; that of dz is the largest dz there can be, sum
           |weights| max y'. dx and dw are summed in fp32; the sums of z stay in the tensor core, whose fp8 accumulator
           is narrower on Hopper. dw is the gradient of the unrounded w
-Memory    one chunk of rows has logits at a time, and their gradient takes their place (in fp8: lies beside them).
-          Forward takes at most EXTRA_BYTES beyond dx, dw and the inputs, unless dw in fp32 leaves no room for 128 rows;
+Memory    one chunk of rows has logits at a time; their gradient takes their place, in fp8 it lies beside them, twice.
+          These take at most LOGIT_BYTES, 1 GiB, if that is enough for 128 rows. Forward keeps dx and dw in fp32;
           backward takes a second dx and, while it is scaled, one in fp32
 Backward  two scalings; no second-order gradient
 Targets   outside the vocabulary, other than ignore_index, are an error: the reference raises, the kernel's loss is NaN
@@ -29,6 +29,7 @@ Limits    1 <= K <= 16; in the kernel C is a multiple of 16
 Bound     arithmetic: `lm_head_loss_cost`
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ from kernels.fp8 import (
     E4M3_MAX,
     E5M2,
     E5M2_MAX,
+    ROW_MULTIPLE,
     TINY_SCALE,
     Fp8Weight,
     aligned_empty,
@@ -71,11 +73,15 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
+from kernels.sizes import round_up
 from kernels.tile import launch
 
-EXTRA_BYTES = 2**29  # memory that forward may take beyond its inputs and results
-SMALL_BYTES = 2**25  # of EXTRA_BYTES, reserved for O(M) and O(V) buffers
+LOGIT_BYTES = 2**30  # memory for the logits of a chunk and, in fp8, their gradients
 CHUNK_MULTIPLE = 128  # rows: a chunk is made of whole tiles
+LEAST_ROWS = 1024  # of a chunk, where the memory is enough: fewer leave multiprocessors idle and add to dw too often
+# an H100 as `chunk_rows` models it
+TILE, MULTIPROCESSORS = (128, 256), 132
+FLOPS_PER_BYTE = 200  # of products at a usual speed, in the time that memory takes for a byte
 REFERENCE_COPIES = 5  # fp32 copies of a chunk's logits that the reference holds at a time
 CACHED_LOGITS = 2**20  # logits of a chunk on a CPU: 4 MiB stay in its caches
 FIXED_HEIGHT = 60.0  # of a softcap: terms relative to it are at least exp(-60), 40 powers of two above underflow
@@ -100,20 +106,49 @@ def tanh_cap(cap: float) -> Softcap | None:
     return Softcap(2 * cap, 0.0, cap / 2) if cap else None
 
 
-def chunk_rows(V: int, C: int, bytes_per_logit: int) -> int:
-    """Rows of a chunk on a GPU: what EXTRA_BYTES leaves beside dw in fp32."""
-    rows = (EXTRA_BYTES - SMALL_BYTES - 4 * V * C) // (bytes_per_logit * V)
+def most_rows(V: int, bytes_per_logit: int) -> int:
+    """Rows whose logits fill LOGIT_BYTES, in whole tiles; at least one tile."""
+    rows = LOGIT_BYTES // (bytes_per_logit * round_up(V, ROW_MULTIPLE))
     return max(CHUNK_MULTIPLE, rows // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
 
 
-def reference_rows(V: int, C: int, device_type: str) -> int:
+@functools.cache
+def chunk_rows(M: int, V: int, C: int, bytes_per_logit: int) -> int:
+    """Rows of a chunk of M: whole tiles, of which the modelled time is least.
+
+    The time is that of the products' waves of tiles, all multiprocessors in each whether they have a tile or not, and
+    of dw, which every chunk but the first reads and writes. No chunk has fewer than LEAST_ROWS, and the last not less
+    than half of the others', unless M or the memory leaves no choice.
+    """
+    most = min(most_rows(V, bytes_per_logit), round_up(max(M, 1), CHUNK_MULTIPLE))
+    candidates = range(min(LEAST_ROWS, most), most + 1, CHUNK_MULTIPLE)
+
+    def seconds(rows: int) -> float:
+        """In units of a byte's time."""
+        waves = (_waves(rows, V) * C + _waves(rows, C) * V + _waves(V, C) * rows) * 2 * TILE[0] * TILE[1]
+        return waves * MULTIPROCESSORS / FLOPS_PER_BYTE + 8 * V * C
+
+    def cost(rows: int) -> tuple[bool, float]:
+        full, last = divmod(M, rows)
+        small = full > 0 and 0 < last < max(rows / 2, LEAST_ROWS)
+        return small, full * seconds(rows) + (seconds(last) if last else 0)
+
+    return min(candidates, key=cost)
+
+
+def _waves(rows: int, columns: int) -> int:
+    tiles = triton.cdiv(rows, TILE[0]) * triton.cdiv(columns, TILE[1])
+    return triton.cdiv(tiles, MULTIPROCESSORS)
+
+
+def reference_rows(V: int, device_type: str) -> int:
     """Rows of a chunk in the reference: on a CPU, as many as keep its logits in cache."""
-    return max(1, CACHED_LOGITS // V) if device_type == "cpu" else chunk_rows(V, C, REFERENCE_COPIES * 4)
+    return max(1, CACHED_LOGITS // V) if device_type == "cpu" else most_rows(V, REFERENCE_COPIES * 4)
 
 
 def reference_bytes(M: int, C: int, V: int, device_type: str) -> int:
     """Memory that the reference needs beyond dx and dw."""
-    return 4 * V * (REFERENCE_COPIES * min(M, reference_rows(V, C, device_type)) + C)
+    return 4 * V * (REFERENCE_COPIES * min(M, reference_rows(V, device_type)) + C)
 
 
 def chunks(M: int, rows: int) -> Iterator[slice]:
@@ -155,7 +190,7 @@ def _reference(
         x = quantised(x, x_scale, E4M3).to(acc_dtype)
         g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * steepest).clamp_min(TINY_SCALE) * scale
         z_scale, dx_scale, dw_scale = x_scale * w_scale, g_scale * w_scale, g_scale * x_scale
-    for chunk in chunks(x.size(0), reference_rows(w.size(0), w.size(1), x.device.type)):
+    for chunk in chunks(x.size(0), reference_rows(w.size(0), x.device.type)):
         z = x[chunk] @ head.T
         z = z.to(acc_dtype) if q is None else (z * z_scale).to(given.dtype).to(acc_dtype)
         s = None
@@ -447,13 +482,13 @@ class _Products:
     def room_for_gradient(self, z: Tensor) -> Tensor:
         return z
 
-    def add_gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor) -> None:
-        """Fills dx and adds to dw."""
+    def gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor, add: bool) -> None:
+        """Fills dx, and fills dw or adds to it."""
         torch.mm(dz, self.w, out=dx)
         if x.dtype == torch.float32:
-            dw.addmm_(dz.T, x)
+            torch.addmm(dw, dz.T, x, beta=float(add), out=dw)  # with beta = 0 PyTorch ignores what dw holds
         else:
-            gemm(dz, x, dw, transposed=True, accumulate=True)
+            gemm(dz, x, dw, transposed=True, accumulate=add)
 
 
 class _Fp8Products:
@@ -476,12 +511,12 @@ class _Fp8Products:
     def room_for_gradient(self, z: Tensor) -> Tensor:
         return self.dz[: z.size(0)]
 
-    def add_gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor) -> None:
-        """Fills dx and adds to dw; x is the chunk that `logits` has quantised."""
+    def gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor, add: bool) -> None:
+        """Fills dx, and fills dw or adds to it; x is the chunk that `logits` has quantised."""
         n = x.size(0)
         transpose(dz, None, self.dz_t[:, :n], None)
         gemm(dz, self.w.q_t, dx, (self.g_scale, self.w_scale))
-        gemm(self.dz_t[:, :n], self.x_t[:, :n], dw, (self.g_scale, self.x_scale), accumulate=True)
+        gemm(self.dz_t[:, :n], self.x_t[:, :n], dw, (self.g_scale, self.x_scale), accumulate=add)
 
 
 # torch ops
@@ -506,9 +541,11 @@ def _by_chunks(
     x, targets, weights = for_descriptor(x), targets.contiguous(), weights.contiguous()
     losses = x.new_empty(M, dtype=torch.float32)
     dx = x.new_empty((M, C) if need_grad else (0,))
-    dw = x.new_zeros((V, C) if need_grad else (0,), dtype=torch.float32)
+    dw = x.new_empty((V, C) if need_grad else (0,), dtype=torch.float32)
+    if M == 0:
+        dw.zero_()  # no chunk fills it
     factor, limit = scale, torch.finfo(x.dtype).max
-    rows = min(M, chunk_rows(V, C, x.dtype.itemsize + (0 if q is None else E5M2.itemsize + 1)))
+    rows = min(M, chunk_rows(M, V, C, x.dtype.itemsize + (0 if q is None else 2 * E5M2.itemsize)))
     products: _Products | _Fp8Products = _Products(w)
     if q is not None and q_t is not None and w_scale is not None:
         check_capability("lm_head_loss", x.device)
@@ -533,7 +570,7 @@ def _by_chunks(
             GRAD=need_grad, PTX=not interpreted(), **_softcap_arguments(softcap), **config,
         )  # fmt: skip
         if need_grad:
-            products.add_gradients(dz, part, dx[chunk], dw)
+            products.gradients(dz, part, dx[chunk], dw, add=chunk.start > 0)
     return losses.sum() * scale, losses, dx, dw
 
 

@@ -17,12 +17,14 @@ from kernels import fp8 as fp8_module
 from kernels import gemm, sizes
 from kernels.fp8 import E4M3, E4M3_MAX, E5M2, E5M2_MAX, Fp8Weight, empty_fp8
 from kernels.lm_head_loss import (
-    EXTRA_BYTES,
+    LEAST_ROWS,
+    LOGIT_BYTES,
     Softcap,
     chunk_rows,
     lm_head_loss,
     lm_head_loss_cost,
     lm_head_loss_ref,
+    most_rows,
     reference_bytes,
     softcapped_logits,
     tanh_cap,
@@ -121,15 +123,20 @@ def test_agrees_with_autograd_in_float64(backend, dtype, cap, K, reduction):
     check(case(dtype=dtype, K=K), backend=backend, softcap=CAPS[cap], reduction=reduction)
 
 
+def small_chunks(monkeypatch):
+    """Of 16 rows, as where one tile of rows fills the memory."""
+    for name, value in (("LOGIT_BYTES", 0), ("CHUNK_MULTIPLE", 16), ("LEAST_ROWS", 16)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "chunk_rows", chunk_rows.__wrapped__)  # whose cache knows nothing of this
+    assert module.chunk_rows(40, 112, 32, 2) == 16
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("M", [1, 16, 17, 40])
 def test_chunks_of_rows(backend, M, monkeypatch):
     """The last one ragged: 16 rows in the kernel, 10 in the reference on a CPU."""
-    monkeypatch.setattr(module, "EXTRA_BYTES", 0)
     monkeypatch.setattr(module, "CACHED_LOGITS", 10 * 112)
-    assert chunk_rows(112, 32, 2) == 128
-    monkeypatch.setattr(module, "CHUNK_MULTIPLE", 16)
-    assert chunk_rows(112, 32, 2) == 16
+    small_chunks(monkeypatch)
     for dtype in DTYPES:
         for K in (1, 3):
             args = case(M=M, ignored=M // 3, dtype=dtype, K=K)
@@ -352,7 +359,7 @@ def test_the_compiled_reference_is_one_node_however_many_chunks(monkeypatch, fp8
 
     backend = aot_autograd(fw_compiler=count, bw_compiler=count)
     for chunk in (40, 1):
-        monkeypatch.setattr(module, "reference_rows", lambda V, C, device, chunk=chunk: chunk)
+        monkeypatch.setattr(module, "reference_rows", lambda V, device, chunk=chunk: chunk)
         torch.compiler.reset()
         compiled = torch.compile(lm_head_loss_ref, fullgraph=True, dynamic=False, backend=backend)
         got = evaluate(compiled, args, 1.0, **options)
@@ -433,8 +440,7 @@ def fp8_oracle(x, w, targets, *, softcap, vocab_size, upstream):
 @pytest.mark.parametrize("cap", ["tanh", "sigmoid"])
 def test_fp8_is_the_product_of_rounded_operands(backend, M, cap, monkeypatch):
     """e5m2 has two bits: where an fp32 rounding meets a tie, one number in many hundreds comes out a step apart."""
-    monkeypatch.setattr(module, "EXTRA_BYTES", 0)
-    monkeypatch.setattr(module, "CHUNK_MULTIPLE", 16)
+    small_chunks(monkeypatch)
     monkeypatch.setattr(gemm, "PROGRAMS_WITHOUT_GPU", 2)
     args = case(M=M, dtype=torch.bfloat16)
     copy = copies(args["w"])[BACKENDS.index(backend)]
@@ -553,9 +559,9 @@ class Memory(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("C", [768, 1536])
 @pytest.mark.parametrize("backend, fp8", [("ref", False), ("triton", False), ("triton", True)])
 def test_memory_at_64k_rows_and_50304_columns(backend, fp8, C, monkeypatch):
-    """On tensors without storage, as on a GPU: beyond the inputs, dx and dw it stays within 512 MiB."""
+    """On tensors without storage, as on a GPU: beyond the inputs, dx and dw, logits and a few vectors."""
     M, V = 65536, 50304
-    monkeypatch.setattr(module, "reference_rows", lambda V, C, device: chunk_rows(V, C, module.REFERENCE_COPIES * 4))
+    monkeypatch.setattr(module, "reference_rows", lambda V, device: most_rows(V, module.REFERENCE_COPIES * 4))
     launched = []
 
     class Launch:
@@ -576,9 +582,38 @@ def test_memory_at_64k_rows_and_50304_columns(backend, fp8, C, monkeypatch):
         else:
             _, dx, dw = module._reference(x, w, targets, weights, scale, CAPS["tanh"], V, None, None, None, True)
     assert launched or backend == "ref"
-    extra = memory.peak - dx.nbytes - w.nbytes  # dw goes out in bf16: its fp32 sum is extra
-    assert 2**26 < extra <= EXTRA_BYTES == 2**29, extra
     assert dw.dtype == torch.float32
+    extra = memory.peak - dx.nbytes - dw.nbytes
+    operands = 2 * C * most_rows(V, 4) if fp8 else 0  # a chunk of x in e4m3, twice
+    small = 32 * M + 16 * V * (backend == "ref") + operands
+    assert LOGIT_BYTES // 2 < extra <= LOGIT_BYTES + small == 2**30 + small, extra
+
+
+@pytest.mark.parametrize("bytes_per_logit", [2, 4], ids=["bf16", "fp8 or fp32"])
+@pytest.mark.parametrize("V", range(32768, 65537, 4096))
+def test_chunks_are_large_and_alike(V, bytes_per_logit):
+    """None under 1,024 rows, the last at least half of the others, and all within the memory, for each size's rows and
+    channels, and for numbers of rows that no chunk divides."""
+    for C in range(768, 2049, 256):
+        for M in {size.tokens for size in sizes.SIZES.values()} | {1, 1000, 2049, 10_007, 45_000, 99_991}:
+            rows = chunk_rows(M, V, C, bytes_per_logit)
+            every = [part.stop - part.start for part in module.chunks(M, rows)]
+            assert sum(every) == M and set(every[:-1]) <= {rows} and rows % 128 == 0
+            assert min(every) >= min(M, LEAST_ROWS) == min(M, 1024) and 2 * every[-1] >= max(every), (M, C, every)
+            assert rows * V * bytes_per_logit <= LOGIT_BYTES == 2**30
+
+
+def test_chunks_fill_the_multiprocessors():
+    """No fewer waves of tiles are wasted by more or by fewer rows: the share of tiles in the waves of all products."""
+    for M, V, C, bytes_per_logit in ((32768, 32768, 1536, 2), (32768, 32768, 1536, 4), (65536, 32768, 768, 4)):
+        rows = chunk_rows(M, V, C, bytes_per_logit)
+        for columns in (V, C):
+            tiles = (rows // 128) * (columns // 256)
+            assert tiles / (132 * module._waves(rows, columns)) > 0.95, (M, V, C, rows)
+
+
+def test_a_vocabulary_too_large_for_the_least_rows_keeps_to_the_memory():
+    assert chunk_rows(10**5, 2**20, 768, 4) == 256 and chunk_rows(10**5, 2**24, 768, 4) == 128
 
 
 def test_the_prediction_of_the_plan_holds_on_a_cpu():
@@ -656,7 +691,9 @@ MUTATIONS = {
         "loss = tl.log2(tl.div_rn(total, e_t)) * LN2": "loss = (tl.log2(total) - x_t) * LN2"
     },
     "any softcap has a fixed maximum": {" and abs(height) <= FIXED_HEIGHT": ""},
-    "dx of the first chunk everywhere": {"dz, part, dx[chunk], dw)": "dz, part, dx[: len(dz)], dw)"},
+    "dx of the first chunk everywhere": {"dz, part, dx[chunk], dw,": "dz, part, dx[: len(dz)], dw,"},
+    "dw of the last chunk alone": {"add=chunk.start > 0": "add=False"},
+    "dw begins with what was there": {"add=chunk.start > 0": "add=True"},
     "the upstream gradient is one": {
         "* dloss).to(dx.dtype), torch.mul(dw, dloss,": ").to(dx.dtype), torch.mul(dw, 1.0,"
     },
@@ -676,6 +713,7 @@ CLASSES = [
     "a difference of logarithms",
     "any softcap has a fixed maximum",
     "dx of the first chunk everywhere",
+    "dw begins with what was there",
     "the upstream gradient is one",
     "the loss is 0.5 % off",
 ]
@@ -696,7 +734,11 @@ def test_a_missing_barrier_is_noticed(name, tmp_path):
         evaluate(racing.lm_head_loss.backends["triton"], case(M=5), 1.0)
 
 
-SMALL_CHUNKS = {"EXTRA_BYTES = 2**29": "EXTRA_BYTES = 0", "CHUNK_MULTIPLE = 128": "CHUNK_MULTIPLE = 16"}
+SMALL_CHUNKS = {
+    "LOGIT_BYTES = 2**30": "LOGIT_BYTES = 0",
+    "CHUNK_MULTIPLE = 128": "CHUNK_MULTIPLE = 16",
+    "LEAST_ROWS = 1024": "LEAST_ROWS = 16",
+}
 
 
 def stress(op, monkeypatch):
