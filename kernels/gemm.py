@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fp8 import E5M2
-from kernels.op import capability, describe
+from kernels.op import capability, check_tensor, describe, wide
 from kernels.tile import launch
 
 PROGRAMS_WITHOUT_GPU = 132  # multiprocessors of an H100
@@ -188,6 +188,43 @@ def best_group(tiling: Tiling, l2: int = L2_BYTES) -> int:
         if reads < least:
             best, least = group, reads
     return best
+
+
+# gradients of weights, summed over micro-steps
+
+
+def check_sum(op: str, name: str, total: Tensor, w: Tensor) -> None:
+    """ValueError unless the gradient of w can be added to total: like w, contiguous, fp32 (float64 of float64)."""
+    check_tensor(op, name, total, w.shape, (wide(w.dtype),), w.device, contiguous=True)
+    if total.requires_grad:
+        raise ValueError(f"{op}: {name} has a gradient itself; give it detached")
+
+
+@torch.library.custom_op("redline::add_to_sum", mutates_args=("total",))
+def _add_to_sum(total: Tensor, gradient: Tensor) -> None:
+    total.add_(gradient)
+
+
+@_add_to_sum.register_fake
+def _(total, gradient):
+    return None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, total: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        ctx.total = total  # not saved for backward: autograd would refuse what was added to since
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        _add_to_sum(ctx.total, grads[0])
+        return None, None
+
+
+def summed(w: Tensor, total: Tensor | None) -> Tensor:
+    """w, whose gradient is added to total where there is one, instead of becoming w's. For references."""
+    return w if total is None else _Summed.apply(w, total)
 
 
 # a GEMM with an optional scale, which stores or adds

@@ -23,7 +23,8 @@ fp8       with `fp8`, the copy of w that `quantise_weight` makes, x and w are mu
 Memory    one chunk of rows has logits at a time; their gradient takes their place, in fp8 it lies beside them, twice.
           These take at most LOGIT_BYTES, 1 GiB, if that is enough for 128 rows. Forward keeps dx and dw in fp32;
           backward takes a second dx and, while it is scaled, one in fp32
-Backward  two scalings; no second-order gradient
+Backward  two scalings; no second-order gradient. With dw_sum, fp32 like w, backward adds dw to it, unrounded (the
+          reference in bf16: rounded), and w has no gradient
 Targets   outside the vocabulary, other than ignore_index, are an error: the reference raises, the kernel's loss is NaN
 Limits    1 <= K <= 16; in the kernel C is a multiple of 16
 Bound     arithmetic: `lm_head_loss_cost`
@@ -58,7 +59,7 @@ from kernels.fp8 import (
     quantised,
     transpose,
 )
-from kernels.gemm import for_descriptor, gemm
+from kernels.gemm import check_sum, for_descriptor, gemm, summed
 from kernels.op import (
     DTYPES,
     Backend,
@@ -297,11 +298,13 @@ def lm_head_loss_ref(
     ignore_index: int = -1,
     fp8: Fp8Weight | None = None,
     x_scale: Tensor | None = None,
+    dw_sum: Tensor | None = None,
 ) -> Tensor:
     """By chunks, as the kernel: one expression for autograd would keep all logits. One node of a compiled graph, as the
     kernel: hundreds of chunks would take minutes to compile."""
     given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
     need_grad = _needs_gradients(x, w, reduction)
+    w = summed(w, dw_sum)
     if torch.compiler.is_compiling():
         return _through_op(_lm_head_loss_ref, x, w, given, need_grad, None)
     loss: Tensor = _Reference.apply(x, w, *given, need_grad)
@@ -641,6 +644,38 @@ def _through_op(
     return result
 
 
+@torch.library.custom_op("redline::lm_head_loss_into_sum", mutates_args=("dw_sum",))
+def _scaled_into_sum(dx: Tensor, dw: Tensor, dloss: Tensor, dw_sum: Tensor) -> Tensor:
+    """dx times the upstream gradient; dw_sum grows by dw times it, in one pass."""
+    dw_sum.addcmul_(dw, dloss)
+    return (dx.to(wide(dx.dtype)) * dloss).to(dx.dtype)
+
+
+@_scaled_into_sum.register_fake
+def _(dx, dw, dloss, dw_sum):
+    return torch.empty_like(dx)
+
+
+class _IntoSum(torch.autograd.Function):
+    """The kernel with a sum that takes dw. The sum is not saved for backward, where every micro-step changes it."""
+
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, x: Tensor, w: Tensor, given: Prepared, q_t: Tensor | None, dw_sum: Tensor
+    ) -> Tensor:
+        targets, weights, scale, softcap, _, vocab_size, q, w_scale, x_scale = given
+        cap = [] if softcap is None else list(softcap)
+        loss, _, dx, dw = _lm_head_loss(x, w, targets, weights, scale, cap, vocab_size, True, q, q_t, w_scale, x_scale)
+        ctx.save_for_backward(dx, dw)
+        ctx.dw_sum = dw_sum
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
+        return _scaled_into_sum(dx, dw, grads[0], ctx.dw_sum), None, None, None, None
+
+
 def _lm_head_loss_triton(
     x: Tensor,
     w: Tensor,
@@ -653,10 +688,14 @@ def _lm_head_loss_triton(
     ignore_index: int = -1,
     fp8: Fp8Weight | None = None,
     x_scale: Tensor | None = None,
+    dw_sum: Tensor | None = None,
 ) -> Tensor:
     given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
-    q_t = None if fp8 is None else fp8.q_t
-    return _through_op(_lm_head_loss, x, w, given, _needs_gradients(x, w, reduction), q_t)
+    q_t, need_grad = None if fp8 is None else fp8.q_t, _needs_gradients(x, w, reduction)
+    if dw_sum is None or not need_grad:
+        return _through_op(_lm_head_loss, x, w, given, need_grad, q_t)
+    loss: Tensor = _IntoSum.apply(x, w, given, q_t, dw_sum)
+    return loss
 
 
 # cost
@@ -687,6 +726,7 @@ def _check(
     ignore_index: int = -1,
     fp8: Fp8Weight | None = None,
     x_scale: Tensor | None = None,
+    dw_sum: Tensor | None = None,
 ) -> Problem:
     if reduction not in REDUCTIONS:
         raise ValueError(f"lm_head_loss: reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
@@ -718,6 +758,8 @@ def _check(
         check_number("lm_head_loss", "x_scale", x_scale, (torch.float32,), x.device)
     if fp8 is not None:
         check_fp8_weight("lm_head_loss", w, fp8)
+    if dw_sum is not None:
+        check_sum("lm_head_loss", "dw_sum", dw_sum, w)
     if _needs_gradients(x, w, "sum") and reduction == "none":
         raise ValueError('lm_head_loss: reduction "none" is forward only; use "sum" with weights, or torch.no_grad()')
     return Problem((M, C, V), x.dtype, x.device)

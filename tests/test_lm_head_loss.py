@@ -407,6 +407,83 @@ def test_the_kernel_refuses_what_it_cannot_take():
         lm_head_loss.checked("triton")(**case(C=24))
 
 
+# a sum of gradients --------------------------------------------------------
+
+
+def micro_steps(function, dtype, steps=2, wide=False, **options):
+    """The sum of dw over a few micro-steps, which begins with ones, and the last dx."""
+    w = case(dtype=dtype, K=3)["w"]
+    w = (w.double() if wide else w).requires_grad_()
+    total = torch.ones_like(w, dtype=torch.float64 if wide else torch.float32)
+    for step in range(steps):
+        args = case(dtype=dtype, K=3, seed=1 + step) | {"w": w}
+        x = (args.pop("x").double() if wide else args.pop("x")).requires_grad_()
+        (function(x, **args, softcap=CAPS["tanh"], dw_sum=total, **options) * (0.3 + step)).backward()
+    if w.grad is not None:
+        raise Failed("w has a gradient beside its sum")
+    return {"dx": x.grad, "dw": total}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sum_of_two_micro_steps(backend, dtype):
+    want = micro_steps(lm_head_loss.checked("ref"), dtype, wide=True)
+    like, got = (micro_steps(lm_head_loss.checked(b), dtype) for b in ("ref", backend))
+    for name, t in got.items():
+        judge(name, [error(t, want[name])], [error(like[name], want[name])], t.numel())
+        judge_rows(name, t, like[name], want[name])
+        assert t.dtype == like[name].dtype
+    assert (got["dw"][101:] == 1).all()  # padded columns
+
+
+def test_the_kernel_adds_what_it_has_not_rounded():
+    """A step's dw in bf16 is off by 0.2 %, its products by less."""
+    want = micro_steps(lm_head_loss.checked("ref"), torch.bfloat16, wide=True, steps=1)["dw"] - 1
+    ref, triton = (micro_steps(lm_head_loss.checked(b), torch.bfloat16, steps=1)["dw"] - 1 for b in BACKENDS)
+    assert error(triton, want) < 0.9 * error(ref, want)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("through", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sum_compiles_as_one_graph(backend, through, fp8):
+    dtype = torch.bfloat16 if fp8 else torch.float32
+    options = {"fp8": copies(case(dtype=dtype, K=3)["w"])[1]} if fp8 else {}
+    fill_dynamo_tables()
+    torch.compiler.reset()
+    function = lm_head_loss.checked(backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=through)
+    want, got = (micro_steps(f, dtype, **options) for f in (function, compiled))
+    for name, t in got.items():
+        assert torch.equal(t, want[name]) if through == "aot_eager" else error(t, want[name].double()) < 0.01, name
+
+
+def test_a_sum_without_gradients_stays():
+    args, total = case(), torch.ones(112, 32, device=DEVICE)
+    args["w"].requires_grad_()
+    with torch.no_grad():
+        for backend in BACKENDS:
+            lm_head_loss.checked(backend)(**args, dw_sum=total)
+    assert (total == 1).all()
+
+
+BAD_SUMS = {
+    "dtype": (torch.zeros(112, 32).bfloat16(), "dw_sum is .* bfloat16 .*; expected contiguous .112, 32. float32"),
+    "shape": (torch.zeros(101, 32), "dw_sum is .101, 32."),
+    "strides": (torch.zeros(32, 112).T, "dw_sum is .* strides .1, 112."),
+    "device": (torch.zeros(112, 32, device="meta"), "dw_sum is .* on meta"),
+    "gradient": (torch.zeros(112, 32, requires_grad=True), "dw_sum has a gradient itself"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", BAD_SUMS)
+def test_a_sum_that_does_not_fit_is_refused(backend, name):
+    total, says = BAD_SUMS[name]
+    with pytest.raises(ValueError, match=f"lm_head_loss: {says}"):
+        lm_head_loss.checked(backend)(**case(), dw_sum=total if total.is_meta else total.to(DEVICE))
+
+
 # fp8 ----------------------------------------------------------------------
 
 
@@ -698,6 +775,8 @@ MUTATIONS = {
     "the upstream gradient is one": {
         "* dloss).to(dx.dtype), torch.mul(dw, dloss,": ").to(dx.dtype), torch.mul(dw, 1.0,"
     },
+    "a sum takes dw without the upstream gradient": {"dw_sum.addcmul_(dw, dloss)": "dw_sum.add_(dw)"},
+    "a sum is overwritten": {"dw_sum.addcmul_(dw, dloss)": "dw_sum.copy_(dw * dloss)"},
     "the loss is 0.5 % off": {"return losses.sum() * scale, losses": "return losses.sum() * scale * 1.005, losses"},
     "the factor of the reduction is left out": {
         "factor, limit = scale, torch.finfo(x.dtype).max": "factor, limit = torch.ones_like(scale), "
@@ -750,6 +829,11 @@ def stress(op, monkeypatch):
     check(case(M=20, scale=40.0), op=op)
     for cap in TALL.values():
         check_confident_rows(op, cap)
+    want, got = (
+        micro_steps(o.checked(b), torch.float32, wide=b == "ref") for o, b in ((lm_head_loss, "ref"), (op, "triton"))
+    )
+    if any(error(got[name], t) > 1e-5 for name, t in want.items()):
+        raise Failed("a sum")
     monkeypatch.setitem(op.backends["triton"].function.__globals__, "_row_config", lambda V, dtype: SHORT_TILES)
     for cap in ("tanh", "none"):
         check(case(M=5, V=150, padded=256, ignored=1), op=op, softcap=CAPS[cap])
