@@ -49,6 +49,15 @@ def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
+def create_descriptor_reduce(self, kind, desc, value, indices):
+    """What InterpreterBuilder lacks: the addition of a tile to memory, element by element."""
+    ir = interpreter._ir
+    if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD or value.dtype.scalar != tl.float32:
+        raise NotImplementedError(f"this interpreter adds float32 to memory, and nothing else: {kind}, {value.dtype}")
+    pointers, mask = desc.materialize_pointers(indices)
+    self.create_atomic_rmw(ir.ATOMIC_OP.FADD, pointers, value, mask, ir.MEM_SEMANTIC.RELAXED, ir.MEM_SYNC_SCOPE.GPU)
+
+
 def strict(name):
     original = getattr(interpreter.InterpreterBuilder, name)
 
@@ -66,6 +75,8 @@ def install() -> None:
     assert hasattr(interpreter, "_convert_float") and hasattr(builder, "create_dot")
     interpreter._convert_float = convert_float
     builder.create_dot = create_dot
+    assert getattr(builder, "create_descriptor_reduce", create_descriptor_reduce) is create_descriptor_reduce
+    builder.create_descriptor_reduce = create_descriptor_reduce
     for name in ("unary_op", "binary_op", "ternary_op"):
         setattr(builder, name, strict(name))
     original = interpreter._patch_lang_tensor

@@ -4,7 +4,9 @@ A persistent GEMM runs as many programs as fit on the GPU at a time; each takes 
 and results move through tensor descriptors: bulk copies (TMA) on Hopper and newer.
 """
 
-from typing import Any
+import functools
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,10 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fp8 import E5M2
-from kernels.op import capability
+from kernels.op import capability, check_tensor, describe, wide
 from kernels.tile import launch
 
 PROGRAMS_WITHOUT_GPU = 132  # multiprocessors of an H100
+L2_BYTES = 50 * 2**20  # of an H100
+SQUARE_SPEED = 0.9  # of 128 x 128 tiles, relative to 128 x 256: they read a third more from the L2 cache. A guess
 
 
 # Triton
@@ -55,6 +59,15 @@ def halves(acc, BLOCK_M: tl.constexpr, PART: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART)), (0, 2, 1)))
 
 
+@triton.jit
+def tile_at(index, tiles_m, tiles_n, group):
+    """Row and column of the tile at an index: `group` rows of tiles after each other, within them rows fastest."""
+    first = index // (group * tiles_n) * group
+    rows = tl.minimum(tiles_m - first, group)
+    within = index % (group * tiles_n)
+    return first + within % rows, within // rows
+
+
 # launches
 
 
@@ -90,35 +103,175 @@ def _scratch(size: int, align: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+# the order of tiles
+
+
+class Tiling(NamedTuple):
+    """A product (M, N, K), its tiles, and the programs that take consecutive tiles at a time."""
+
+    M: int
+    N: int
+    K: int
+    tile: tuple[int, int]
+    programs: int
+    itemsize: int  # of the operands
+    out_itemsize: int
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        return triton.cdiv(self.M, self.tile[0]), triton.cdiv(self.N, self.tile[1])
+
+    @property
+    def least_reads(self) -> int:
+        """Bytes of both operands."""
+        return (self.M + self.N) * self.K * self.itemsize
+
+    def panels(self, begin: int, end: int, group: int) -> tuple[set[int], set[int]]:
+        """Rows and columns of the tiles that `tile_at` finds at these indices."""
+        (tiles_m, tiles_n), rows, columns = self.tiles, set[int](), set[int]()
+        size = group * tiles_n
+        for block in range(begin // size, (end - 1) // size + 1):
+            first, height = block * group, min(tiles_m - block * group, group)
+            low, high = max(begin - block * size, 0), min(end - block * size, height * tiles_n)
+            rows.update(first + i % height for i in range(low, min(high, low + height)))
+            columns.update(range(low // height, (high - 1) // height + 1))
+        return rows, columns
+
+
+def modelled_reads(tiling: Tiling, group: int, l2: int = L2_BYTES, enough: float = math.inf) -> int:
+    """Bytes of the operands that come from memory, with an L2 cache that evicts what was not used for the longest time.
+
+    Programs are in step: a wave of tiles reads each of its panels, (rows of a tile, K) of an operand, once, and the
+    panel is still there for a later wave if no more than l2 bytes were read and written from there on. Counts no
+    further than `enough`.
+    """
+    (tiles_m, tiles_n), (height, width) = tiling.tiles, tiling.tile
+    # bytes of the panels of a, then of b, the last of which may be ragged
+    sizes = [min(height, tiling.M - i * height) for i in range(tiles_m)]
+    sizes += [min(width, tiling.N - i * width) for i in range(tiles_n)]
+    sizes = [size * tiling.K * tiling.itemsize for size in sizes]
+    last = [-1] * len(sizes)  # wave that used a panel
+    used: list[int] = []  # by wave, bytes that no later wave used
+    reads = 0
+    for wave, begin in enumerate(range(0, tiles_m * tiles_n, tiling.programs)):
+        end = min(begin + tiling.programs, tiles_m * tiles_n)
+        rows, columns = tiling.panels(begin, end, group)
+        now = [*rows, *(tiles_m + n for n in columns)]
+        for p in now:
+            if last[p] >= 0:
+                used[last[p]] -= sizes[p]
+        used.append(sum(sizes[p] for p in now) + (end - begin) * height * width * tiling.out_itemsize)
+        kept, since = wave, used[wave]  # the first wave whose panels are still there, and what came after it
+        while kept > 0 and since <= l2:
+            kept -= 1
+            since += used[kept]
+        for p in now:
+            if not kept <= last[p] < wave:
+                reads += sizes[p]
+            last[p] = wave
+        if reads > enough:
+            break
+    return reads
+
+
+@functools.cache
+def best_group(tiling: Tiling, l2: int = L2_BYTES) -> int:
+    """Rows of tiles in a group for the least modelled reads: 1 is a row after the other, all are columns."""
+    tiles_m, tiles_n = tiling.tiles
+    if tiles_m * tiles_n <= tiling.programs:
+        return 1
+    best, least = 1, modelled_reads(tiling, 1, l2)
+    for group in (tiles_m, *(2**i for i in range(tiles_m.bit_length(), 0, -1) if 2**i < tiles_m)):
+        if least <= tiling.least_reads:
+            break
+        reads = modelled_reads(tiling, group, l2, enough=least)
+        if reads < least:
+            best, least = group, reads
+    return best
+
+
+# gradients of weights, summed over micro-steps
+
+
+def check_sum(op: str, name: str, total: Tensor, w: Tensor) -> None:
+    """ValueError unless the gradient of w can be added to total: like w, contiguous, fp32 (float64 of float64)."""
+    check_tensor(op, name, total, w.shape, (wide(w.dtype),), w.device, contiguous=True)
+    if total.requires_grad:
+        raise ValueError(f"{op}: {name} has a gradient itself; give it detached")
+
+
+@torch.library.custom_op("redline::add_to_sum", mutates_args=("total",))
+def _add_to_sum(total: Tensor, gradient: Tensor) -> None:
+    total.add_(gradient)
+
+
+@_add_to_sum.register_fake
+def _(total, gradient):
+    return None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, total: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        ctx.total = total  # not saved for backward: autograd would refuse what was added to since
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        _add_to_sum(ctx.total, grads[0])
+        return None, None
+
+
+def summed(w: Tensor, total: Tensor | None) -> Tensor:
+    """w, whose gradient is added to total where there is one, instead of becoming w's. For references."""
+    return w if total is None else _Summed.apply(w, total)
+
+
 # a GEMM with an optional scale, which stores or adds
 
 
-def _config(dtype: torch.dtype, promoted: bool, arch: tuple[int, int]) -> dict[str, int]:
-    """Tiles, warps and stages that fit an SM of sm_90 without spills. Not measured on a GPU yet.
+def useful_share(M: int, N: int, tile: tuple[int, int], sms: int) -> float:
+    """Of the time in which some SM has a tile: what SMs without one, and edges of ragged tiles, leave of it."""
+    tiles = triton.cdiv(M, tile[0]) * triton.cdiv(N, tile[1])
+    return M * N / (triton.cdiv(tiles, sms) * sms * tile[0] * tile[1]) if tiles else 1.0
 
-    promoted: smaller tiles, for sums that go through fp32 registers or are added to out.
+
+def _config(
+    M: int, N: int, dtype: torch.dtype, promoted: bool, arch: tuple[int, int], sms: int = PROGRAMS_WITHOUT_GPU
+) -> dict[str, int]:
+    """Tiles, warps, stages and programs per SM, for an SM of sm_90 without spills. Not measured on a GPU yet.
+
+    128 x 256, one program an SM, asks the least of the L2 cache. 128 x 128, two programs an SM, so that one's epilogue
+    runs beside the other's products, where that many more tiles fill the SMs better. promoted: 128 x 128 alone, for
+    fp8 sums that go through fp32 registers, which leave room for one program.
     """
     if dtype.itemsize == 4:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "SPLIT": 1, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "SPLIT": 1, "num_warps": 8, "num_stages": 2, "per_sm": 1}
     k = 128 // dtype.itemsize
     if not has_large_shared_memory(arch):
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": k, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": k, "SPLIT": 1, "num_warps": 4, "num_stages": 2, "per_sm": 1}
+    square = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": k, "num_warps": 8, "num_stages": 3}
     if promoted or arch == (8, 0):
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": k, "SPLIT": 2, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": k, "SPLIT": 2, "num_warps": 8, "num_stages": 3}
+        return square | {"SPLIT": 2, "per_sm": 1}
+    if SQUARE_SPEED * useful_share(M, N, (128, 128), sms) > useful_share(M, N, (128, 256), sms):
+        return square | {"SPLIT": 4, "per_sm": 2}
+    return square | {"BLOCK_N": 256, "SPLIT": 2, "per_sm": 1}
 
 
 @triton.jit
 def _finish(acc, m, n, out_desc, alpha, ACCUMULATE: tl.constexpr):
     acc *= alpha
     if ACCUMULATE:
-        acc += out_desc.load([m, n])
-    out_desc.store([m, n], acc.to(out_desc.dtype))
+        # A bulk reduction: the L2 cache adds, and nothing waits for what was there. Each element has one addend in a
+        # launch, and launches follow each other, so the sum is the same in every run.
+        out_desc.atomic_add([m, n], acc)
+    else:
+        out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
-@triton.jit(do_not_specialize=["M", "K"])
+@triton.jit(do_not_specialize=["M", "K", "group"])
 def _gemm_kernel(
-    a_ptr, b_ptr, out_ptr, alpha_ptr, other_alpha_ptr, M, N, K, stride_a, stride_b, stride_out,
+    a_ptr, b_ptr, out_ptr, alpha_ptr, other_alpha_ptr, M, N, K, stride_a, stride_b, stride_out, group,
     TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, SCALED: tl.constexpr, IMPRECISE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -134,14 +287,23 @@ def _gemm_kernel(
     alpha = 1.0
     if SCALED:
         alpha = tl.load(alpha_ptr) * tl.load(other_alpha_ptr)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=False):
-        m, n = (tile // tiles_n) * BLOCK_M, (tile % tiles_n) * BLOCK_N
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=False):
+        row, column = tile_at(tile, tiles_m, tiles_n, group)
+        m, n = row * BLOCK_M, column * BLOCK_N
         if TRANSPOSED:
             acc = transposed_product(a_desc, b_desc, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K)
         else:
             acc = product(a_desc, b_desc, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K, IMPRECISE)
-        if SPLIT == 2:
+        if SPLIT == 4:
+            left, right = halves(acc, BLOCK_M, 2 * PART)
+            first, second = halves(left, BLOCK_M, PART)
+            third, fourth = halves(right, BLOCK_M, PART)
+            _finish(first, m, n, out_desc, alpha, ACCUMULATE)
+            _finish(second, m, n + PART, out_desc, alpha, ACCUMULATE)
+            _finish(third, m, n + 2 * PART, out_desc, alpha, ACCUMULATE)
+            _finish(fourth, m, n + 3 * PART, out_desc, alpha, ACCUMULATE)
+        elif SPLIT == 2:
             left, right = halves(acc, BLOCK_M, PART)
             _finish(left, m, n, out_desc, alpha, ACCUMULATE)
             _finish(right, m, n + PART, out_desc, alpha, ACCUMULATE)
@@ -158,15 +320,23 @@ def gemm(
     transposed: bool = False,
     accumulate: bool = False,
 ) -> None:
-    """out (M, N) = or += alpha a b^T; a (M, K), b (N, K), or transposed (K, M), (K, N). Rows may have gaps."""
+    """out (M, N) = or += alpha a b^T; a (M, K), b (N, K), or transposed (K, M), (K, N). Rows may have gaps.
+
+    What is added to is fp32.
+    """
     M, N = out.shape
     K = a.size(0) if transposed else a.size(1)
+    if accumulate and out.dtype != torch.float32:
+        raise ValueError(f"gemm: out is {describe(out)}; expected float32, into which products are added")
     precise = a.dtype == E5M2  # a gradient
-    config = _config(a.dtype, accumulate or precise, capability(a.device))
-    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    config = _config(M, N, a.dtype, precise, capability(a.device), num_programs(a.device, M * N))
+    per_sm, tile = config.pop("per_sm"), (config["BLOCK_M"], config["BLOCK_N"])
+    tiles = triton.cdiv(M, tile[0]) * triton.cdiv(N, tile[1])
+    programs = num_programs(a.device, tiles, per_sm)
+    group = best_group(Tiling(M, N, K, tile, programs, a.dtype.itemsize, out.dtype.itemsize))
     launch_persistent(
-        _gemm_kernel, num_programs(a.device, tiles),
-        a, b, out, *(alphas or (None, None)), M, N, K, a.stride(0), b.stride(0), out.stride(0),
+        _gemm_kernel, programs,
+        a, b, out, *(alphas or (None, None)), M, N, K, a.stride(0), b.stride(0), out.stride(0), group,
         TRANSPOSED=transposed, ACCUMULATE=accumulate, SCALED=alphas is not None,
         IMPRECISE=config["BLOCK_K"] if precise else None, **config,
     )  # fmt: skip

@@ -20,15 +20,18 @@ fp8       with `fp8`, the copy of w that `quantise_weight` makes, x and w are mu
           with one scale: that of x is max |x| / 448, or x_scale; that of dz is the largest dz there can be, sum
           |weights| max y'. dx and dw are summed in fp32; the sums of z stay in the tensor core, whose fp8 accumulator
           is narrower on Hopper. dw is the gradient of the unrounded w
-Memory    one chunk of rows has logits at a time, and their gradient takes their place (in fp8: lies beside them).
-          Forward takes at most EXTRA_BYTES beyond dx, dw and the inputs, unless dw in fp32 leaves no room for 128 rows;
+Memory    one chunk of rows has logits at a time; their gradient takes their place, in fp8 it lies beside them, twice.
+          These take at most LOGIT_BYTES, 1 GiB, if that is enough for 128 rows. Forward keeps dx and dw in fp32;
           backward takes a second dx and, while it is scaled, one in fp32
-Backward  two scalings; no second-order gradient
+Backward  two scalings; no second-order gradient. With dw_sum, fp32 like w, backward adds dw to it, unrounded (the
+          reference in bf16: rounded), and w has no gradient
 Targets   outside the vocabulary, other than ignore_index, are an error: the reference raises, the kernel's loss is NaN
 Limits    1 <= K <= 16; in the kernel C is a multiple of 16
 Bound     arithmetic: `lm_head_loss_cost`
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -43,6 +46,7 @@ from kernels.fp8 import (
     E4M3_MAX,
     E5M2,
     E5M2_MAX,
+    ROW_MULTIPLE,
     TINY_SCALE,
     Fp8Weight,
     aligned_empty,
@@ -55,7 +59,7 @@ from kernels.fp8 import (
     quantised,
     transpose,
 )
-from kernels.gemm import for_descriptor, gemm
+from kernels.gemm import check_sum, for_descriptor, gemm, summed
 from kernels.op import (
     DTYPES,
     Backend,
@@ -65,18 +69,23 @@ from kernels.op import (
     check_number,
     check_tensor,
     describe,
+    interpreted,
     needs_triton,
     takes_dtypes,
     wide,
 )
+from kernels.sizes import round_up
 from kernels.tile import launch
 
-EXTRA_BYTES = 2**29  # memory that forward may take beyond its inputs and results
-SMALL_BYTES = 2**25  # of EXTRA_BYTES, reserved for O(M) and O(V) buffers
+LOGIT_BYTES = 2**30  # memory for the logits of a chunk and, in fp8, their gradients
 CHUNK_MULTIPLE = 128  # rows: a chunk is made of whole tiles
+LEAST_ROWS = 1024  # of a chunk, where the memory is enough: fewer leave multiprocessors idle and add to dw too often
+# an H100 as `chunk_rows` models it
+TILE, MULTIPROCESSORS = (128, 256), 132
+FLOPS_PER_BYTE = 200  # of products at a usual speed, in the time that memory takes for a byte
 REFERENCE_COPIES = 5  # fp32 copies of a chunk's logits that the reference holds at a time
 CACHED_LOGITS = 2**20  # logits of a chunk on a CPU: 4 MiB stay in its caches
-ROW_IN_REGISTERS = 16384  # columns up to which a program holds a whole row
+FIXED_HEIGHT = 60.0  # of a softcap: terms relative to it are at least exp(-60), 40 powers of two above underflow
 MAX_TARGETS = 16
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -98,20 +107,49 @@ def tanh_cap(cap: float) -> Softcap | None:
     return Softcap(2 * cap, 0.0, cap / 2) if cap else None
 
 
-def chunk_rows(V: int, C: int, bytes_per_logit: int) -> int:
-    """Rows of a chunk on a GPU: what EXTRA_BYTES leaves beside dw in fp32."""
-    rows = (EXTRA_BYTES - SMALL_BYTES - 4 * V * C) // (bytes_per_logit * V)
+def most_rows(V: int, bytes_per_logit: int) -> int:
+    """Rows whose logits fill LOGIT_BYTES, in whole tiles; at least one tile."""
+    rows = LOGIT_BYTES // (bytes_per_logit * round_up(V, ROW_MULTIPLE))
     return max(CHUNK_MULTIPLE, rows // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
 
 
-def reference_rows(V: int, C: int, device_type: str) -> int:
+@functools.cache
+def chunk_rows(M: int, V: int, C: int, bytes_per_logit: int) -> int:
+    """Rows of a chunk of M: whole tiles, of which the modelled time is least.
+
+    The time is that of the products' waves of tiles, all multiprocessors in each whether they have a tile or not, and
+    of dw, which every chunk but the first reads and writes. No chunk has fewer than LEAST_ROWS, and the last not less
+    than half of the others', unless M or the memory leaves no choice.
+    """
+    most = min(most_rows(V, bytes_per_logit), round_up(max(M, 1), CHUNK_MULTIPLE))
+    candidates = range(min(LEAST_ROWS, most), most + 1, CHUNK_MULTIPLE)
+
+    def seconds(rows: int) -> float:
+        """In units of a byte's time."""
+        waves = (_waves(rows, V) * C + _waves(rows, C) * V + _waves(V, C) * rows) * 2 * TILE[0] * TILE[1]
+        return waves * MULTIPROCESSORS / FLOPS_PER_BYTE + 8 * V * C
+
+    def cost(rows: int) -> tuple[bool, float]:
+        full, last = divmod(M, rows)
+        small = full > 0 and 0 < last < max(rows / 2, LEAST_ROWS)
+        return small, full * seconds(rows) + (seconds(last) if last else 0)
+
+    return min(candidates, key=cost)
+
+
+def _waves(rows: int, columns: int) -> int:
+    tiles = triton.cdiv(rows, TILE[0]) * triton.cdiv(columns, TILE[1])
+    return triton.cdiv(tiles, MULTIPROCESSORS)
+
+
+def reference_rows(V: int, device_type: str) -> int:
     """Rows of a chunk in the reference: on a CPU, as many as keep its logits in cache."""
-    return max(1, CACHED_LOGITS // V) if device_type == "cpu" else chunk_rows(V, C, REFERENCE_COPIES * 4)
+    return max(1, CACHED_LOGITS // V) if device_type == "cpu" else most_rows(V, REFERENCE_COPIES * 4)
 
 
 def reference_bytes(M: int, C: int, V: int, device_type: str) -> int:
     """Memory that the reference needs beyond dx and dw."""
-    return 4 * V * (REFERENCE_COPIES * min(M, reference_rows(V, C, device_type)) + C)
+    return 4 * V * (REFERENCE_COPIES * min(M, reference_rows(V, device_type)) + C)
 
 
 def chunks(M: int, rows: int) -> Iterator[slice]:
@@ -153,7 +191,7 @@ def _reference(
         x = quantised(x, x_scale, E4M3).to(acc_dtype)
         g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * steepest).clamp_min(TINY_SCALE) * scale
         z_scale, dx_scale, dw_scale = x_scale * w_scale, g_scale * w_scale, g_scale * x_scale
-    for chunk in chunks(x.size(0), reference_rows(w.size(0), w.size(1), x.device.type)):
+    for chunk in chunks(x.size(0), reference_rows(w.size(0), x.device.type)):
         z = x[chunk] @ head.T
         z = z.to(acc_dtype) if q is None else (z * z_scale).to(given.dtype).to(acc_dtype)
         s = None
@@ -260,11 +298,13 @@ def lm_head_loss_ref(
     ignore_index: int = -1,
     fp8: Fp8Weight | None = None,
     x_scale: Tensor | None = None,
+    dw_sum: Tensor | None = None,
 ) -> Tensor:
     """By chunks, as the kernel: one expression for autograd would keep all logits. One node of a compiled graph, as the
     kernel: hundreds of chunks would take minutes to compile."""
     given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
     need_grad = _needs_gradients(x, w, reduction)
+    w = summed(w, dw_sum)
     if torch.compiler.is_compiling():
         return _through_op(_lm_head_loss_ref, x, w, given, need_grad, None)
     loss: Tensor = _Reference.apply(x, w, *given, need_grad)
@@ -282,98 +322,159 @@ def softcapped_logits(x: Tensor, w: Tensor, softcap: Softcap | None, vocab_size:
 # Triton
 
 
-def _row_config(V: int) -> dict[str, int]:
-    """Columns of a tile and warps. Not measured on a GPU yet.
+def _row_config(V: int, dtype: torch.dtype) -> dict[str, int]:
+    """Columns of a tile and warps, for a result of that dtype. Not measured on a GPU yet.
 
-    Up to ROW_IN_REGISTERS columns a row stays in registers; twice as many spill with Triton 3.6. A longer row is read
-    tile by tile, first from memory and then, for its gradient, from the caches.
+    Two bytes an element: 8 elements a thread, of 32 registers, so that an SM is full of warps. One byte: twice as many,
+    so that stores take 16 bytes.
     """
-    if V <= ROW_IN_REGISTERS:
-        block = max(16, triton.next_power_of_2(V))
-        return {"BLOCK": block, "num_warps": min(32, max(1, block // 1024))}
-    return {"BLOCK": 4096, "num_warps": 8}
+    columns = 4096 // min(dtype.itemsize, 2)
+    return {"BLOCK": min(columns, max(16, triton.next_power_of_2(V))), "num_warps": 8 if V > 1024 else 2}
 
 
 @triton.jit
-def _capped(z, height, shift, inv_width, CAP: tl.constexpr):
-    if CAP:
-        z = height / (1.0 + tl.exp(-(z + shift) * inv_width))
-    return z
+def _reciprocal(x, PTX: tl.constexpr):
+    """1 / x to one ulp, in one instruction; `/`, which Triton's interpreter knows instead, takes five."""
+    if PTX:
+        asm: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
+        r = tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        r = 1.0 / x
+    return r
 
 
 @triton.jit
-def _slope(y, height, inv_width, CAP: tl.constexpr):
-    """dy/dz."""
-    slope = 1.0
+def _exponent(z, gain, offset, height2, CAP: tl.constexpr, PTX: tl.constexpr):
+    """(y - height) log2(e) and sigma under a softcap, with gain = -log2(e) / width and offset = gain * shift; else z.
+
+    Every term of a softmax comes from here and is the same in its sum as in a loss, to the last bit.
+    """
+    s = 1.0
     if CAP:
-        slope = y * inv_width * (1.0 - y / height)
-    return slope
+        s = _reciprocal(1.0 + tl.exp2(tl.fma(z, gain, offset)), PTX)
+        z = tl.fma(s, height2, -height2)
+    return z, s
+
+
+@triton.jit
+def _add_terms(
+    totals, tops, z, inside, gain, offset, height2,
+    CAP: tl.constexpr, FIXED: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Sums of terms and, unless FIXED, largest exponents that these are relative to, with one more tile in them."""
+    x, _ = _exponent(z, gain, offset, height2, CAP, PTX)
+    if FIXED:
+        e = tl.exp2(x)
+        if MASKED:
+            e = tl.where(inside, e, 0.0)
+        totals += e
+    else:
+        if MASKED:
+            x = tl.where(inside, x, -1e30)
+        larger = tl.maximum(tops, x, propagate_nan=tl.PropagateNan.ALL)
+        totals = totals * tl.exp2((tops - larger) * UNIT) + tl.exp2((x - larger) * UNIT)
+        tops = larger
+    return totals, tops
+
+
+@triton.jit
+def _gradient(z, top, scale, gain, offset, height2, CAP: tl.constexpr, UNIT: tl.constexpr, PTX: tl.constexpr):
+    """Of logits that are no targets: softmax times y', up to the scale of the row."""
+    x, s = _exponent(z, gain, offset, height2, CAP, PTX)
+    g = tl.exp2((x - top) * UNIT) * scale
+    if CAP:
+        g *= s - s * s
+    return g
 
 
 @triton.jit
 def _row_kernel(
     z_ptr, out_ptr, losses_ptr, targets_ptr, weights_ptr, factor_ptr,
-    vocab, columns, height, shift, inv_width, limit, stride_z, stride_out,
-    K: tl.constexpr, TARGETS: tl.constexpr, CAP: tl.constexpr, GRAD: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    vocab, columns, gain, offset, height2, steep, limit, stride_z, stride_out,
+    K: tl.constexpr, TARGETS: tl.constexpr, CAP: tl.constexpr, FIXED: tl.constexpr, GRAD: tl.constexpr,
+    PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss of one row, and its gradient times a factor, over the logits or elsewhere in another dtype.
+
+    Logits are read tile by tile, first from memory and then, for the gradient, from the caches.
+
+    Bound by the instructions that a multiprocessor can issue, so terms are powers of two, whose scales are arguments
+    (steep = height / width), and columns are compared with the vocabulary only in tiles that reach past it.
+
+    FIXED: terms are relative to the cap, which no y exceeds, so no maximum is looked for. Then log(total) and the
+    target's exponent are both far from 0 and their difference would lose a confident row's small loss; the log of total
+    / term does not. A term stays far from underflow (FIXED_HEIGHT).
 
     Loads are masked by columns, the padded vocabulary: a multiple of 16 where vocab need not be, so they are wide.
     Columns from vocab on are not part of the softmax; their gradient is 0. Only the gradients of targets are clamped to
     the limit: the others cannot exceed it.
     """
+    UNIT: tl.constexpr = 1.0 if CAP else 1.4426950408889634  # log2 of a term: its exponent times this
+    LN2: tl.constexpr = 0.6931471805599453
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_z
     out_ptr += row * stride_out
     offs = tl.arange(0, BLOCK)
-    if WHOLE:
-        inside = offs < vocab
-        z = tl.load(z_ptr + offs, mask=offs < columns, other=0.0).to(tl.float32)
-        y = tl.where(inside, _capped(z, height, shift, inv_width, CAP), float("-inf"))
-        top = tl.max(y, axis=0)
-        y -= top  # only y - max stays live
-        total = tl.sum(tl.exp(y), axis=0)
-    else:
-        tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-        totals = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, vocab, BLOCK):
-            z = tl.load(z_ptr + start + offs, mask=start + offs < columns, other=0.0).to(tl.float32)
-            y = tl.where(start + offs < vocab, _capped(z, height, shift, inv_width, CAP), -1e30)
-            larger = tl.maximum(tops, y, propagate_nan=tl.PropagateNan.ALL)
-            totals = totals * tl.exp(tops - larger) + tl.exp(y - larger)
-            tops = larger
+    full = vocab // BLOCK * BLOCK  # columns in tiles that the vocabulary fills
+    top = 0.0
+    tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    totals = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, full, BLOCK):
+        z = tl.load(z_ptr + start + offs).to(tl.float32)
+        totals, tops = _add_terms(totals, tops, z, True, gain, offset, height2, CAP, FIXED, False, UNIT, PTX)
+    if full < vocab:
+        z = tl.load(z_ptr + full + offs, mask=full + offs < columns, other=0.0).to(tl.float32)
+        inside = full + offs < vocab
+        totals, tops = _add_terms(totals, tops, z, inside, gain, offset, height2, CAP, FIXED, True, UNIT, PTX)
+    if not FIXED:
         top = tl.max(tops, axis=0)
-        total = tl.sum(totals * tl.exp(tops - top), axis=0)
-    rest = tl.log(total)  # lse = top + rest, kept apart: their sum rounds rest away when the row is confident
+        totals *= tl.exp2((tops - top) * UNIT)
+    total = tl.sum(totals, axis=0)
     ks = tl.arange(0, TARGETS)
     t = tl.load(targets_ptr + row * K + ks, mask=ks < K, other=0)
     w = tl.load(weights_ptr + row * K + ks, mask=ks < K, other=0.0)
     known = (t >= 0) & (t < vocab) & (ks < K)  # others make the loss NaN and are not addressed
-    y_t = _capped(tl.load(z_ptr + t, mask=known, other=0.0).to(tl.float32), height, shift, inv_width, CAP)
-    y_t = tl.where(known | (ks >= K), y_t, float("nan"))
-    tl.store(losses_ptr + row, tl.sum(tl.where(w == 0.0, 0.0, w * (rest - (y_t - top))), axis=0))
+    z_t = tl.load(z_ptr + t, mask=known, other=0.0).to(tl.float32)
+    x_t, s_t = _exponent(z_t, gain, offset, height2, CAP, PTX)
+    x_t = tl.where(known | (ks >= K), (x_t - top) * UNIT, float("nan"))
+    e_t = tl.exp2(x_t)
+    if FIXED:
+        loss = tl.log2(tl.div_rn(total, e_t)) * LN2
+    else:
+        loss = (tl.log2(total) - x_t) * LN2
+    tl.store(losses_ptr + row, tl.sum(tl.where(w == 0.0, 0.0, w * loss), axis=0))
     if GRAD:
-        factor = tl.load(factor_ptr)
+        factor = tl.load(factor_ptr) * steep
         S = tl.sum(w, axis=0)
-        if WHOLE:
-            tl.debug_barrier()  # without it a store below overwrites a target's logit before another warp has read it
-            g = tl.exp(y - rest) * (S * factor) * _slope(y + top, height, inv_width, CAP)
-            g = tl.where(offs < vocab, g, 0.0)
-            tl.store(out_ptr + offs, g.to(out_ptr.dtype.element_ty), mask=offs < columns)
-        else:
-            tl.debug_barrier()  # as above
-            for start in range(0, columns, BLOCK):
-                z = tl.load(z_ptr + start + offs, mask=start + offs < columns, other=0.0).to(tl.float32)
-                y = _capped(z, height, shift, inv_width, CAP)
-                g = tl.exp((y - top) - rest) * (S * factor) * _slope(y, height, inv_width, CAP)
-                g = tl.where(start + offs < vocab, g, 0.0)
-                tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), mask=start + offs < columns)
+        scale = S * factor / total
+        tl.debug_barrier()  # without it a store below overwrites a target's logit before another warp has read it
+        for start in range(0, full, BLOCK):
+            z = tl.load(z_ptr + start + offs).to(tl.float32)
+            g = _gradient(z, top, scale, gain, offset, height2, CAP, UNIT, PTX)
+            tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty))
+        for start in range(full, columns, BLOCK):
+            z = tl.load(z_ptr + start + offs, mask=start + offs < columns, other=0.0).to(tl.float32)
+            g = _gradient(z, top, scale, gain, offset, height2, CAP, UNIT, PTX)
+            g = tl.where(start + offs < vocab, g, 0.0)
+            tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), mask=start + offs < columns)
         tl.debug_barrier()  # without it another warp's store of the same column could land after the target's
         same = tl.where(t[:, None] == t[None, :], w[None, :], 0.0)
-        g = (tl.exp((y_t - top) - rest) * S - tl.sum(same, axis=1)) * factor * _slope(y_t, height, inv_width, CAP)
+        g = (tl.div_rn(e_t, total) * S - tl.sum(same, axis=1)) * factor
+        if CAP:
+            g *= s_t - s_t * s_t
         g = clamped(g, limit)
         tl.store(out_ptr + t, g.to(out_ptr.dtype.element_ty), mask=known)
+
+
+def _softcap_arguments(softcap: list[float]) -> dict[str, Any]:
+    """What `_row_kernel` takes of a softcap, or of none: scales in powers of two."""
+    height, shift, width = softcap or (1.0, 0.0, 1.0)
+    gain = -math.log2(math.e) / width
+    return {
+        "gain": gain, "offset": gain * shift, "height2": height * math.log2(math.e),
+        "steep": height / width if softcap else 1.0,
+        "CAP": bool(softcap), "FIXED": bool(softcap) and abs(height) <= FIXED_HEIGHT,
+    }  # fmt: skip
 
 
 class _Products:
@@ -388,13 +489,13 @@ class _Products:
     def room_for_gradient(self, z: Tensor) -> Tensor:
         return z
 
-    def add_gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor) -> None:
-        """Fills dx and adds to dw."""
+    def gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor, add: bool) -> None:
+        """Fills dx, and fills dw or adds to it."""
         torch.mm(dz, self.w, out=dx)
         if x.dtype == torch.float32:
-            dw.addmm_(dz.T, x)
+            torch.addmm(dw, dz.T, x, beta=float(add), out=dw)  # with beta = 0 PyTorch ignores what dw holds
         else:
-            gemm(dz, x, dw, transposed=True, accumulate=True)
+            gemm(dz, x, dw, transposed=True, accumulate=add)
 
 
 class _Fp8Products:
@@ -417,12 +518,12 @@ class _Fp8Products:
     def room_for_gradient(self, z: Tensor) -> Tensor:
         return self.dz[: z.size(0)]
 
-    def add_gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor) -> None:
-        """Fills dx and adds to dw; x is the chunk that `logits` has quantised."""
+    def gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor, add: bool) -> None:
+        """Fills dx, and fills dw or adds to it; x is the chunk that `logits` has quantised."""
         n = x.size(0)
         transpose(dz, None, self.dz_t[:, :n], None)
         gemm(dz, self.w.q_t, dx, (self.g_scale, self.w_scale))
-        gemm(self.dz_t[:, :n], self.x_t[:, :n], dw, (self.g_scale, self.x_scale), accumulate=True)
+        gemm(self.dz_t[:, :n], self.x_t[:, :n], dw, (self.g_scale, self.x_scale), accumulate=add)
 
 
 # torch ops
@@ -444,19 +545,20 @@ def _by_chunks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, losses (M,), dx like x and dw like w in fp32, empty without need_grad. softcap: three numbers, or none."""
     (M, C), V = x.shape, w.size(0)
-    height, shift, width = softcap or (1.0, 0.0, 1.0)
     x, targets, weights = for_descriptor(x), targets.contiguous(), weights.contiguous()
     losses = x.new_empty(M, dtype=torch.float32)
     dx = x.new_empty((M, C) if need_grad else (0,))
-    dw = x.new_zeros((V, C) if need_grad else (0,), dtype=torch.float32)
+    dw = x.new_empty((V, C) if need_grad else (0,), dtype=torch.float32)
+    if M == 0:
+        dw.zero_()  # no chunk fills it
     factor, limit = scale, torch.finfo(x.dtype).max
-    rows = min(M, chunk_rows(V, C, x.dtype.itemsize + (0 if q is None else E5M2.itemsize + 1)))
+    rows = min(M, chunk_rows(M, V, C, x.dtype.itemsize + (0 if q is None else 2 * E5M2.itemsize)))
     products: _Products | _Fp8Products = _Products(w)
     if q is not None and q_t is not None and w_scale is not None:
         check_capability("lm_head_loss", x.device)
         x_scale = amax_scale(x, E4M3_MAX) if x_scale is None else x_scale
         # the scale of the largest gradient that there can be: none saturates
-        steepest = height / (4 * width) if softcap else 1.0
+        steepest = Softcap(*softcap).steepest if softcap else 1.0
         g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * steepest).clamp_min(TINY_SCALE)
         factor, limit = 1 / g_scale, E5M2_MAX
         scales = x_scale, w_scale, g_scale * scale
@@ -466,16 +568,16 @@ def _by_chunks(
         part, z = x[chunk], z_all[: chunk.stop - chunk.start]
         products.logits(part, z)
         dz = products.room_for_gradient(z) if need_grad else z
-        config = _row_config(V)
+        config = _row_config(V, dz.dtype)
         launch(
             _row_kernel, (z.size(0),),
             z, dz, losses[chunk], targets[chunk], weights[chunk], factor,
-            vocab_size, V, height, shift, 1 / width, limit, z.stride(0), dz.stride(0),
+            vocab=vocab_size, columns=V, limit=limit, stride_z=z.stride(0), stride_out=dz.stride(0),
             K=targets.size(1), TARGETS=triton.next_power_of_2(targets.size(1)),
-            CAP=bool(softcap), GRAD=need_grad, WHOLE=config["BLOCK"] >= V, **config,
+            GRAD=need_grad, PTX=not interpreted(), **_softcap_arguments(softcap), **config,
         )  # fmt: skip
         if need_grad:
-            products.add_gradients(dz, part, dx[chunk], dw)
+            products.gradients(dz, part, dx[chunk], dw, add=chunk.start > 0)
     return losses.sum() * scale, losses, dx, dw
 
 
@@ -542,6 +644,38 @@ def _through_op(
     return result
 
 
+@torch.library.custom_op("redline::lm_head_loss_into_sum", mutates_args=("dw_sum",))
+def _scaled_into_sum(dx: Tensor, dw: Tensor, dloss: Tensor, dw_sum: Tensor) -> Tensor:
+    """dx times the upstream gradient; dw_sum grows by dw times it, in one pass."""
+    dw_sum.addcmul_(dw, dloss)
+    return (dx.to(wide(dx.dtype)) * dloss).to(dx.dtype)
+
+
+@_scaled_into_sum.register_fake
+def _(dx, dw, dloss, dw_sum):
+    return torch.empty_like(dx)
+
+
+class _IntoSum(torch.autograd.Function):
+    """The kernel with a sum that takes dw. The sum is not saved for backward, where every micro-step changes it."""
+
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, x: Tensor, w: Tensor, given: Prepared, q_t: Tensor | None, dw_sum: Tensor
+    ) -> Tensor:
+        targets, weights, scale, softcap, _, vocab_size, q, w_scale, x_scale = given
+        cap = [] if softcap is None else list(softcap)
+        loss, _, dx, dw = _lm_head_loss(x, w, targets, weights, scale, cap, vocab_size, True, q, q_t, w_scale, x_scale)
+        ctx.save_for_backward(dx, dw)
+        ctx.dw_sum = dw_sum
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
+        return _scaled_into_sum(dx, dw, grads[0], ctx.dw_sum), None, None, None, None
+
+
 def _lm_head_loss_triton(
     x: Tensor,
     w: Tensor,
@@ -554,10 +688,14 @@ def _lm_head_loss_triton(
     ignore_index: int = -1,
     fp8: Fp8Weight | None = None,
     x_scale: Tensor | None = None,
+    dw_sum: Tensor | None = None,
 ) -> Tensor:
     given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
-    q_t = None if fp8 is None else fp8.q_t
-    return _through_op(_lm_head_loss, x, w, given, _needs_gradients(x, w, reduction), q_t)
+    q_t, need_grad = None if fp8 is None else fp8.q_t, _needs_gradients(x, w, reduction)
+    if dw_sum is None or not need_grad:
+        return _through_op(_lm_head_loss, x, w, given, need_grad, q_t)
+    loss: Tensor = _IntoSum.apply(x, w, given, q_t, dw_sum)
+    return loss
 
 
 # cost
@@ -588,6 +726,7 @@ def _check(
     ignore_index: int = -1,
     fp8: Fp8Weight | None = None,
     x_scale: Tensor | None = None,
+    dw_sum: Tensor | None = None,
 ) -> Problem:
     if reduction not in REDUCTIONS:
         raise ValueError(f"lm_head_loss: reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
@@ -619,6 +758,8 @@ def _check(
         check_number("lm_head_loss", "x_scale", x_scale, (torch.float32,), x.device)
     if fp8 is not None:
         check_fp8_weight("lm_head_loss", w, fp8)
+    if dw_sum is not None:
+        check_sum("lm_head_loss", "dw_sum", dw_sum, w)
     if _needs_gradients(x, w, "sum") and reduction == "none":
         raise ValueError('lm_head_loss: reduction "none" is forward only; use "sum" with weights, or torch.no_grad()')
     return Problem((M, C, V), x.dtype, x.device)

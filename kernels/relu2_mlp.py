@@ -7,11 +7,13 @@ Dtypes    bf16 or fp32, all the same
 Rounding  products are summed in fp32; ReLU and square in fp32; post is rounded once, y once (by torch.mm)
 Backward  dpre = 2 sqrt(post) (dy down^T), since relu(pre) = sqrt(post);
           dx = dpre up,  dup = dpre^T x,  ddown = post^T dy.  dpre is rounded once; the root of the rounded post has
-          half its relative error
+          half its relative error. With dup_sum or ddown_sum, fp32 like the weight, backward adds that weight's
+          gradient to it, unrounded (the reference in bf16: rounded), and the weight has no gradient
 Saves     x and post: pre reaches memory in neither direction
-Kernels   one persistent GEMM a b^T whose epilogue squares (forward) or scales by 2 sqrt(post) (backward); the other
-          products are torch.mm. `_relu2_up` also stores post in e4m3 and transposed, post ~ post_fp8 * scale, and one
-          max |post| per program, from the same registers; no op calls it yet
+Kernels   one persistent GEMM a b^T whose epilogue squares (forward) or scales by 2 sqrt(post) (backward); gradients
+          that are added to sums are `kernels.gemm.gemm`; the other products are torch.mm. `_relu2_up` also stores post
+          in e4m3 and transposed, post ~ post_fp8 * scale, and one max |post| per program, from the same registers; no
+          op calls it yet
 Limits    in the kernel rows of C and of F elements are multiples of 16 bytes: 8 in bf16, 4 in fp32, 16 for an fp8 copy,
           which also needs M to be a multiple of 16. Where post overflows to inf, so does dx; an infinite dy gives NaN
           for units that are off
@@ -28,7 +30,17 @@ from torch import Tensor
 
 from kernels import sizes
 from kernels.fp8 import E4M3, E4M3_MAX
-from kernels.gemm import for_descriptor, halves, has_large_shared_memory, launch_persistent, num_programs, product
+from kernels.gemm import (
+    check_sum,
+    for_descriptor,
+    gemm,
+    halves,
+    has_large_shared_memory,
+    launch_persistent,
+    num_programs,
+    product,
+    summed,
+)
 from kernels.op import (
     DTYPES,
     Backend,
@@ -46,8 +58,10 @@ from kernels.op import (
 # reference
 
 
-def relu2_mlp_ref(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return F.relu(x @ up.T).square() @ down
+def relu2_mlp_ref(
+    x: Tensor, up: Tensor, down: Tensor, *, dup_sum: Tensor | None = None, ddown_sum: Tensor | None = None
+) -> Tensor:
+    return F.relu(x @ summed(up, dup_sum).T).square() @ summed(down, ddown_sum)
 
 
 # Triton
@@ -210,8 +224,68 @@ def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
 _relu2_mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _relu2_mlp_triton(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    y: Tensor = _relu2_mlp_fwd(x, up, down)[0]
+@torch.library.custom_op("redline::relu2_mlp_into_sums", mutates_args=("dup_sum", "ddown_sum"))
+def _relu2_mlp_into_sums(
+    dy: Tensor,
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    post: Tensor,
+    dup_sum: Tensor | None,
+    ddown_sum: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx like x, and dup and ddown, empty where they are added to a sum."""
+    dy, rows = _rows(dy), _rows(x)
+    (dpre,) = _relu2_gemm(dy, _rows(down), post, None)
+    dup, ddown = (_weight_gradient(*pair) for pair in ((dpre, rows, dup_sum), (post, dy, ddown_sum)))
+    return (dpre @ up).view(x.shape), dup, ddown
+
+
+def _weight_gradient(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor:
+    """a^T b, or empty and added to a total."""
+    if total is None:
+        return a.T @ b
+    if a.dtype == torch.float32:
+        total.addmm_(a.T, b)
+    elif a.size(0):
+        gemm(a, b, total, transposed=True, accumulate=True)
+    return a.new_empty(0)
+
+
+@_relu2_mlp_into_sums.register_fake
+def _(dy, x, up, down, post, dup_sum, ddown_sum):
+    dup, ddown = (w.new_empty(w.shape if s is None else 0) for w, s in ((up, dup_sum), (down, ddown_sum)))
+    return x.new_empty(x.shape), dup, ddown
+
+
+class _IntoSums(torch.autograd.Function):
+    """The kernel with sums that take gradients of weights. They are not saved for backward, where every micro-step
+    changes them."""
+
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, x: Tensor, up: Tensor, down: Tensor, dup_sum: Tensor | None, ddown_sum: Tensor | None
+    ) -> Tensor:
+        y, post = _relu2_mlp_fwd(x, up, down)
+        ctx.save_for_backward(x, up, down, post)
+        ctx.dup_sum, ctx.ddown_sum = dup_sum, ddown_sum
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, down, post = ctx.saved_tensors
+        dx, dup, ddown = _relu2_mlp_into_sums(grads[0], x, up, down, post, ctx.dup_sum, ctx.ddown_sum)
+        return dx, dup if ctx.dup_sum is None else None, ddown if ctx.ddown_sum is None else None, None, None
+
+
+def _relu2_mlp_triton(
+    x: Tensor, up: Tensor, down: Tensor, *, dup_sum: Tensor | None = None, ddown_sum: Tensor | None = None
+) -> Tensor:
+    y: Tensor
+    if dup_sum is None and ddown_sum is None:
+        y, _ = _relu2_mlp_fwd(x, up, down)
+    else:
+        y = _IntoSums.apply(x, up, down, dup_sum, ddown_sum)
     return y
 
 
@@ -248,12 +322,17 @@ def _given(x: Tensor, up: Tensor, down: Tensor) -> str:
     return f"x is {describe(x)}, up {describe(up)}, down {describe(down)}"
 
 
-def _check(x: Tensor, up: Tensor, down: Tensor) -> Problem:
+def _check(
+    x: Tensor, up: Tensor, down: Tensor, *, dup_sum: Tensor | None = None, ddown_sum: Tensor | None = None
+) -> Problem:
     if x.dim() == 0 or up.dim() != 2 or up.shape != down.shape or x.size(-1) != up.size(1) or 0 in up.shape:
         raise ValueError(f"relu2_mlp: {_given(x, up, down)}; expected (..., C), (F, C), (F, C)")
     alike = x.dtype == up.dtype == down.dtype and x.device == up.device == down.device
     if not alike or x.dtype not in (*DTYPES, torch.float64):
         raise ValueError(f"relu2_mlp: {_given(x, up, down)}; expected one dtype, bfloat16 or float32, and one device")
+    for name, total, w in (("dup_sum", dup_sum, up), ("ddown_sum", ddown_sum, down)):
+        if total is not None:
+            check_sum("relu2_mlp", name, total, w)
     return Problem((x.numel() // x.size(-1), up.size(1), up.size(0)), x.dtype, x.device)
 
 

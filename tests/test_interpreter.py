@@ -28,6 +28,14 @@ def _dot_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _add_kernel(x_ptr, y_ptr, M, N, BLOCK: tl.constexpr):
+    x_desc = tl.make_tensor_descriptor(x_ptr, [M, N], [N, 1], [BLOCK, BLOCK])
+    y_desc = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK, BLOCK])
+    at = [tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK]
+    y_desc.atomic_add(at, x_desc.load(at))
+
+
+@triton.jit
 def _narrow_sum_kernel(x_ptr, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + tl.arange(0, BLOCK))
     tl.store(x_ptr + tl.arange(0, BLOCK), x + x)
@@ -54,6 +62,21 @@ def test_dot_multiplies_numbers(dtype):
     a, b, c = torch.randn(16, 48).to(dtype), torch.randn(48, 16).to(dtype), torch.empty(16, 16)
     _dot_kernel[(1,)](a, b, c, 48, BLOCK=16)
     torch.testing.assert_close(c, a.float() @ b.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_descriptor_adds_to_memory():
+    """Ragged tiles, and two launches after each other."""
+    x, y = torch.randn(20, 36), torch.randn(20, 36)
+    want = y + x + x
+    for _ in range(2):
+        _add_kernel[(2, 3)](x, y, 20, 36, BLOCK=16)
+    assert torch.equal(y, want)
+
+
+def test_a_descriptor_adds_fp32_only():
+    x = torch.ones(16, 16, dtype=torch.int32)
+    with pytest.raises(Exception, match="adds float32 to memory, and nothing else"):
+        _add_kernel[(1, 1)](x, x.clone(), 16, 16, BLOCK=16)
 
 
 def test_arithmetic_on_bf16_is_an_error():

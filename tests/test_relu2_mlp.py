@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels.relu2_mlp as module
-from bench.law import TINY, error, poisoned_allocations
+from bench.law import TINY, error, fill_dynamo_tables, poisoned_allocations
 from kernels import gemm
 from kernels.fp8 import E4M3, E4M3_MAX
 from kernels.relu2_mlp import _relu2_up, relu2_mlp, relu2_mlp_cost
@@ -182,6 +182,96 @@ def test_the_kernel_refuses_what_it_cannot_take():
             relu2_mlp.checked("triton")(*args)
 
 
+# sums of gradients ---------------------------------------------------------
+
+
+def micro_steps(function, dtype, steps=2, given=("dup_sum", "ddown_sum"), wide=False):
+    """Results of a few micro-steps by name: sums where given, else what autograd summed; and the last dx."""
+    first = inputs((37, 24, 40), dtype)
+    up, down = ((t.double() if wide else t).requires_grad_() for t in (first["up"], first["down"]))
+    totals = {name: 0.5 * torch.ones_like(up, dtype=torch.float64 if wide else torch.float32) for name in given}
+    for step in range(steps):
+        x = inputs((37, 24, 40), dtype, seed=step)["x"]
+        dy = randn(7 + step, dtype)(37, 24)
+        x, dy = (t.double() if wide else t for t in (x, dy))
+        y = function(x.requires_grad_(), up, down, **totals)
+        y.backward(dy)
+    found = {"dx": x.grad, "dup": totals.get("dup_sum", up.grad), "ddown": totals.get("ddown_sum", down.grad)}
+    for w, name in ((up, "dup_sum"), (down, "ddown_sum")):
+        if (w.grad is None) != (name in given):
+            raise Failed(f"the weight of {name} has a gradient, or none")
+    return found
+
+
+@pytest.mark.parametrize("given", [("dup_sum", "ddown_sum"), ("dup_sum",), ("ddown_sum",)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", relu2_mlp.backends)
+def test_sums_of_two_micro_steps(backend, dtype, given):
+    """The law of what one step's product is: the kernel does not round a product before it adds it."""
+    want = micro_steps(relu2_mlp.checked("ref"), dtype, given=given, wide=True)
+    like = micro_steps(relu2_mlp.checked("ref"), dtype, given=given)
+    got = micro_steps(relu2_mlp.checked(backend), dtype, given=given)
+    for name, t in got.items():
+        assert error(t, want[name]) <= 1.25 * error(like[name], want[name]) + TINY, name
+        assert t.dtype == like[name].dtype
+
+
+@pytest.mark.parametrize("through", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", relu2_mlp.backends)
+def test_sums_compile_as_one_graph(backend, through):
+    function = relu2_mlp.checked(backend)
+    fill_dynamo_tables()
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=through)
+    want, got = micro_steps(function, torch.float32), micro_steps(compiled, torch.float32)
+    for name, t in got.items():
+        assert torch.equal(t, want[name]) if through == "aot_eager" else error(t, want[name].double()) < 1e-6, name
+
+
+def test_sums_that_are_slices_of_a_bank():
+    """As the model keeps them."""
+    bank, args = torch.zeros(3, 2, 32, 16, device=DEVICE), inputs((8, 16, 32))
+    x, up, down = (t.requires_grad_() for t in args.values())
+    triton_mlp(x, up, down, dup_sum=bank[1, 0], ddown_sum=bank[1, 1]).sum().backward()
+    want = torch.autograd.grad(triton_mlp(x, up, down).sum(), (up, down))
+    assert torch.equal(bank[1, 0], want[0]) and torch.equal(bank[1, 1], want[1])
+    assert not bank[[0, 2]].any()
+
+
+def test_sums_without_rows_or_gradients():
+    args = {name: t.requires_grad_() for name, t in inputs((8, 16, 32), torch.bfloat16).items()}
+    totals = {name: torch.ones(32, 16, device=DEVICE) for name in ("dup_sum", "ddown_sum")}
+    empty = args["x"].detach()[:0].requires_grad_()
+    triton_mlp(empty, args["up"], args["down"], **totals).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(triton_mlp(**args, **totals), triton_mlp(**args))
+    assert all((t == 1).all() for t in totals.values()) and empty.grad.shape == (0, 16)
+
+
+@pytest.mark.parametrize("backend", relu2_mlp.backends)
+@pytest.mark.parametrize("name", ["dup_sum", "ddown_sum"])
+@pytest.mark.parametrize(
+    "total, says",
+    [
+        (torch.zeros(32, 16).bfloat16(), "is .32, 16. bfloat16 .*; expected contiguous .32, 16. float32"),
+        (torch.zeros(16, 32), "is .16, 32. float32"),
+        (torch.zeros(16, 32).T, "strides .1, 32."),
+        (torch.zeros(32, 16, device="meta"), "on meta; expected"),
+        (torch.zeros(32, 16, requires_grad=True), "give it detached"),
+        (None, ""),
+    ],
+    ids=["dtype", "shape", "strides", "device", "gradient", "none"],
+)
+def test_sums_that_do_not_fit_are_refused(backend, name, total, says):
+    args = inputs((8, 16, 32))
+    if total is None:
+        relu2_mlp.checked(backend)(**args, **{name: None})
+        return
+    total = total if total.is_meta else total.to(DEVICE)
+    with pytest.raises(ValueError, match=f"relu2_mlp: {name} .*{says}"):
+        relu2_mlp.checked(backend)(**args, **{name: total})
+
+
 def test_cost():
     assert relu2_mlp_cost((10, 4, 16), torch.bfloat16)[0] == 2 * 2 * 10 * 4 * 16
     assert relu2_mlp_cost((10, 4, 16), torch.bfloat16, backward=True)[0] == 4 * 2 * 10 * 4 * 16
@@ -201,6 +291,16 @@ MUTATIONS = {
         "dy, rows = _rows(dy), _rows(x)": "dy, rows = torch.ones_like(_rows(dy)), _rows(x)"
     },
     "ddown has the wrong activation": {"post.T @ dy": "dpre.T @ dy"},
+    "the sum of ddown has the wrong activation": {"(post, dy, ddown_sum)": "(dpre, dy, ddown_sum)"},
+    "a sum is overwritten": {"transposed=True, accumulate=True": "transposed=True"},
+    "a sum in fp32 is overwritten": {"total.addmm_(a.T, b)": "total.copy_(a.T @ b)"},
+    "sums are swapped": {
+        "ctx.dup_sum, ctx.ddown_sum = dup_sum, ddown_sum": "ctx.dup_sum, ctx.ddown_sum = ddown_sum, dup_sum"
+    },
+    "a summed weight has a gradient too": {
+        "return a.new_empty(0)": "return a.T @ b",
+        "dup if ctx.dup_sum is None else None": "dup",
+    },
     "pre is rounded": {
         "        acc = acc * acc\n": "        acc = acc.to(tl.bfloat16).to(tl.float32)\n        acc = acc * acc\n"
     },
@@ -251,6 +351,11 @@ def fails(broken, monkeypatch, its_gemm=gemm):
         check_op(broken, inputs((140, 24, 40), torch.bfloat16), factor=1.25)
         check_op(broken, inputs((200, 24, 264), torch.bfloat16), factor=1.25)
         check_op(broken, inputs((20, 24, 40)), factor=1.25)
+        for dtype in DTYPES:
+            want = micro_steps(relu2_mlp.checked("ref"), dtype, wide=True)
+            for name, t in micro_steps(broken.checked("triton"), dtype).items():
+                if not error(t, want[name]) < 0.01:
+                    raise Failed(name)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")

@@ -101,7 +101,7 @@ def redline(depth: int = 24, target: bool = False) -> Workload:
             collectives("reduce-scatter, all-gather in bf16, 30 % exposed", 2 * 2 * params, 2 * 4 * 7, exposed=0.3),
         ]
     else:
-        chunks = micro * math.ceil(on_gpu / micro / chunk_rows(V, C, 2))
+        chunks = micro * math.ceil(M / chunk_rows(M, V, C, 2))
         rows += [
             one_pass("sum after the MLP, slices of gates", "passes", (3 * L + 2 * ve) * stream, n + 2 * ve * micro),
             # logits read and overwritten; dw in fp32 read and written by each chunk
