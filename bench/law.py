@@ -25,6 +25,7 @@ FACTOR = 2.0
 ROW_FACTOR = 4.0
 DRAWS = 8
 TINY = torch.finfo(torch.float32).eps  # a kernel may differ by the rounding of one fp32 operation
+SUM = "dw_sum"  # an input that backward adds a gradient to, in place
 GUARD = 4096  # bytes, or elements of an input, on either side of a tensor
 
 Tensors = dict[str, Tensor]
@@ -99,12 +100,13 @@ def same_form(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
 
 
 def named(outputs: Any) -> Tensors:
-    """Outputs by name: a tensor is "y", a named tuple has its own names; None is left out."""
+    """Outputs by name: a tensor is "y", a named tuple has its own names, a tuple y0, y1, …; None is left out."""
     if outputs is None:
         return {}
     if isinstance(outputs, Tensor):
         return {"y": outputs}
-    return {name: t for name, t in zip(outputs._fields, outputs) if t is not None}
+    names = getattr(outputs, "_fields", None) or [f"y{i}" for i in range(len(outputs))]
+    return {name: t for name, t in zip(names, outputs) if t is not None}
 
 
 def leaves(inputs: Mapping[str, Any]) -> Tensors:
@@ -126,6 +128,7 @@ def evaluate(function: Callable[..., Any], inputs: Mapping[str, Any], upstream: 
     """Outputs and, for upstream gradients by output name, the gradients of the inputs that require one.
 
     An op without gradients may work in place: for one, what it left in its floating-point inputs is a result as well.
+    So is a `dw_sum` that backward added to.
     """
     outputs = named(function(**inputs))
     result = {name: t.detach() for name, t in outputs.items()}
@@ -139,6 +142,8 @@ def evaluate(function: Callable[..., Any], inputs: Mapping[str, Any], upstream: 
         if not all(torch.equal(t, upstream[name]) for name, t in before.items()):
             raise Failed("backward overwrites its upstream gradients")
         result |= {f"d{name}": g for name, g in zip(wanted, grads) if g is not None}
+        if inputs.get(SUM) is not None:
+            result[SUM] = inputs[SUM].clone()
     return result
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bench.law import (
     DRAWS,
+    SUM,
     Failed,
     Tensors,
     double,
@@ -227,7 +228,8 @@ class OpPrograms:
         if self._backward:
             heads, wanted = _heads(function(**inputs)), list(leaves(inputs).values())
             grads = [torch.randn_like(t) for t in heads]
-            return lambda: torch.autograd.grad(heads, wanted, grads, retain_graph=True)
+            unused = inputs.get(SUM) is not None  # its weight has no gradient of its own
+            return lambda: torch.autograd.grad(heads, wanted, grads, retain_graph=True, allow_unused=unused)
 
         def forward() -> None:
             with torch.no_grad():
@@ -243,8 +245,8 @@ def copied(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Fails if an op that returns its results has written into its inputs."""
-    tensors = {name: t for name, t in before.items() if isinstance(t, Tensor)}
+    """Fails if an op that returns its results has written into its inputs, but for a sum that it is to add to."""
+    tensors = {name: t for name, t in before.items() if isinstance(t, Tensor) and name != SUM}
     if changed := [name for name, t in tensors.items() if not torch.equal(t.detach(), after[name].detach())]:
         raise Failed(f"changes its inputs: {', '.join(changed)}")
 

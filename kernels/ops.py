@@ -1,6 +1,7 @@
 """Every op of this package."""
 
 from kernels.adam_update import adam_update
+from kernels.embedding import embedding
 from kernels.lm_head_loss import lm_head_loss
 from kernels.muon_update import muon_apply, muon_momentum
 from kernels.op import Op
@@ -13,6 +14,7 @@ from kernels.rope_qk_norm import rope_qk_norm
 OPS: tuple[Op, ...] = (
     rms_norm,
     rope_qk_norm,
+    embedding,
     relu2_mlp,
     lm_head_loss,
     quantise_weight,
