@@ -99,12 +99,13 @@ def same_form(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
 
 
 def named(outputs: Any) -> Tensors:
-    """Outputs by name: a tensor is "y", a named tuple has its own names; None is left out."""
+    """Outputs by name: a tensor is "y", a named tuple has its own names, a tuple y0, y1, …; None is left out."""
     if outputs is None:
         return {}
     if isinstance(outputs, Tensor):
         return {"y": outputs}
-    return {name: t for name, t in zip(outputs._fields, outputs) if t is not None}
+    names = getattr(outputs, "_fields", None) or [f"y{i}" for i in range(len(outputs))]
+    return {name: t for name, t in zip(names, outputs) if t is not None}
 
 
 def leaves(inputs: Mapping[str, Any]) -> Tensors:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels import sizes
-from kernels.gemm import for_descriptor, gemm
+from kernels.gemm import check_sum, for_descriptor, gemm, summed
 from kernels.op import (
     DTYPES,
     Backend,
@@ -31,7 +31,6 @@ from kernels.op import (
     Op,
     Problem,
     Shape,
-    check_tensor,
     describe,
     dtype_name,
     needs_gpu,
@@ -39,6 +38,15 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
+
+# reference
+
+
+def linear_ref(x: Tensor, w: Tensor, *, dw_sum: Tensor | None = None) -> Tensor:
+    return x @ summed(w, dw_sum).T
+
+
+# kernel and cuBLAS
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -75,19 +83,6 @@ def _through(add: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[..., Ten
         return y
 
     return linear
-
-
-# reference
-
-
-def _add_ref(dy: Tensor, x: Tensor, dw_sum: Tensor) -> None:
-    dw_sum += _rows(dy).T @ _rows(x)
-
-
-linear_ref = _through(_add_ref)
-
-
-# kernel and cuBLAS
 
 
 @torch.library.custom_op("redline::add_weight_gradient", mutates_args=("dw_sum",))
@@ -135,7 +130,7 @@ def _check(x: Tensor, w: Tensor, *, dw_sum: Tensor | None = None) -> Problem:
             "float32, and one device"
         )
     if dw_sum is not None:
-        check_tensor("linear", "dw_sum", dw_sum, w.shape, (wide(w.dtype),), w.device, contiguous=True)
+        check_sum("linear", "dw_sum", dw_sum, w)
     return Problem((x.numel() // x.size(-1), w.size(1), w.size(0)), x.dtype, x.device)
 
 

@@ -119,6 +119,15 @@ def test_rope_qk_norm_moves_16_bytes_at_a_time(kernels):
             assert got["LDG"] - got["LDG.E.128"] <= 5 and got["STG"] - got["STG.E.128"] <= 2, describe(k)
 
 
+def test_embedding_moves_16_bytes_at_a_time(kernels):
+    """But for tokens and their order, which are single numbers, and the quickstart's parts of 32 columns."""
+    for k in kernels:
+        if k["op"] == "embedding" and k["case"] != "quickstart":
+            got = k["instructions"]
+            assert got["LDG.E.128"] > 0 and got["STG"] == got["STG.E.128"] and "ATOM" not in got, describe(k)
+            assert got["LDG"] - got["LDG.E.128"] <= 8 and k["registers"] <= 64, describe(k)
+
+
 def test_adam_update_moves_16_bytes_at_a_time(kernels):
     """But for the six hyperparameters."""
     tensors = {"plain": (4, 3), "master": (5, 4)}  # of states and gradient: reads, writes

@@ -193,7 +193,8 @@ def test_every_op_is_listed_and_complete():
             assert len(shape) == len(op.dims)
             for form in op.forms:
                 flops, nbytes = op.cost(shape, BF16, form)
-                assert flops > 0 and nbytes > 0
+                assert flops > 0 or op.name == "embedding"  # which only copies
+                assert nbytes > 0
 
 
 def test_the_sizes_are_those_of_the_models():
@@ -239,6 +240,7 @@ def test_every_launch_is_on_the_device_of_its_first_argument(monkeypatch):
 SMALL = {
     "rms_norm": (12, 64),
     "rope_qk_norm": (1, 6, 2, 2, 16),
+    "embedding": (40, 12, 32),
     "relu2_mlp": (12, 32, 64),
     "lm_head_loss": (12, 32, 48),
     "quantise_weight": (48, 32),

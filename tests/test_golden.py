@@ -27,7 +27,7 @@ def ten_losses():
     optimizer = Optimizer(
         model, lrs=learning_rates(LAWS, 64, 1), weight_decay=0.1, ns_steps=5, compute_dtype=torch.float32
     )
-    grads = Gradients(list(model.parameters()))
+    grads = Gradients(model, optimizer)
     # a fixed text: sums of earlier tokens, so that there is something to learn
     tokens = [1, 2]
     for i in range(10 * 4 * 161):
@@ -37,7 +37,7 @@ def ten_losses():
     for step, row in enumerate(rows):
         loss = model(row[:, :-1], row[:, 1:])
         loss.backward()
-        optimizer.step(grads, step=step, **schedule.at(step, 10, LAWS))
+        optimizer.step(grads.sums, step=step, **schedule.at(step, 10, LAWS))
         grads.zero()
         losses.append(loss.item())
     return losses

@@ -26,7 +26,9 @@ from core.layers import Branches, WindowMasks, attention, rope_tables, unbind_ba
 from core.params import MuonView, Param, bank, constant, normal, ramp, uniform
 from core.stopping import UserError
 from kernels.dispatch import Backends
+from kernels.embedding import embedding
 from kernels.fp8 import Fp8Weight, empty_fp8
+from kernels.gemm import summed
 from kernels.linear import linear
 from kernels.lm_head_loss import lm_head_loss, softcapped_logits, tanh_cap
 from kernels.op import Op
@@ -196,6 +198,11 @@ def choose_ops(cfg: ModelConfig, backends: Chooser, batch_size: int) -> dict[str
     }
     if cfg.relu2:
         chosen["mlp"] = backends.choose(relu2_mlp, tokens, d.d_model, d.d_ff)
+    else:
+        chosen["up"] = backends.choose(linear, tokens, d.d_model, d.d_ff)
+    chosen["embed"] = backends.choose(embedding, tokens, d.padded_vocab, d.d_model)
+    if cfg.value_embeds:
+        chosen["embed_values"] = backends.choose(embedding, tokens, d.padded_vocab, len(d.ve_layers) * d.d_kv)
     return chosen
 
 
@@ -228,6 +235,9 @@ class GPT(nn.Module):
     qkv: Callable[..., Tensor]
     out: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
+    up: Callable[..., Tensor]
+    embed: Callable[..., tuple[Tensor, ...]]
+    embed_values: Callable[..., tuple[Tensor, ...]]
     lm_head_loss: Callable[..., Tensor]
 
     def __init__(
@@ -343,12 +353,17 @@ class GPT(nn.Module):
         ve: Sequence[Tensor] = ()
         gate_w: Sequence[Tensor] = ()
         if cfg.value_embeds:
-            ve = F.embedding(idx, self.value_embeds).view(B, T, len(d.ve_layers), d.n_kv_head, d.d_head).unbind(2)
+            parts = {"parts": len(d.ve_layers), "dw_sum": self._sums.get("value_embeds")}
+            ve = [
+                part.unflatten(-1, (d.n_kv_head, d.d_head))
+                for part in self.embed_values(idx, self.value_embeds, **parts)
+            ]
             gate_w = unbind_banks(self.ve_gate)
         heads = {"heads": d.n_head, "kv_heads": d.n_kv_head, "scale": QK_SCALE, "norm": cfg.qk_norm}
         heads |= {"gate_range": VE_GATE_RANGE}
 
-        x = self.norm(F.embedding(idx, self.wte)).y  # (B, T, C)
+        (x,) = self.embed(idx, self.wte, dw_sum=self._sums.get("wte"))
+        x = self.norm(x).y  # (B, T, C)
         if cfg.smear:
             x = self._smear(x, None if cache is None else cache.swap_embedding(x), branches)
         # x is the residual stream; x0, the embedding, enters every layer again [modded-nanogpt]. What an MLP adds waits
@@ -381,7 +396,10 @@ class GPT(nn.Module):
                 x, self.out(y, out_w[i], dw_sum=out_sum[i])
             )  # residual sum and second norm in one pass
             # MLP
-            added = self.mlp(y, up_w[i], down_w[i]) if cfg.relu2 else F.gelu(y @ up_w[i].T) @ down_w[i]
+            if cfg.relu2:
+                added = self.mlp(y, up_w[i], down_w[i], dup_sum=up_sum[i], ddown_sum=down_sum[i])
+            else:
+                added = F.gelu(self.up(y, up_w[i], dw_sum=up_sum[i])) @ summed(down_w[i], down_sum[i])
             # backout: what the middle layer knew is subtracted before the head, in the last norm's pass
             if i == d.n_layer // 2:
                 x = x_mid = x + added
@@ -403,7 +421,8 @@ class GPT(nn.Module):
         the head are no part of the softmax, and their gradient is 0.
         """
         options: dict[str, Any] = {
-            "softcap": self.softcap, "reduction": reduction, "vocab_size": self.dims.vocab_size
+            "softcap": self.softcap, "reduction": reduction, "vocab_size": self.dims.vocab_size,
+            "dw_sum": self._sums.get("lm_head" if self.cfg.untied_head else "wte"),
         }  # fmt: skip
         if self.fp8_head and reduction != "none":
             options["fp8"] = Fp8Weight(self.head_q, self.head_q_t, self.head_scale)
