@@ -198,6 +198,8 @@ def test_operands_are_read_about_once(product):
     ratio = modelled_reads(tiling, best_group(tiling)) / tiling.least_reads
     if product not in LONG:
         assert ratio <= 1.3
+        # whose kernel takes one row of tiles after the other
+        assert product[2] != "relu2" or best_group(tiling) == 1
         return
     assert ratio == pytest.approx(LONG[product], abs=0.01)
     # of the shapes that a wave may have, the one with the fewest bytes
