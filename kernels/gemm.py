@@ -340,3 +340,17 @@ def gemm(
         TRANSPOSED=transposed, ACCUMULATE=accumulate, SCALED=alphas is not None,
         IMPRECISE=config["BLOCK_K"] if precise else None, **config,
     )  # fmt: skip
+
+
+def add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
+    """total (N, K) += a (M, N)^T b (M, K), a weight's gradient: of bf16 into fp32, or all fp32.
+
+    On a GPU by cuBLAS, which with large products reaches 77 % of the peak [cutlass#1662], where `gemm` gets operands
+    out of the L2 cache for 60 %. `gemm` is what the interpreter runs.
+    """
+    if a.dtype == torch.float32:
+        total.addmm_(a.T, b)
+    elif total.is_cuda:
+        torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
+    elif a.size(0):
+        gemm(a, b, total, transposed=True, accumulate=True)

@@ -11,7 +11,7 @@ Rounding  products are summed in fp32; y and dx are rounded once. dw is rounded 
           all where the kernel adds it to dw_sum (the reference rounds it first)
 Saves     x
 Kernels   dw_sum += dy^T x by `gemm`; y and dx by torch.mm, as without dw_sum everything is
-Backends  cublas adds by torch.addmm with an fp32 sum, which needs CUDA
+Backends  cublas adds by torch.addmm with an fp32 sum, on CUDA; auto means it where nothing is measured (`add_product`)
 Limits    in the kernel rows of N and of K elements are multiples of 16 bytes
 Bound     arithmetic: `linear_cost`
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels import sizes
-from kernels.gemm import check_sum, for_descriptor, gemm, summed
+from kernels.gemm import add_product, check_sum, for_descriptor, gemm, summed
 from kernels.op import (
     DTYPES,
     Backend,
@@ -85,19 +85,22 @@ def _through(add: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[..., Ten
     return linear
 
 
-@torch.library.custom_op("redline::add_weight_gradient", mutates_args=("dw_sum",))
+@torch.library.custom_op("redline::linear_add_triton", mutates_args=("dw_sum",))
 def _add_triton(dy: Tensor, x: Tensor, dw_sum: Tensor) -> None:
     """dw_sum (N, K) += dy (..., N)^T x (..., K)."""
     gemm(for_descriptor(_rows(dy)), for_descriptor(_rows(x)), dw_sum, transposed=True, accumulate=True)
 
 
+@torch.library.custom_op("redline::linear_add_cublas", mutates_args=("dw_sum",))
+def _add_cublas(dy: Tensor, x: Tensor, dw_sum: Tensor) -> None:
+    """The same. An op of its own: torch.compile does not know addmm with another type of sum [pytorch#163880]."""
+    add_product(_rows(dy), _rows(x), dw_sum)
+
+
 @_add_triton.register_fake
+@_add_cublas.register_fake
 def _(dy, x, dw_sum):
     return None
-
-
-def _add_cublas(dy: Tensor, x: Tensor, dw_sum: Tensor) -> None:
-    torch.addmm(dw_sum, _rows(dy).T, _rows(x), out_dtype=dw_sum.dtype, out=dw_sum)
 
 
 def _needs_cublas(device: Device) -> str | None:
@@ -156,6 +159,7 @@ linear = Op(
     forms={"plain": lambda make, M, K, N: {"x": make(M, K), "w": make(N, K)}, "sum": _sum_inputs},
     cost=linear_cost,
     check=_check,
+    unmeasured="cublas",
     backends={
         "ref": Backend(linear_ref),
         "triton": Backend(_through(_add_triton), needs_triton, _limits),

@@ -145,6 +145,7 @@ class Op:
     backends  by name; `ref` is one of them
     measured  the committed measurements that `auto` follows
     gradients_in_forward   whether forward makes the gradients, and backward scales them
+    unmeasured             the backend that `auto` means on a GPU where nothing is measured, if it can run
     """
 
     name: str
@@ -156,6 +157,7 @@ class Op:
     backends: Mapping[str, Backend]
     measured: Sequence[Measurement] = ()
     gradients_in_forward: bool = False
+    unmeasured: str = "triton"
     _auto: dict[Problem, str] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +188,8 @@ class Op:
         return self.backends[backend].needs(device) or self.backends[backend].limits(shape, dtype)
 
     def pick(self, shape: Shape, dtype: torch.dtype, device: Device) -> tuple[str, str]:
-        """The backend that `auto` means, and why: the fastest as measured, else Triton, else the first that can run."""
+        """The backend that `auto` means, and why: the fastest as measured, else `unmeasured`, else the first that can
+        run."""
         if device.type != "cuda":
             return "ref", "PyTorch, on a CPU"
         obstacles = {name: self.obstacle(name, shape, dtype, device) for name in self.backends if name != "ref"}
@@ -210,7 +213,7 @@ class Op:
             if best == "ref":
                 reason = "; ".join([reason, *(f"{k}: {why}" for k, why in obstacles.items() if why is not None)])
             return best, reason
-        return ("triton" if "triton" in kernels else kernels[0]), "unmeasured here"
+        return (self.unmeasured if self.unmeasured in kernels else kernels[0]), "unmeasured here"
 
     def sizes(self, shape: Shape) -> str:
         """The shape in words, such as M=64 N=32."""

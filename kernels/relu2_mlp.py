@@ -33,7 +33,6 @@ from kernels.fp8 import E4M3, E4M3_MAX
 from kernels.gemm import (
     check_sum,
     for_descriptor,
-    gemm,
     halves,
     has_large_shared_memory,
     launch_persistent,
@@ -249,10 +248,7 @@ def _weight_gradient(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor:
     """a^T b, or empty and added to a total."""
     if total is None:
         return a.T @ b
-    if a.dtype == torch.float32:
-        total.addmm_(a.T, b)
-    elif a.size(0):
-        gemm(a, b, total, transposed=True, accumulate=True)
+    add_product(a, b, total)
     return a.new_empty(0)
 
 

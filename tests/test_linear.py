@@ -8,6 +8,7 @@ import torch
 import kernels.linear as module
 from kernels import gemm
 from kernels.linear import linear, linear_cost
+from kernels.op import Backend, Device
 from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
 from tests.mutations import mutations
 
@@ -44,6 +45,20 @@ def test_leading_sizes_and_no_rows():
     assert result["y"].shape == (2, 3, 4, 32)
     result = check_op(linear, args | {"x": args["x"][:0]})
     assert torch.equal(result["dw_sum"], args["dw_sum"])
+
+
+def test_cublas_adds_as_well():
+    """On a CPU with the kernel in cuBLAS's place."""
+    check_op(linear, inputs((20, 16, 24), dtype=torch.bfloat16), backend="cublas", compiled=True, factor=1.25)
+    check_op(linear, inputs((20, 16, 24)), backend="cublas", factor=1.25)
+
+
+def test_where_nothing_is_measured_a_gpu_takes_cublas():
+    gpu = Device("cuda", "a GPU", (9, 0))
+    reason = "needs a CUDA build of PyTorch" if torch.version.cuda is None else None
+    assert linear.backends["cublas"].needs(gpu) == reason
+    here = dataclasses.replace(linear, backends={n: Backend(b.function) for n, b in linear.backends.items()})
+    assert here.pick((64, 16, 16), torch.bfloat16, gpu) == ("cublas", "unmeasured here")
 
 
 @pytest.mark.parametrize("fixed", [("x",), ("w",)], ids=str)
