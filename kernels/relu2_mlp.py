@@ -31,6 +31,7 @@ from torch import Tensor
 from kernels import sizes
 from kernels.fp8 import E4M3, E4M3_MAX
 from kernels.gemm import (
+    add_product,
     check_sum,
     for_descriptor,
     halves,
