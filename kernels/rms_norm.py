@@ -20,7 +20,7 @@ Backward  with dy the gradient of y plus, in its channels, that of first:
           have no gradient. da and db add one partial sum per program in a fixed order: bitwise repeatable, no atomics
 Chain     with a or b, RMSNorm.x0 is x0 again, for whoever uses x0 next: dx0_in is the gradient that arrives there, so
           that the gradients of an x0 that every layer uses are summed without passes of their own. Where nobody uses
-          it, dx0_in is 0 and not read; in compiled code unused outputs have gradients, of zeros, which are read
+          it, nothing is read or added
 Saves     rstd (4 B a row) and h; with a or b instead the inputs x, x0 and x1, from which backward recomputes the
           rounded h
 Limits    1 <= N <= 16384 in the kernel, first <= 64. Rows may be any stride apart; where the elements of a row are not
@@ -413,12 +413,10 @@ class _RMSNorm(torch.autograd.Function):
         return *(t if there else None for t, there in zip(streams, ctx.streams)), *scalars, None, None, None
 
 
-def _each_once(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, one that is there already as a view: torch.compile gives each to an autograd.Function but once."""
-    seen: list[Tensor | None] = []
-    for t in tensors:
-        seen.append(t.view_as(t) if t is not None and any(t is other for other in seen) else t)
-    return seen
+@torch.compiler.allow_in_graph  # Dynamo would make zeros of gradients that are not there, and refuse one tensor twice
+def _apply(*args: Any) -> tuple[Tensor | None, ...]:
+    outputs: tuple[Tensor | None, ...] = _RMSNorm.apply(*args)
+    return outputs
 
 
 def _rms_norm_triton(
@@ -432,7 +430,9 @@ def _rms_norm_triton(
     scale: Tensor | None = None,
     eps: float = EPS,
 ) -> RMSNorm:
-    return RMSNorm(*_RMSNorm.apply(*_each_once(x, x0, x1, a, b), scale, first, eps))
+    y, h, y_fp8, amax, chain, part = _apply(x, x0, x1, a, b, scale, first, eps)  # pyrefly: ignore[not-callable]
+    assert y is not None
+    return RMSNorm(y, h, y_fp8, amax, chain, part)
 
 
 # cost
