@@ -6,7 +6,7 @@ from typing import Any
 from bench.history import KEY, microseconds
 
 LINES = 40
-OURS = ("triton", "cuda")
+OURS = ("triton", "cuda", "cublas", "scaled_mm")
 PASSED = "passed"
 SHOWN = {"right": 8, "faster": 12, "trains": 7, "next": 8}  # lines of each answer
 

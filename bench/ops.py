@@ -42,7 +42,8 @@ QUICKSTART = "quickstart"
 COMPILED = "torch.compile"
 COLD_BYTES = 2**28  # of the input sets together: several times an L2 cache
 MAX_SETS = 256
-KERNELS = ("triton", "cuda")
+KERNELS = ("triton", "cuda", "scaled_mm")  # which allocate their results themselves
+FUSED = ("cublas",)  # plain PyTorch, measured as a compiled model runs it
 CHECK_SEEDS = (2**20, 2**20 + 1)  # with gradients; forward alone
 UPSTREAM_SEED = 2**21
 
@@ -153,6 +154,8 @@ class OpPrograms:
                 function = torch.compile(self._op.backends["ref"], fullgraph=True, dynamic=False)
             elif variant in self._peers:
                 function = self._peers[variant].make(self._form, self._sets[0])
+            elif variant in FUSED:
+                function = torch.compile(self._op.backends[variant], fullgraph=True, dynamic=False)
             else:
                 function = self._op.backends[variant]
             self._functions[variant] = function

@@ -19,7 +19,8 @@ Rounding  z and dz are rounded to the dtype of x, everything between them is fp3
 fp8       with `fp8`, the copy of w that `quantise_weight` makes, x and w are multiplied in e4m3 and dz in e5m2, each
           with one scale: that of x is max |x| / 448, or x_scale; that of dz is the largest dz there can be, sum
           |weights| max y'. dx and dw are summed in fp32; the sums of z stay in the tensor core, whose fp8 accumulator
-          is narrower on Hopper. dw is the gradient of the unrounded w
+          is narrower on Hopper. dw is the gradient of the unrounded w. The backend scaled_mm takes logits and dx from
+          torch._scaled_mm (cuBLAS) and is the kernel otherwise, in bf16 and for V that is a multiple of 16
 Memory    one chunk of rows has logits at a time; their gradient takes their place, in fp8 it lies beside them, twice.
           These take at most LOGIT_BYTES, 1 GiB, if that is enough for 128 rows. Forward keeps dx and dw in fp32;
           backward takes a second dx and, while it is scaled, one in fp32
@@ -56,6 +57,7 @@ from kernels.fp8 import (
     clamped,
     empty_fp8,
     fill_fp8,
+    needs_fp8,
     quantised,
     transpose,
 )
@@ -69,6 +71,7 @@ from kernels.op import (
     check_number,
     check_tensor,
     describe,
+    dtype_name,
     interpreted,
     needs_triton,
     takes_dtypes,
@@ -510,10 +513,14 @@ class _Fp8Products:
         if need_grad:
             self.dz, self.dz_t = aligned_empty(x, rows, V, E5M2), aligned_empty(x, V, rows, E5M2)
 
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, scales: tuple[Tensor, Tensor]) -> None:
+        """out (M, N) of a (M, K), b (N, K)."""
+        gemm(a, b, out, scales)
+
     def logits(self, x: Tensor, z: Tensor) -> None:
         n = x.size(0)
         transpose(x, self.x[:n], self.x_t[:, :n], self.x_scale)
-        gemm(self.x[:n], self.w.q, z, (self.x_scale, self.w_scale))
+        self.multiply(self.x[:n], self.w.q, z, (self.x_scale, self.w_scale))
 
     def room_for_gradient(self, z: Tensor) -> Tensor:
         return self.dz[: z.size(0)]
@@ -522,8 +529,19 @@ class _Fp8Products:
         """Fills dx, and fills dw or adds to it; x is the chunk that `logits` has quantised."""
         n = x.size(0)
         transpose(dz, None, self.dz_t[:, :n], None)
-        gemm(dz, self.w.q_t, dx, (self.g_scale, self.w_scale))
+        self.multiply(dz, self.w.q_t, dx, (self.g_scale, self.w_scale))
         gemm(self.dz_t[:, :n], self.x_t[:, :n], dw, (self.g_scale, self.x_scale), accumulate=add)
+
+
+class _ScaledMmProducts(_Fp8Products):
+    """The same, logits and dx by cuBLAS. Fast accumulation stays in the tensor core, as the kernel's own for logits;
+    products with gradients go without it."""
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, scales: tuple[Tensor, Tensor]) -> None:
+        fast = a.dtype == E4M3
+        torch._scaled_mm(
+            a, b.T, scale_a=scales[0], scale_b=scales[1], out_dtype=out.dtype, use_fast_accum=fast, out=out
+        )
 
 
 # torch ops
@@ -542,6 +560,7 @@ def _by_chunks(
     q_t: Tensor | None,
     w_scale: Tensor | None,
     x_scale: Tensor | None,
+    scaled_mm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, losses (M,), dx like x and dw like w in fp32, empty without need_grad. softcap: three numbers, or none."""
     (M, C), V = x.shape, w.size(0)
@@ -562,7 +581,8 @@ def _by_chunks(
         g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * steepest).clamp_min(TINY_SCALE)
         factor, limit = 1 / g_scale, E5M2_MAX
         scales = x_scale, w_scale, g_scale * scale
-        products = _Fp8Products(x, Fp8Weight(q, q_t, w_scale), scales, rows, need_grad)
+        fp8_products = _ScaledMmProducts if scaled_mm else _Fp8Products
+        products = fp8_products(x, Fp8Weight(q, q_t, w_scale), scales, rows, need_grad)
     z_all = aligned_empty(x, rows, V, x.dtype)
     for chunk in chunks(M, rows):
         part, z = x[chunk], z_all[: chunk.stop - chunk.start]
@@ -609,7 +629,7 @@ _lm_head_loss_ref = torch.library.custom_op("redline::lm_head_loss_ref", _refere
 
 @_lm_head_loss.register_fake
 @_lm_head_loss_ref.register_fake
-def _(x, w, targets, weights, scale, softcap, vocab_size, need_grad, q, q_t, w_scale, x_scale):
+def _(x, w, targets, weights, scale, softcap, vocab_size, need_grad, q, q_t, w_scale, x_scale, *_):
     losses = x.new_empty(x.size(0), dtype=wide(x.dtype))
     dx, dw = (t.new_empty(t.shape if need_grad else (0,), dtype=d) for t, d in ((x, x.dtype), (w, wide(w.dtype))))
     return losses.new_empty(()), losses, dx, dw
@@ -624,10 +644,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    inputs = len(ctx.needs_input_grad)
     if dloss is None:
-        return (None,) * 12
+        return (None,) * inputs
     dx, dw = ctx.saved_tensors
-    return *_scaled(dx, dw, dloss, ctx.dtype), *(None,) * 10
+    return *_scaled(dx, dw, dloss, ctx.dtype), *(None,) * (inputs - 2)
 
 
 _lm_head_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -635,11 +656,17 @@ _lm_head_loss_ref.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _through_op(
-    op: Callable[..., tuple[Tensor, ...]], x: Tensor, w: Tensor, given: Prepared, need_grad: bool, q_t: Tensor | None
+    op: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    w: Tensor,
+    given: Prepared,
+    need_grad: bool,
+    q_t: Tensor | None,
+    *options: bool,
 ) -> Tensor:
     targets, weights, scale, softcap, reduction, vocab_size, q, w_scale, x_scale = given
     cap = [] if softcap is None else list(softcap)
-    loss, losses, *_ = op(x, w, targets, weights, scale, cap, vocab_size, need_grad, q, q_t, w_scale, x_scale)
+    loss, losses, *_ = op(x, w, targets, weights, scale, cap, vocab_size, need_grad, q, q_t, w_scale, x_scale, *options)
     result: Tensor = losses if reduction == "none" else loss
     return result
 
@@ -661,11 +688,12 @@ class _IntoSum(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override]
-        ctx: Any, x: Tensor, w: Tensor, given: Prepared, q_t: Tensor | None, dw_sum: Tensor
+        ctx: Any, x: Tensor, w: Tensor, given: Prepared, q_t: Tensor | None, dw_sum: Tensor, scaled_mm: bool
     ) -> Tensor:
         targets, weights, scale, softcap, _, vocab_size, q, w_scale, x_scale = given
         cap = [] if softcap is None else list(softcap)
-        loss, _, dx, dw = _lm_head_loss(x, w, targets, weights, scale, cap, vocab_size, True, q, q_t, w_scale, x_scale)
+        fp8 = q, q_t, w_scale, x_scale, scaled_mm
+        loss, _, dx, dw = _lm_head_loss(x, w, targets, weights, scale, cap, vocab_size, True, *fp8)
         ctx.save_for_backward(dx, dw)
         ctx.dw_sum = dw_sum
         return loss
@@ -673,7 +701,7 @@ class _IntoSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
-        return _scaled_into_sum(dx, dw, grads[0], ctx.dw_sum), None, None, None, None
+        return _scaled_into_sum(dx, dw, grads[0], ctx.dw_sum), None, None, None, None, None
 
 
 def _lm_head_loss_triton(
@@ -689,13 +717,19 @@ def _lm_head_loss_triton(
     fp8: Fp8Weight | None = None,
     x_scale: Tensor | None = None,
     dw_sum: Tensor | None = None,
+    scaled_mm: bool = False,
 ) -> Tensor:
     given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
     q_t, need_grad = None if fp8 is None else fp8.q_t, _needs_gradients(x, w, reduction)
     if dw_sum is None or not need_grad:
-        return _through_op(_lm_head_loss, x, w, given, need_grad, q_t)
-    loss: Tensor = _IntoSum.apply(x, w, given, q_t, dw_sum)
+        return _through_op(_lm_head_loss, x, w, given, need_grad, q_t, scaled_mm)
+    loss: Tensor = _IntoSum.apply(x, w, given, q_t, dw_sum, scaled_mm)
     return loss
+
+
+def _lm_head_loss_scaled_mm(*args: Any, **options: Any) -> Tensor:
+    """The kernel, but for logits and dx in fp8."""
+    return _lm_head_loss_triton(*args, **options, scaled_mm=True)
 
 
 # cost
@@ -771,6 +805,14 @@ def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
     )
 
 
+def _scaled_mm_limits(shape: Shape, dtype: torch.dtype) -> str | None:
+    if why := _limits(shape, dtype):
+        return why
+    if dtype != torch.bfloat16:
+        return f"takes bfloat16, not {dtype_name(dtype)}"
+    return None if shape[2] % 16 == 0 else f"takes V that is a multiple of 16, not {shape[2]}"
+
+
 def _inputs(make: Any, M: int, C: int, V: int) -> dict[str, Any]:
     x, w = make(M, C), make(V, C)
     targets = torch.arange(M, device=x.device) * 7919 % V  # spread over the vocabulary
@@ -792,6 +834,10 @@ lm_head_loss = Op(
     forms={"mean": _inputs, "fp8": _fp8_inputs},
     cost=lm_head_loss_cost,
     check=_check,
-    backends={"ref": Backend(lm_head_loss_ref), "triton": Backend(_lm_head_loss_triton, needs_triton, _limits)},
+    backends={
+        "ref": Backend(lm_head_loss_ref),
+        "triton": Backend(_lm_head_loss_triton, needs_triton, _limits),
+        "scaled_mm": Backend(_lm_head_loss_scaled_mm, needs_fp8, _scaled_mm_limits),
+    },
     gradients_in_forward=True,
 )

@@ -8,12 +8,14 @@ Rounding  products are summed in fp32; ReLU and square in fp32; post is rounded 
 Backward  dpre = 2 sqrt(post) (dy down^T), since relu(pre) = sqrt(post);
           dx = dpre up,  dup = dpre^T x,  ddown = post^T dy.  dpre is rounded once; the root of the rounded post has
           half its relative error. With dup_sum or ddown_sum, fp32 like the weight, backward adds that weight's
-          gradient to it, unrounded (the reference in bf16: rounded), and the weight has no gradient
+          gradient to it, unrounded (the reference and cublas in bf16: rounded), and the weight has no gradient
 Saves     x and post: pre reaches memory in neither direction
 Kernels   one persistent GEMM a b^T whose epilogue squares (forward) or scales by 2 sqrt(post) (backward); gradients
           that are added to sums are `kernels.gemm.gemm`; the other products are torch.mm. `_relu2_up` also stores post
           in e4m3 and transposed, post ~ post_fp8 * scale, and one max |post| per program, from the same registers; no
           op calls it yet
+cublas    the backend of that name makes all products by torch.mm, with plain PyTorch between them, which torch.compile
+          fuses: pre is rounded, dpre once, and the same is saved
 Limits    in the kernel rows of C and of F elements are multiples of 16 bytes: 8 in bf16, 4 in fp32, 16 for an fp8 copy,
           which also needs M to be a multiple of 16. Where post overflows to inf, so does dx; an infinite dy gives NaN
           for units that are off
@@ -32,6 +34,7 @@ from kernels import sizes
 from kernels.fp8 import E4M3, E4M3_MAX
 from kernels.gemm import (
     add_product,
+    added,
     check_sum,
     for_descriptor,
     halves,
@@ -44,6 +47,7 @@ from kernels.gemm import (
 from kernels.op import (
     DTYPES,
     Backend,
+    Device,
     Op,
     Problem,
     Shape,
@@ -53,6 +57,7 @@ from kernels.op import (
     dtype_name,
     needs_triton,
     takes_dtypes,
+    wide,
 )
 
 # reference
@@ -290,6 +295,43 @@ def _relu2_mlp_triton(
     return y
 
 
+# cuBLAS
+
+
+class _Cublas(torch.autograd.Function):
+    """Products by torch.mm; between them plain PyTorch, which torch.compile fuses."""
+
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, x: Tensor, up: Tensor, down: Tensor, dup_sum: Tensor | None, ddown_sum: Tensor | None
+    ) -> Tensor:
+        post = F.relu(x.reshape(-1, x.size(-1)) @ up.T).square()
+        ctx.save_for_backward(x, up, down, post)
+        ctx.dup_sum, ctx.ddown_sum = dup_sum, ddown_sum
+        return (post @ down).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, down, post = ctx.saved_tensors
+        rows, dy = x.reshape(-1, x.size(-1)), grads[0].reshape(-1, x.size(-1))
+        wide_post = post.to(wide(post.dtype))
+        dpre = ((dy @ down.T) * (2 * wide_post.sqrt())).to(post.dtype)
+        dup, ddown = added(dpre.T @ rows, ctx.dup_sum), added(post.T @ dy, ctx.ddown_sum)
+        return (dpre @ up).view(x.shape), dup, ddown, None, None
+
+
+def _relu2_mlp_cublas(
+    x: Tensor, up: Tensor, down: Tensor, *, dup_sum: Tensor | None = None, ddown_sum: Tensor | None = None
+) -> Tensor:
+    y: Tensor = _Cublas.apply(x, up, down, dup_sum, ddown_sum)
+    return y
+
+
+def _needs_cuda(device: Device) -> str | None:
+    """Why cuBLAS cannot run on the device; None if it can."""
+    return None if device.type == "cuda" else "needs an NVIDIA GPU and --device cuda"
+
+
 def _relu2_up(x: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     """post (M, F) of x (M, C) and up (F, C), with its e4m3 copy for `scale` (one fp32 number), the copy transposed (F,
     M), and amax per program. M and F are multiples of 16."""
@@ -354,5 +396,9 @@ relu2_mlp = Op(
     forms={"plain": lambda make, M, C, F_: {"x": make(M, C), "up": make(F_, C), "down": make(F_, C)}},
     cost=relu2_mlp_cost,
     check=_check,
-    backends={"ref": Backend(relu2_mlp_ref), "triton": Backend(_relu2_mlp_triton, needs_triton, _limits)},
+    backends={
+        "ref": Backend(relu2_mlp_ref),
+        "triton": Backend(_relu2_mlp_triton, needs_triton, _limits),
+        "cublas": Backend(_relu2_mlp_cublas, _needs_cuda, takes_dtypes),
+    },
 )

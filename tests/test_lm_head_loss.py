@@ -29,7 +29,7 @@ from kernels.lm_head_loss import (
     softcapped_logits,
     tanh_cap,
 )
-from kernels.op import Op, UserError
+from kernels.op import Device, Op, UserError
 from kernels.quantise_weight import quantise_weight
 from tests.harness import DEVICE, Failed, check_op, mutant
 from tests.mutations import Edit, mutations
@@ -533,6 +533,63 @@ def test_fp8_is_the_product_of_rounded_operands(backend, M, cap, monkeypatch):
     assert 0.01 < error(got["dx"], exact["dx"]) < 0.1  # rounded it is, and not beyond recognition
 
 
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="no fp8")
+@pytest.mark.parametrize("M", [16, 37])
+def test_scaled_mm_is_the_product_of_rounded_operands(M, monkeypatch):
+    """What the kernel computes, through another product, which is given what cuBLAS takes."""
+    small_chunks(monkeypatch)
+    args = case(M=M, dtype=torch.bfloat16)
+    copy = copies(args["w"])[1]
+    honest, calls = torch._scaled_mm, []
+
+    def watched(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum, out):
+        (rows, K), (_, N) = a.shape, b.shape
+        assert K % 16 == 0 == N % 16 and a.stride(1) == 1 == b.stride(0)  # row-major, column-major
+        assert a.stride(0) % 16 == 0 == b.stride(1) % 16 and out.is_contiguous() and out.dtype == out_dtype
+        assert all(s.numel() == 1 and s.dtype == torch.float32 for s in (scale_a, scale_b))
+        assert use_fast_accum == (a.dtype == E4M3) and b.dtype == E4M3
+        calls.append((rows, N))
+        return honest(
+            a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=use_fast_accum, out=out
+        )
+
+    monkeypatch.setattr(torch, "_scaled_mm", watched)
+    want = fp8_oracle(**args, softcap=CAPS["tanh"], upstream=0.3)
+    with poisoned_allocations():
+        got = evaluate(lm_head_loss.backends["scaled_mm"], args, 0.3, softcap=CAPS["tanh"], fp8=copy)
+    assert calls == [(n, N) for n in [16] * (M // 16) + [M % 16] * (M % 16 > 0) for N in (112, 32)]
+    for name, bound in {"loss": 1e-3, "dx": 0.02, "dw": 0.02}.items():
+        assert error(got[name], want[name]) < bound, (name, error(got[name], want[name]))
+    if DEVICE == "cpu":  # in the same order of roundings
+        like = evaluate(lm_head_loss.backends["triton"], args, 0.3, softcap=CAPS["tanh"], fp8=copy)
+        assert all(error(got[name], like[name].double()) < 0.005 for name in RESULTS)
+
+
+def test_scaled_mm_is_the_kernel_otherwise():
+    """Without fp8, with a sum, compiled."""
+    args = case(dtype=torch.bfloat16, K=3)
+    want, got = (evaluate(lm_head_loss.checked(b), args, 0.3, softcap=CAPS["tanh"]) for b in ("triton", "scaled_mm"))
+    assert all(torch.equal(got[name], want[name]) for name in RESULTS)
+    function, copy = lm_head_loss.checked("scaled_mm"), copies(args["w"])[1]
+    fill_dynamo_tables()
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+    some, others = (micro_steps(f, torch.bfloat16, fp8=copy) for f in (function, compiled))
+    assert all(torch.equal(some[name], others[name]) for name in some)
+    kernel = micro_steps(lm_head_loss.checked("triton"), torch.bfloat16, fp8=copy)
+    assert all(error(some[name], kernel[name].double()) < 0.005 for name in some)
+
+
+def test_what_scaled_mm_cannot_take():
+    h100, a100 = (Device("cuda", name, arch) for name, arch in (("H100", (9, 0)), ("A100", (8, 0))))
+    assert "fp8" in lm_head_loss.obstacle("scaled_mm", (32, 32, 48), torch.bfloat16, a100)
+    limits = lm_head_loss.backends["scaled_mm"].limits
+    assert "multiple of 16, not 50257" in limits((32, 32, 50257), torch.bfloat16)
+    assert "float32" in limits((32, 32, 48), torch.float32) and "16, not 24" in limits((32, 24, 48), torch.bfloat16)
+    assert limits((32, 32, 48), torch.bfloat16) is None
+    assert lm_head_loss.pick((32, 32, 48), torch.bfloat16, h100)[0] in ("triton", "ref")  # unmeasured
+
+
 def test_fp8_with_a_given_scale_of_x():
     """A scale that is too large loses small numbers, one that is too small saturates; both are used as they are."""
     args = case(dtype=torch.bfloat16)
@@ -656,7 +713,7 @@ def test_memory_at_64k_rows_and_50304_columns(backend, fp8, C, monkeypatch):
     memory = Memory(x, w, targets, weights, scale, *q)
     with memory:
         if backend == "triton":
-            _, _, dx, dw = module._by_chunks(x, w, targets, weights, scale, [30.0, 0.0, 7.5], V, True, *q, None)
+            _, _, dx, dw = module._by_chunks(x, w, targets, weights, scale, [30.0, 0.0, 7.5], V, True, *q, None, False)
         else:
             _, dx, dw = module._reference(x, w, targets, weights, scale, CAPS["tanh"], V, None, None, None, True)
     assert launched or backend == "ref"

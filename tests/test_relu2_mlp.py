@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 import kernels.relu2_mlp as module
 from bench.law import TINY, error, fill_dynamo_tables, poisoned_allocations
 from kernels import gemm
 from kernels.fp8 import E4M3, E4M3_MAX
+from kernels.op import Device
 from kernels.relu2_mlp import _relu2_up, relu2_mlp, relu2_mlp_cost
 from tests.harness import DEVICE, LAYOUTS, Failed, check_op, mutant, randn
 from tests.mutations import mutations
@@ -182,6 +185,64 @@ def test_the_kernel_refuses_what_it_cannot_take():
             relu2_mlp.checked("triton")(*args)
 
 
+# cuBLAS ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 16, 32), (130, 24, 264), (20, 7, 33)], ids=str)
+def test_cublas_agrees_with_float64(shape, dtype):
+    """Any C and F."""
+    check_op(relu2_mlp, inputs(shape, dtype), backend="cublas", factor=1.25)
+
+
+def test_cublas_layouts_leading_sizes_and_no_rows():
+    args = inputs((24, 16, 32))
+    for layout in LAYOUTS[1:]:
+        check_op(relu2_mlp, args, backend="cublas", layout=layout, factor=1.25)
+    result = check_op(relu2_mlp, args | {"x": args["x"].view(2, 3, 4, 16)}, backend="cublas")
+    assert result["y"].shape == (2, 3, 4, 16) == result["dx"].shape
+    assert check_op(relu2_mlp, args | {"x": args["x"][:0]}, backend="cublas")["y"].shape == (0, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cublas_is_open_to_the_compiler(dtype):
+    """Of one graph forward, two products, and four backward, nothing opaque to it; and the same bits."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    fill_dynamo_tables()
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    compiled = torch.compile(relu2_mlp.checked("cublas"), fullgraph=True, dynamic=False, backend=backend)
+    results = []
+    for function in (compiled, relu2_mlp.checked("cublas")):
+        args = {name: t.requires_grad_() for name, t in inputs((9, 16, 32), dtype).items()}
+        function(**args).square().sum().backward()
+        results.append([t.grad for t in args.values()])
+    assert all(map(torch.equal, *results))
+    assert [sum(name.startswith("aten.mm") for name in graph) for graph in graphs] == [2, 4]
+    assert not any("redline" in name for graph in graphs for name in graph)
+
+
+def test_cublas_saves_the_input_and_the_squared_activation_only():
+    args, saved = {name: t.requires_grad_() for name, t in inputs((10, 16, 32)).items()}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        relu2_mlp.backends["cublas"](**args)
+    fresh = [t for t in saved if not any(t.data_ptr() == given.data_ptr() for given in args.values())]
+    assert len(saved) == 4 and [tuple(t.shape) for t in fresh] == [(10, 32)]
+
+
+def test_cublas_needs_a_gpu():
+    assert "GPU" in relu2_mlp.obstacle("cublas", (8, 16, 32), torch.bfloat16, Device("cpu", "cpu", None))
+    old = Device("cuda", "V100", (7, 0))
+    assert relu2_mlp.obstacle("cublas", (8, 16, 32), torch.bfloat16, old) is None
+    assert relu2_mlp.pick((8, 7, 33), torch.bfloat16, Device("cuda", "H100", (9, 0)))[0] == "cublas"
+    assert "float64" in relu2_mlp.obstacle("cublas", (8, 16, 32), torch.float64, old)
+
+
 # sums of gradients ---------------------------------------------------------
 
 
@@ -290,7 +351,7 @@ MUTATIONS = {
     "the upstream gradient is one": {
         "dy, rows = _rows(dy), _rows(x)": "dy, rows = torch.ones_like(_rows(dy)), _rows(x)"
     },
-    "ddown has the wrong activation": {"post.T @ dy": "dpre.T @ dy"},
+    "ddown has the wrong activation": {"dpre.T @ rows, post.T @ dy": "dpre.T @ rows, dpre.T @ dy"},
     "the sum of ddown has the wrong activation": {"(post, dy, ddown_sum)": "(dpre, dy, ddown_sum)"},
     "a sum is overwritten": {"transposed=True, accumulate=True": "transposed=True"},
     "a sum in fp32 is overwritten": {"total.addmm_(a.T, b)": "total.copy_(a.T @ b)"},
@@ -309,6 +370,17 @@ MUTATIONS = {
         "bitcast=True).to(out_desc.dtype)"
     },
 }
+CUBLAS_MUTATIONS = {
+    "no ReLU": {
+        "post = F.relu(x.reshape(-1, x.size(-1)) @ up.T).square()": "post = (x.reshape(-1, x.size(-1)) @ up.T).square()"
+    },
+    "the factor is not doubled": {"(2 * wide_post.sqrt())": "wide_post.sqrt()"},
+    "the factor is post": {"wide_post.sqrt()": "wide_post"},
+    "gradients of weights are swapped": {"dup, ddown = added(dpre.T @ rows": "ddown, dup = added(dpre.T @ rows"},
+    "dx has the wrong weight": {
+        "(dpre @ up).view(x.shape), dup, ddown, None": "(dpre @ down).view(x.shape), dup, ddown, None"
+    },
+}
 # one for each class of failure; the others run by `pytest -m mutations`
 CLASSES = [
     "no ReLU",
@@ -323,6 +395,12 @@ CLASSES = [
 @pytest.mark.parametrize("name", mutations(MUTATIONS, always=CLASSES))
 def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     fails(mutant(module, MUTATIONS[name], tmp_path).relu2_mlp, monkeypatch)
+
+
+@pytest.mark.parametrize("name", CUBLAS_MUTATIONS)
+def test_a_broken_cublas_is_noticed(name, tmp_path):
+    with pytest.raises(Failed):
+        check_op(mutant(module, CUBLAS_MUTATIONS[name], tmp_path).relu2_mlp, inputs((20, 24, 40)), backend="cublas")
 
 
 GEMM_MUTATIONS = {
