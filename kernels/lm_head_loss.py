@@ -61,7 +61,7 @@ from kernels.fp8 import (
     quantised,
     transpose,
 )
-from kernels.gemm import check_sum, for_descriptor, gemm, summed
+from kernels.gemm import add_product, check_sum, for_descriptor, gemm, summed
 from kernels.op import (
     DTYPES,
     Backend,
@@ -495,10 +495,7 @@ class _Products:
     def gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor, add: bool) -> None:
         """Fills dx, and fills dw or adds to it."""
         torch.mm(dz, self.w, out=dx)
-        if x.dtype == torch.float32:
-            torch.addmm(dw, dz.T, x, beta=float(add), out=dw)  # with beta = 0 PyTorch ignores what dw holds
-        else:
-            gemm(dz, x, dw, transposed=True, accumulate=add)
+        add_product(dz, x, dw, add)
 
 
 class _Fp8Products:

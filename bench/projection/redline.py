@@ -203,7 +203,7 @@ def with_measurements(w: Workload, results: Sequence[dict], models: Sequence[dic
             first = [r for r in same if r["shape"] == same[0]["shape"]]
             best = min(first, key=lambda r: (gpu_of(r), r["us"]))
             least = max(best["flops"] / FLOPS["bf16"], best["bytes"] / HBM[gpu_of(best)])
-            return Measured(least / (1e-6 * best["us"]), f"{best['device']}, {best['commit']}")
+            return Measured(least / (1e-6 * best["us"]), f"measured ({best['device']}, {best['commit']})")
         if same := nearest(row, models):
             return Measured(same[0]["us"] / same[0]["predicted_us"], same[0]["source"])
         return None
