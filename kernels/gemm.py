@@ -363,3 +363,22 @@ def add_product(a: Tensor, b: Tensor, total: Tensor, add: bool = True) -> None:
         gemm(a, b, total, transposed=True, accumulate=add)
     elif not add:
         total.zero_()
+
+
+# torch.compile does not know addmm with another type of sum [pytorch#163880]
+@torch.library.custom_op("redline::add_product", mutates_args=("total",))
+def _add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
+    add_product(a, b, total)
+
+
+@_add_product.register_fake
+def _(a, b, total):
+    return None
+
+
+def weight_gradient(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor | None:
+    """a^T b; where there is a total, None, and added to it. For code that torch.compile sees through."""
+    if total is None:
+        return a.T @ b
+    _add_product(a, b, total)
+    return None

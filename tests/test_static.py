@@ -78,7 +78,9 @@ def test_registers_loops_and_barriers_may_move(moved):
 
 def test_other_products_are_no_substitute():
     (change,) = changed(**instructions(HGMMA=0, HMMA=64))
-    assert change.kind == "worse" and change.text == "tensor HGMMA 4 → 0, tensor HMMA 0 → 64, loop_per_product 12.5 → 0.8"
+    assert (
+        change.kind == "worse" and change.text == "tensor HGMMA 4 → 0, tensor HMMA 0 → 64, loop_per_product 12.5 → 0.8"
+    )
 
 
 def test_new_and_missing_kernels_and_those_that_do_not_compile_fail():
