@@ -7,6 +7,7 @@ all of them.
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from core.data.loader import check_batch, divisors
 from core.layers import WindowMasks
 from core.models.gpt2 import COUNTED, GPT, SCALING, dims, flops_per_token, parameter_table
 from core.optim import learning_rates
-from core.params import Table, num_params, state_bytes, weight_bytes
+from core.params import Table, arenas, num_params, state_bytes, weight_bytes
 from core.stopping import UserError
 from kernels.lm_head_loss import reference_bytes
 from kernels.op import Op
@@ -84,7 +85,7 @@ def make_plan(
 
     # 2. rows a forward pass: as asked, else what divides and fits
     def memory(device_batch: int) -> dict[str, int]:
-        options = {"fp8_head": cfg.fp8_head, "compiled": is_compiled(cfg, device_type)}
+        options = {"fp8_head": cfg.fp8_head, "graph_optimizer": cfg.graph_optimizer}
         return predict_memory(cfg.model, device_batch, compute_dtype, device_type, **options)
 
     device_batch = _device_batch(cfg, rows // world_size, device_type, lambda n: memory(n)["total"])
@@ -154,12 +155,14 @@ def predict_memory(
     device_type: str,
     *,
     fp8_head: bool = False,
-    compiled: bool = False,
+    graph_optimizer: bool = False,
 ) -> dict[str, int]:
     """Bytes per process at the peak: weights, gradients (their fp32 sums), optimizer state, activations kept for
-    backward, loss, and what a compiled backward holds besides.
+    backward, loss, and what the optimizer's temporaries need besides.
 
-    The peak of the optimizer's own temporaries is not in it.
+    The loss is at its peak when all activations are there. Temporaries come when both are gone, so only what they need
+    more counts, unless a CUDA graph of the update keeps their memory. Backward adds gradients of weights to their sums
+    where they are made, compiled or not, so it holds no others but those of a few small parameters.
     """
     d, table = dims(cfg), parameter_table(cfg)
     tokens = device_batch * d.seq_len
@@ -172,16 +175,22 @@ def predict_memory(
         "loss": reference_bytes(tokens, d.d_model, d.padded_vocab, device_type)
         + tokens * d.d_model * dtype.itemsize
         + 2 * fp8_head * d.padded_vocab * d.d_model,
-        "backward": _compiled_backward_bytes(table, dtype) if compiled else 0,
     }
+    free = 0 if graph_optimizer else memory["activations"] + memory["loss"]
+    memory["update"] = max(_update_bytes(table, dtype) - free, 0)
     return memory | {"total": sum(memory.values())}
 
 
-def _compiled_backward_bytes(table: Table, dtype: torch.dtype) -> int:
-    """A compiled backward gives out the gradients of bf16 parameters all at its end, where autograd's are moved into
-    the fp32 sums one by one; and it sums that of the value embeddings in an fp32 table before it rounds it."""
-    rounded = [p for p in table if p.dtype(dtype) != torch.float32]
-    return sum(p.numel * p.dtype(dtype).itemsize + 4 * p.numel * (p.group == "value_embeds") for p in rounded)
+def _update_bytes(table: Table, dtype: torch.dtype) -> int:
+    """Polar Express of all matrices of a shape: what it was given, the matrices of a step and of the next, and two Gram
+    matrices. AdamW's kernel has no temporaries, and the rounded gradients that ranks exchange before are less."""
+    counts = Counter[tuple[int, int]]()
+    for arena in arenas(table):
+        for view in arena.views:
+            K, R, C = view.stored(arena.shape)
+            counts[R, C] += K
+    numel = (K * (3 * R * C + 2 * min(R, C) ** 2) for (R, C), K in counts.items())
+    return max(numel, default=0) * dtype.itemsize
 
 
 class _KernelsOfGPU:

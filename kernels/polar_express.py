@@ -275,8 +275,8 @@ def _polar_express(x: Tensor, scale: Tensor, coefficients: list[float]) -> Tenso
         first = scale if i == 0 else None
         gram = _gemm(x, x, left_t=tall, right_t=not tall, symmetric=True, scale=first, scale_power=2)
         poly = _gemm(gram, gram, right_t=True, symmetric=True, alpha=c, add=gram, beta=b)
-        left, right = (x, poly) if tall else (poly, x)
-        x = _gemm(left, right, add=x, beta=a, scale=first, scale_power=1)
+        # no names for the operands: they would keep them through the next step's products
+        x = _gemm(*((x, poly) if tall else (poly, x)), add=x, beta=a, scale=first, scale_power=1)
     return x
 
 

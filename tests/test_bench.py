@@ -224,6 +224,7 @@ def test_every_reference_and_kernel_passes_its_own_check():
         "rms_norm": (32, 64),
         "rope_qk_norm": (1, 16, 2, 2, 16),
         "embedding": (40, 12, 32),
+        "linear": (32, 32, 48),
         "relu2_mlp": (32, 32, 64),
         "polar_express": (2, 32, 32),
     }

@@ -241,6 +241,7 @@ SMALL = {
     "rms_norm": (12, 64),
     "rope_qk_norm": (1, 6, 2, 2, 16),
     "embedding": (40, 12, 32),
+    "linear": (12, 32, 48),
     "relu2_mlp": (12, 32, 64),
     "lm_head_loss": (12, 32, 48),
     "quantise_weight": (48, 32),

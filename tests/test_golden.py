@@ -12,7 +12,8 @@ from core import schedule
 from core.config import ModelConfig, OptimConfig
 from core.models.gpt2 import GPT
 from core.optim import Gradients, Optimizer, learning_rates
-from core.plan import activation_bytes
+from core.plan import activation_bytes, predict_memory
+from kernels import adam_update, muon_update, polar_express
 from kernels.dispatch import Backends
 from tests.harness import DEVICE
 
@@ -90,6 +91,41 @@ def test_predicted_activations_on_a_gpu_are_what_the_triton_kernels_keep(dtype):
     model.init_weights(0)
     assert activation_bytes(cfg, 2, dtype, "cuda") == pytest.approx(saved_bytes(model, 2, dtype), rel=1e-4)
     assert activation_bytes(cfg, 2, dtype, "cuda") < activation_bytes(cfg, 2, dtype, "cpu")
+
+
+def peak_bytes(work):
+    """What PyTorch allocates on this device at most beyond what was there, and what is left at the end."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak, now
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the profile is of the CPU's allocator")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_predicted_memory_of_the_update_is_what_the_triton_kernels_need(dtype, monkeypatch):
+    """Beyond weights, sums and state: Polar Express of the MLPs' matrices. Nothing is launched: memory is PyTorch's."""
+    for module in (muon_update, adam_update, polar_express):
+        monkeypatch.setattr(module, "launch", lambda *args, **options: None)
+    monkeypatch.setattr(polar_express, "launch_persistent", lambda *args, **options: None)
+    cfg = dataclasses.replace(CFG, depth=2, d_model=96, d_head=48, n_kv_head=1, seq_len=8)
+    backends = Backends("triton", device=torch.device(DEVICE), dtype=dtype)
+    model = GPT(cfg, backends, 2)
+    model.init_weights(0)
+    optimizer = Optimizer(
+        model, lrs=learning_rates(LAWS, 96, 1), weight_decay=0.1, ns_steps=5, compute_dtype=dtype, backends=backends
+    )
+    grads = Gradients(model, optimizer)
+    for total in grads.sums:
+        total.normal_()
+    peak, left = peak_bytes(lambda: optimizer.step(grads.sums, step=0, **schedule.at(0, 10, LAWS)))
+    predicted = predict_memory(cfg, 2, dtype, "cuda", graph_optimizer=True)["update"]
+    # blocks of 64 bytes and more, hyperparameters, and sums of rows come on top
+    assert predicted <= peak <= 1.05 * predicted and left < 0.01 * predicted
 
 
 if __name__ == "__main__":
