@@ -13,6 +13,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -32,6 +33,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import kernels.op
+from bench.kernel_model import LIBRARY, traffic
+from kernels import gemm, lm_head_loss, relu2_mlp
 from kernels.ops import BY_NAME
 
 MAIN = 90  # the capability that everything is compiled for
@@ -55,18 +58,28 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def no_products():
-    """Matrix products of real sizes would take minutes on a CPU, and nobody reads them here."""
-    honest = torch.Tensor.__matmul__, torch.mm
+def no_products(seen: list[dict[str, Any]]):
+    """Matrix products of real sizes would take minutes on a CPU, and nobody reads them here. Notes their sizes."""
+    honest_product = gemm.add_product
+    honest, users = (torch.Tensor.__matmul__, torch.mm), (gemm, lm_head_loss, relu2_mlp)
+
+    def add_product(a, b, total, add=True):
+        mm(a.T, b)
 
     def mm(a, b, *, out=None):
+        sizes = (math.prod(a.shape[:-2]), a.size(-2), b.size(-1), a.size(-1))
+        seen.append({"kernel": LIBRARY, "product": (*sizes, a.itemsize)})
         return a.new_empty(*a.shape[:-1], b.size(-1)) if out is None else out
 
     torch.Tensor.__matmul__ = torch.mm = mm
+    for module in users:
+        module.add_product = add_product
     try:
         yield
     finally:
         torch.Tensor.__matmul__, torch.mm = honest
+        for module in users:
+            module.add_product = honest_product
 
 
 class Driver:
@@ -101,6 +114,13 @@ def compile_only(capability: int = MAIN):
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        given = dict(zip(self.arg_names, args)) | {name: v for name, v in kwargs.items() if name in self.arg_names}
+        here = {
+            "programs": math.prod(grid),
+            "bytes": traffic(given),
+            "itemsize": next((t.itemsize for t in given.values() if isinstance(t, torch.Tensor)), 0),
+            "arguments": {name: int(v) for name, v in given.items() if isinstance(v, (int, bool))},
+        }
         if kernel not in _KNOWN:  # Triton compiles each specialisation once a process
             _KNOWN[kernel] = {
                 "kernel": self.__name__,
@@ -111,7 +131,7 @@ def compile_only(capability: int = MAIN):
                 "cubin": kernel.asm["cubin"],
                 **read_log(self.__name__, log.getvalue()),
             }
-        compiled.append(_KNOWN[kernel])
+        compiled.append(_KNOWN[kernel] | here)
 
     triton.runtime.driver.set_active(Driver(capability))
     JITFunction.run = warm_up
@@ -127,9 +147,9 @@ def compile_only(capability: int = MAIN):
 
 def with_instructions(compiled: Sequence[dict[str, Any]], capability: int = MAIN) -> list[dict[str, Any]]:
     """What `compile_only` yielded, with instruction counts and the length of the loop in place of the code."""
-    code = {facts["variant"]: next(iter(sections(facts["cubin"]).values())) for facts in compiled}
+    code = {f["variant"]: next(iter(sections(f["cubin"]).values())) for f in compiled if "cubin" in f}
     read = dict(zip(code, map(read_sass, disassemble(list(code.values()), capability))))
-    return [{k: v for k, v in facts.items() if k != "cubin"} | read[facts["variant"]] for facts in compiled]
+    return [{k: v for k, v in f.items() if k != "cubin"} | read.get(f.get("variant"), {}) for f in compiled]
 
 
 def sections(cubin: bytes) -> dict[str, bytes]:
@@ -192,11 +212,13 @@ def read_sass(sass: str) -> dict[str, Any]:
     opcodes = [line["opcode"] for line in lines]
     ends: list[int] = []  # where control does not go on to the next instruction
     backward: list[tuple[int, int]] = []
+    skips: list[tuple[int, int]] = []  # what a branch may leave out
     for here, line in enumerate(lines):
         # the disassembler of Triton 3.6 writes notes behind the target: "0x200   &req={1}   ?trans10;"
         target = re.search(r"\b0x([0-9a-f]+)\b", line["rest"])
-        if line["opcode"].startswith("BRA") and target and (there := index[int(target[1], 16)]) <= here:
-            backward.append((there, here))
+        if line["opcode"].startswith("BRA") and target:
+            there = index.get(int(target[1], 16), len(lines))
+            (backward if there <= here else skips).append((min(there, here), max(there, here)))
         if line["opcode"].startswith(("EXIT", "RET")) and not line["guard"]:
             ends.append(here)
     counts: Counter[str] = Counter()
@@ -206,11 +228,26 @@ def read_sass(sass: str) -> dict[str, Any]:
             counts[base] += 1
         if base in ACCESSES and not {"128", "256"}.isdisjoint(modifiers):
             counts[f"{base}.E.128"] += 1
-    return {"instructions": dict(sorted(counts.items())), "loop": loop_length(opcodes, backward, ends)}
+    (start, end), (first, last) = the_loop(opcodes, backward, ends)
+    facts = {"loop": end - start + 1, "epilogue": 0, "flat": False}
+    if last > end:
+        facts["epilogue"] = (last - first) - (end - start)
+    elif any(TENSOR.fullmatch(op.split(".")[0]) for op in opcodes[start : end + 1]):
+        # in a flattened loop the epilogue is what steps without one leave out
+        inside = [(a, b) for a, b in skips if start <= a and b <= end + 1]
+        plain = [(a, b) for a, b in inside if not any(TENSOR.fullmatch(op.split(".")[0]) for op in opcodes[a:b])]
+        facts["epilogue"] = max((b - a - 1 for a, b in plain), default=0)
+        facts["flat"] = True
+    # padding follows a branch to itself
+    facts["length"] = min((a for a, b in backward if a == b), default=len(opcodes))
+    return {"instructions": dict(sorted(counts.items()))} | facts
 
 
-def loop_length(opcodes: Sequence[str], backward: Sequence[tuple[int, int]], ends: Sequence[int]) -> int:
-    """Length of the innermost loop with the most tensor-core instructions; without any, of the longest innermost one.
+def the_loop(
+    opcodes: Sequence[str], backward: Sequence[tuple[int, int]], ends: Sequence[int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and last instruction of the innermost loop with the most tensor-core instructions; without any, of the
+    longest innermost one. Then of the loop around it, or the same again: of a persistent product, over its tiles.
 
     Not loops: a way back from code that stands after the kernel's end, where slow paths are moved to; waiting at a
     barrier.
@@ -228,7 +265,8 @@ def loop_length(opcodes: Sequence[str], backward: Sequence[tuple[int, int]], end
     loops = {loop for loop in loops if products(loop)} or loops
     inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     start, end = max(inner, key=lambda loop: (products(loop), loop[1] - loop[0]), default=(0, -1))
-    return end - start + 1
+    around = [(a, b) for a, b in loops if (a, b) != (start, end) and a <= start and end <= b]
+    return (start, end), min(around, key=lambda loop: loop[1] - loop[0], default=(start, end))
 
 
 def launches(
@@ -239,7 +277,7 @@ def launches(
     def make(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, requires_grad=dtype.is_floating_point)
 
-    with compile_only(capability) as compiled, no_products():
+    with compile_only(capability) as compiled, no_products(compiled):
         outputs = op.backends["triton"](**op.forms[form](make, *shape))
         outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t is not None]
         forward = len(compiled)

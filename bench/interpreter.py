@@ -49,6 +49,15 @@ def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
+def create_fma(self, x, y, z):
+    """Replaces what Triton 3.6 has, which rounds a product before it adds: fp32 by way of float64, whose products of
+    fp32 numbers are exact."""
+    if any(t.dtype.scalar != tl.float32 for t in (x, y, z)):
+        raise TypeError(f"fma of {x.dtype}, {y.dtype}, {z.dtype}: convert to float32 right after the load")
+    exact = np.multiply(x.data, y.data, dtype=np.float64) + z.data
+    return interpreter.TensorHandle(exact.astype(np.float32), tl.float32)
+
+
 def create_descriptor_reduce(self, kind, desc, value, indices):
     """What InterpreterBuilder lacks: the addition of a tile to memory, element by element."""
     ir = interpreter._ir
@@ -75,6 +84,8 @@ def install() -> None:
     assert hasattr(interpreter, "_convert_float") and hasattr(builder, "create_dot")
     interpreter._convert_float = convert_float
     builder.create_dot = create_dot
+    if not hasattr(interpreter._interpreter, "fma_fp32"):  # newer ones round once themselves
+        builder.create_fma = create_fma
     assert getattr(builder, "create_descriptor_reduce", create_descriptor_reduce) is create_descriptor_reduce
     builder.create_descriptor_reduce = create_descriptor_reduce
     for name in ("unary_op", "binary_op", "ternary_op"):

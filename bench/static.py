@@ -2,8 +2,9 @@
 
 Prints launches, registers, spills, shared memory, occupancy, tensor-core and bulk-copy instructions, wide (16 bytes or
 more) and narrow global accesses, atomics, barriers, local accesses and the length of the innermost loop of every Triton
-kernel at its real configs: for sm_90 in all cases, for other GPUs in one case per op; the same of csrc/*.cu if there is
-an nvcc; and the least time that an H100 needs.
+kernel at its real configs, of a product's loop for each tensor-core instruction, and of its epilogue: for sm_90 in all
+cases, for other GPUs in one case per op; the same of csrc/*.cu if there is an nvcc; and the least time that an H100
+needs, with what `bench/kernel_model.py` predicts, the share of the roofline that this is, and what binds.
 
 --check   compares with bench/baselines/triton-VERSION.json: exit status 1 when a counter of HARD is worse, a kernel is
           new or gone, or one does not compile; other counters and improvements are reported. 2 on wrong usage
@@ -32,6 +33,7 @@ from filelock import FileLock
 
 import kernels.op
 from bench import aot
+from bench.kernel_model import LIBRARY, predict, tiles
 from bench.projection.machine import FLOPS, HBM
 from core.config import DataConfig
 from kernels.ops import BY_NAME
@@ -217,6 +219,11 @@ def row(kernel: Row) -> Row:
     loads, wide_loads = (counts.get(f"LDG{end}", 0) + counts.get(f"LDGSTS{end}", 0) for end in ("", ".E.128"))
     stores, wide_stores = counts.get("STG", 0), counts.get("STG.E.128", 0)
     made = {name: kernel[name] for name in ("registers", "spill_bytes", "shared_bytes", "loop")}
+    made |= {"epilogue": kernel.get("epilogue", 0)}
+    if products := sum(tensor.values()):
+        made |= {"loop_per_product": round((made["loop"] - kernel.get("flat", False) * made["epilogue"]) / products, 1)}
+    if cut := tiles(kernel):
+        made |= {"waves": cut.waves, "l2_mb": round(cut.l2_bytes / 1e6), "hbm_mb": round((cut.hbm_bytes or 0) / 1e6)}
     made |= {"warps": warps, "serialized": int(kernel["serialized"]), **tensor, **bulk}
     made |= {"wide_loads": wide_loads, "narrow_loads": loads - wide_loads}
     made |= {"wide_stores": wide_stores, "narrow_stores": stores - wide_stores, "barriers": counts.get("BAR", 0)}
@@ -232,11 +239,13 @@ def row(kernel: Row) -> Row:
 def table(kernels: Sequence[Row]) -> dict[str, Row]:
     """GPU / op / case / form / dtype / kernel: its row.
 
-    A kernel launched in several variants has #2, #3 behind its name.
+    A kernel launched in several variants has #2, #3 behind its name. Products of libraries are no kernels of ours.
     """
     rows: dict[str, Row] = {}
     variants: dict[str, list[int]] = {}  # of a key, in the order of their launches
     for k in kernels:
+        if k["kernel"] == LIBRARY:
+            continue
         parts = f"sm_{k['capability']}", k["op"], k["case"], k["form"], k["dtype"], k["kernel"]
         key = " / ".join(part for part in parts if part)
         known = variants.setdefault(key, [])
@@ -250,11 +259,13 @@ def table(kernels: Sequence[Row]) -> dict[str, Row]:
 
 
 def roofline(kernels: Sequence[Row]) -> dict[str, Row]:
-    """Op / case / form / dtype / direction: the least microseconds on an H100, and what binds.
+    """Op / case / form / dtype / direction: the least microseconds on an H100 and what binds, and those that the model
+    of the compiled kernels predicts, with what binds most of them.
 
     An op has a backward where its gradients launched something.
     """
-    rows = {}
+    rows: dict[str, Row] = {}
+    predicted: dict[str, Counter[str]] = {}
     for k in kernels:
         if k["capability"] != aot.MAIN or k["op"] not in BY_NAME:
             continue
@@ -264,7 +275,17 @@ def roofline(kernels: Sequence[Row]) -> dict[str, Row]:
         products, memory = flops / PEAK_FLOPS[dtype], nbytes / PEAK_BYTES
         direction = "backward" if backward else "forward"
         us, bound = float(f"{1e6 * max(products, memory):.4g}"), "flops" if products > memory else "memory"
-        rows[f"{op.name} / {k['case']} / {k['form']} / {k['dtype']} / {direction}"] = {"us": us, "bound": bound}
+        key = f"{op.name} / {k['case']} / {k['form']} / {k['dtype']} / {direction}"
+        rows[key] = {"us": us, "bound": bound}
+        launch = predict(k)
+        predicted.setdefault(key, Counter())[launch.bound] += launch.us
+    for key, parts in predicted.items():
+        total = float(f"{parts.total():.4g}")
+        rows[key] |= {
+            "predicted_us": total,
+            "share": round(rows[key]["us"] / total, 2),
+            "by": max(parts, key=parts.get),
+        }
     return dict(sorted(rows.items()))
 
 
@@ -311,11 +332,13 @@ def difference(key: str, old: Row, new: Row) -> Change:
 
 
 def least_times(old: dict[str, Row], new: dict[str, Row]) -> list[Change]:
-    """They are those of a cost function: no reason to fail."""
+    """They are those of a cost function and of a model: no reason to fail."""
     keys = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
-    return [
-        Change("time", 0, key, " → ".join(f"{r[key]['us']} us, {r[key]['bound']}" for r in (old, new))) for key in keys
-    ]
+
+    def text(row: Row) -> str:
+        return f"at least {row['us']} us, {row['bound']}; predicted {row.get('predicted_us')}, {row.get('by')}"
+
+    return [Change("time", 0, key, " → ".join(text(r[key]) for r in (old, new))) for key in keys]
 
 
 def summary(changes: Sequence[Change]) -> str:
@@ -347,9 +370,15 @@ def write_baseline(file: Path, baseline: dict[str, Any]) -> None:
 def show(kernels: Sequence[Row]) -> None:
     for key, facts in table(kernels).items():
         print(f"{key}: " + ", ".join(f"{name} {n}" for name, n in facts.items()))
-    print("\nleast time on an H100 SXM at nominal peaks")
+    print(
+        "\nleast time on an H100 SXM at nominal peaks, what binds; time predicted by bench/kernel_model.py (not "
+        "measured), its share of the roofline, what binds most of it"
+    )
     for key, facts in roofline(kernels).items():
-        print(f"{facts['us']:>10.4g} us  {facts['bound']:<6}  {key}")
+        print(
+            f"{facts['us']:>10.4g} us  {facts['bound']:<6}  {facts['predicted_us']:>10.4g} us  {facts['share']:>4.0%}  "
+            f"{facts['by']:<12}  {key}"
+        )
 
 
 def main(argv: list[str], *, root: Path = ROOT, baselines: Path = ROOT / "bench" / "baselines") -> int:

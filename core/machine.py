@@ -125,7 +125,7 @@ def prepare_process(device_type: str, *, deterministic: bool) -> None:
     # sums of products are fp32 everywhere; by default cuBLAS may add the parts of a split K in bf16
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if deterministic:
-        # without it the gradients of embeddings are summed by atomics, and those of attention in any order
+        # without it attention sums gradients in any order, and references those of embeddings by atomics
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
 

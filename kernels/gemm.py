@@ -349,15 +349,36 @@ def gemm(
     )  # fmt: skip
 
 
-def add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
-    """total (N, K) += a (M, N)^T b (M, K), a weight's gradient: of bf16 into fp32, or all fp32.
+def add_product(a: Tensor, b: Tensor, total: Tensor, add: bool = True) -> None:
+    """total (N, K) = or += a (M, N)^T b (M, K), a weight's gradient: of bf16 in fp32, or all fp32.
 
     On a GPU by cuBLAS, which with large products reaches 77 % of the peak [cutlass#1662], where `gemm` gets operands
     out of the L2 cache for 60 %. `gemm` is what the interpreter runs.
     """
     if a.dtype == torch.float32:
-        total.addmm_(a.T, b)
+        torch.addmm(total, a.T, b, beta=float(add), out=total)  # with beta = 0 PyTorch ignores what total holds
     elif total.is_cuda:
-        torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
+        torch.addmm(total, a.T, b, beta=float(add), out_dtype=torch.float32, out=total)
     elif a.size(0):
-        gemm(a, b, total, transposed=True, accumulate=True)
+        gemm(a, b, total, transposed=True, accumulate=add)
+    elif not add:
+        total.zero_()
+
+
+# torch.compile does not know addmm with another type of sum [pytorch#163880]
+@torch.library.custom_op("redline::add_product", mutates_args=("total",))
+def _add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
+    add_product(a, b, total)
+
+
+@_add_product.register_fake
+def _(a, b, total):
+    return None
+
+
+def weight_gradient(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor | None:
+    """a^T b; where there is a total, None, and added to it. For code that torch.compile sees through."""
+    if total is None:
+        return a.T @ b
+    _add_product(a, b, total)
+    return None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels import sizes
-from kernels.gemm import add_product, check_sum, for_descriptor, gemm, summed
+from kernels.gemm import check_sum, for_descriptor, gemm, summed, weight_gradient
 from kernels.op import (
     DTYPES,
     Backend,
@@ -91,16 +91,13 @@ def _add_triton(dy: Tensor, x: Tensor, dw_sum: Tensor) -> None:
     gemm(for_descriptor(_rows(dy)), for_descriptor(_rows(x)), dw_sum, transposed=True, accumulate=True)
 
 
-@torch.library.custom_op("redline::linear_add_cublas", mutates_args=("dw_sum",))
-def _add_cublas(dy: Tensor, x: Tensor, dw_sum: Tensor) -> None:
-    """The same. An op of its own: torch.compile does not know addmm with another type of sum [pytorch#163880]."""
-    add_product(_rows(dy), _rows(x), dw_sum)
-
-
 @_add_triton.register_fake
-@_add_cublas.register_fake
 def _(dy, x, dw_sum):
     return None
+
+
+def _add_cublas(dy: Tensor, x: Tensor, dw_sum: Tensor) -> None:
+    weight_gradient(_rows(dy), _rows(x), dw_sum)
 
 
 def _needs_cublas(device: Device) -> str | None:

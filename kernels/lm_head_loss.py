@@ -61,7 +61,7 @@ from kernels.fp8 import (
     quantised,
     transpose,
 )
-from kernels.gemm import check_sum, for_descriptor, gemm, summed
+from kernels.gemm import add_product, check_sum, for_descriptor, gemm, summed
 from kernels.op import (
     DTYPES,
     Backend,
@@ -408,7 +408,7 @@ def _row_kernel(
     target's exponent are both far from 0 and their difference would lose a confident row's small loss; the log of total
     / term does not. A term stays far from underflow (FIXED_HEIGHT).
 
-    Loads are masked by columns, the padded vocabulary: a multiple of 16 where vocab need not be, so they are wide.
+    Loads are masked by columns, a row with its padding: a multiple of 16 where vocab need not be, so they are wide.
     Columns from vocab on are not part of the softmax; their gradient is 0. Only the gradients of targets are clamped to
     the limit: the others cannot exceed it.
     """
@@ -495,10 +495,7 @@ class _Products:
     def gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor, add: bool) -> None:
         """Fills dx, and fills dw or adds to it."""
         torch.mm(dz, self.w, out=dx)
-        if x.dtype == torch.float32:
-            torch.addmm(dw, dz.T, x, beta=float(add), out=dw)  # with beta = 0 PyTorch ignores what dw holds
-        else:
-            gemm(dz, x, dw, transposed=True, accumulate=add)
+        add_product(dz, x, dw, add)
 
 
 class _Fp8Products:
@@ -592,7 +589,8 @@ def _by_chunks(
         launch(
             _row_kernel, (z.size(0),),
             z, dz, losses[chunk], targets[chunk], weights[chunk], factor,
-            vocab=vocab_size, columns=V, limit=limit, stride_z=z.stride(0), stride_out=dz.stride(0),
+            # up to where the next row begins: the products that follow may read that far on a CPU, and find zeros
+            vocab=vocab_size, columns=z.stride(0), limit=limit, stride_z=z.stride(0), stride_out=dz.stride(0),
             K=targets.size(1), TARGETS=triton.next_power_of_2(targets.size(1)),
             GRAD=need_grad, PTX=not interpreted(), **_softcap_arguments(softcap), **config,
         )  # fmt: skip

@@ -34,7 +34,6 @@ from kernels import sizes
 from kernels.fp8 import E4M3, E4M3_MAX
 from kernels.gemm import (
     add_product,
-    added,
     check_sum,
     for_descriptor,
     halves,
@@ -43,6 +42,7 @@ from kernels.gemm import (
     num_programs,
     product,
     summed,
+    weight_gradient,
 )
 from kernels.op import (
     DTYPES,
@@ -316,7 +316,7 @@ class _Cublas(torch.autograd.Function):
         rows, dy = x.reshape(-1, x.size(-1)), grads[0].reshape(-1, x.size(-1))
         wide_post = post.to(wide(post.dtype))
         dpre = ((dy @ down.T) * (2 * wide_post.sqrt())).to(post.dtype)
-        dup, ddown = added(dpre.T @ rows, ctx.dup_sum), added(post.T @ dy, ctx.ddown_sum)
+        dup, ddown = weight_gradient(dpre, rows, ctx.dup_sum), weight_gradient(post, dy, ctx.ddown_sum)
         return (dpre @ up).view(x.shape), dup, ddown, None, None
 
 

@@ -216,3 +216,33 @@ with compile_only() as compiled:
             _relu2_up(*(torch.empty(n, C, dtype=torch.bfloat16) for n in (M, F)), torch.empty(()))
 print(json.dumps(with_instructions(compiled)))
 """
+
+
+def test_gradients_that_are_added_to_sums_fit():
+    """Those of the MLP and of attention, which the bulk copies add; two programs share an SM where the tiles are
+    small."""
+    done = subprocess.run([sys.executable, "-c", SUMS], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = json.loads(done.stdout)
+    assert len(compiled) == 8 and {k["instructions"]["UTMAREDG"] for k in compiled} == {2, 4}
+    for k in compiled:
+        got, small = k["instructions"], k["instructions"]["UTMAREDG"] == 4
+        assert k["spill_bytes"] == 0 and not k["serialized"] and k["shared_bytes"] <= MAX_SHARED, k
+        assert got["HGMMA"] == 4 and got["UTMALDG"] >= 4 and not {"UTMASTG", "RED", "LDG", "STG"} & set(got), k
+        assert static.ctas_per_sm(90, k["registers"], k["num_warps"], k["shared_bytes"]) == (2 if small else 1), k
+
+
+SUMS = """
+import json, torch
+from bench.aot import compile_only, with_instructions
+from kernels.gemm import gemm
+from kernels.sizes import SIZES
+
+with compile_only() as compiled:
+    for label, s in SIZES.items():
+        if label != "quickstart":
+            for M, N in ((s.F, s.C), (s.C, s.C)):
+                operands = (torch.empty(s.tokens, n, dtype=torch.bfloat16) for n in (M, N))
+                gemm(*operands, torch.empty(M, N), transposed=True, accumulate=True)
+print(json.dumps(with_instructions(compiled)))
+"""

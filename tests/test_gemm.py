@@ -89,6 +89,18 @@ def test_micro_steps_add_up():
     assert error(out, want) < 4 * TINY
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("rows", [0, 40])
+def test_a_weights_gradient_is_stored_or_added(rows, add, dtype):
+    a, b = randn(0, dtype)(rows, 24), randn(1, dtype)(rows, 16)
+    before = randn(2, FP32)(24, 16)
+    total = before.clone() if add else torch.full_like(before, torch.nan)
+    module.add_product(a, b, total, add)
+    want = a.double().T @ b.double() + (before.double() if add else 0.0)
+    assert error(total, want) <= 8 * TINY if rows else torch.equal(total.double(), want)
+
+
 def test_only_fp32_is_added_to():
     a = torch.ones(16, 16, dtype=BF16, device=DEVICE)
     with pytest.raises(ValueError, match="out is .*bfloat16.*; expected float32"):

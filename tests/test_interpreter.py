@@ -28,6 +28,13 @@ def _dot_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _fma_kernel(x_ptr, y_ptr, z_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x, y, z = tl.load(x_ptr + offs), tl.load(y_ptr + offs), tl.load(z_ptr + offs)
+    tl.store(z_ptr + offs, tl.fma(x, y, z))
+
+
+@triton.jit
 def _add_kernel(x_ptr, y_ptr, M, N, BLOCK: tl.constexpr):
     x_desc = tl.make_tensor_descriptor(x_ptr, [M, N], [N, 1], [BLOCK, BLOCK])
     y_desc = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK, BLOCK])
@@ -62,6 +69,13 @@ def test_dot_multiplies_numbers(dtype):
     a, b, c = torch.randn(16, 48).to(dtype), torch.randn(48, 16).to(dtype), torch.empty(16, 16)
     _dot_kernel[(1,)](a, b, c, 48, BLOCK=16)
     torch.testing.assert_close(c, a.float() @ b.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_fma_rounds_once():
+    """(1 + 2^-12)^2 - 1 - 2^-11 is 2^-24, which a rounded product has lost."""
+    x, z = torch.full((16,), 1 + 2.0**-12), torch.full((16,), -1 - 2.0**-11)
+    _fma_kernel[(1,)](x, x, z, BLOCK=16)
+    assert (z == 2.0**-24).all()
 
 
 def test_a_descriptor_adds_to_memory():

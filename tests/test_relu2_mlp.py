@@ -376,7 +376,9 @@ CUBLAS_MUTATIONS = {
     },
     "the factor is not doubled": {"(2 * wide_post.sqrt())": "wide_post.sqrt()"},
     "the factor is post": {"wide_post.sqrt()": "wide_post"},
-    "gradients of weights are swapped": {"dup, ddown = added(dpre.T @ rows": "ddown, dup = added(dpre.T @ rows"},
+    "gradients of weights are swapped": {
+        "dup, ddown = weight_gradient(dpre, rows": "ddown, dup = weight_gradient(dpre, rows"
+    },
     "dx has the wrong weight": {
         "(dpre @ up).view(x.shape), dup, ddown, None": "(dpre @ down).view(x.shape), dup, ddown, None"
     },

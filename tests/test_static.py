@@ -9,6 +9,7 @@ import pytest
 import triton
 
 from bench import aot, static
+from bench.kernel_model import predict
 from kernels.ops import BY_NAME
 from tests.mutations import Edit, edited
 
@@ -23,6 +24,8 @@ def launch(**changes):
         "dtype": "bfloat16",
         "kernel": "_rms_norm_fwd_kernel", "num_warps": 4, "shared_bytes": 1024, "tensor_memory": 0, "registers": 40,
         "spill_bytes": 0, "serialized": False, "loop": 50, "variant": 0, "backward": False,
+        "epilogue": 0, "flat": False, "length": 200, "programs": 32768, "bytes": 201_326_592, "itemsize": 2,
+        "arguments": {"M": 65536, "N": 1536},
         "instructions": {"HGMMA": 4, "UTMALDG": 2, "LDG": 5, "LDG.E.128": 3, "STG": 4, "STG.E.128": 3, "BAR": 2},
     }  # fmt: skip
     return facts | changes
@@ -75,7 +78,9 @@ def test_registers_loops_and_barriers_may_move(moved):
 
 def test_other_products_are_no_substitute():
     (change,) = changed(**instructions(HGMMA=0, HMMA=64))
-    assert change.kind == "worse" and change.text == "tensor HGMMA 4 → 0, tensor HMMA 0 → 64"
+    assert (
+        change.kind == "worse" and change.text == "tensor HGMMA 4 → 0, tensor HMMA 0 → 64, loop_per_product 12.5 → 0.8"
+    )
 
 
 def test_new_and_missing_kernels_and_those_that_do_not_compile_fail():
@@ -163,6 +168,31 @@ def test_sass_is_read():
         "BAR": 1, "HGMMA": 1, "LDG": 3, "LDG.E.128": 2, "STG": 1, "UTMALDG": 1,
     }  # fmt: skip
     assert facts["loop"] == 4  # TRYWAIT, BRA, HGMMA, BRA: not the one around it, nor a longer one without products
+    assert (facts["epilogue"], facts["flat"]) == (4, False)  # UTMALDG, HFMA2, BAR, BRA of the loop around it
+    assert facts["length"] == 20  # up to the branch to itself
+
+
+FLAT = """
+        /*0000*/                   MOV R1, R2 ;
+        /*0010*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24 ;
+        /*0020*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0030*/              @!P0 BRA 0x80 ;
+        /*0040*/                   FADD R2, R2, R2 ;
+        /*0050*/                   FADD R2, R2, R2 ;
+        /*0060*/                   FADD R2, R2, R2 ;
+        /*0070*/                   UTMASTG.2D [UR8], [UR6] ;
+        /*0080*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0090*/              @!P1 BRA 0x10 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_the_epilogue_of_a_flattened_loop_is_what_a_branch_leaves_out():
+    facts = aot.read_sass(FLAT)
+    assert (facts["loop"], facts["epilogue"], facts["flat"], facts["length"]) == (9, 4, True, 11)
+    assert aot.read_sass(FLAT.replace("@!P0 BRA 0x80", "@!P0 BRA 0xa0"))["epilogue"] == 0  # leaves the loop
+    row = static.row(launch(loop=9, epilogue=4, flat=True))
+    assert row["loop_per_product"] == 1.2 and row["epilogue"] == 4  # (9 - 4) / 4
 
 
 def test_notes_behind_an_instruction_change_nothing():
@@ -183,11 +213,24 @@ def test_without_products_the_longest_inner_loop_counts():
 def test_roofline_says_what_binds():
     found = static.roofline([launch(), launch(backward=True), launch(op="polar_express", case="depth 24, attention")])
     plain = "rms_norm / depth 24 / plain / bfloat16"
-    assert found[f"{plain} / forward"] == {"us": 60.1, "bound": "memory"}  # 2 x 32768 x 1536 x 2 B at 3.35 TB/s
-    assert found[f"{plain} / backward"] == {"us": 90.15, "bound": "memory"}
-    products = found["polar_express / depth 24, attention / plain / bfloat16 / forward"]
-    assert products == {"us": 879.4, "bound": "flops"}  # 5 steps x 12 x 4 x 1536^3 FLOPs at 989 TFLOP/s
+    least = {key: (row["us"], row["bound"]) for key, row in found.items()}
+    assert least[f"{plain} / forward"] == (60.1, "memory")  # 2 x 32768 x 1536 x 2 B at 3.35 TB/s
+    assert least[f"{plain} / backward"] == (90.15, "memory")
+    # 5 steps x 96 x 4 x 1536^3 FLOPs at 989 TFLOP/s
+    assert least["polar_express / depth 24, attention / plain / bfloat16 / forward"] == (7035.0, "flops")
     assert len(found) == 3
+
+
+def test_predictions_stand_beside_least_times():
+    """Of all launches of a direction, products of libraries included, which are no rows of the table."""
+    library = launch(kernel="mm", product=(1, 8192, 8192, 8192, 2), op="relu2_mlp", variant=None)
+    one, two = launch(), launch(bytes=2 * launch()["bytes"])
+    found = static.roofline([one, two, library])
+    row = found["rms_norm / depth 24 / plain / bfloat16 / forward"]
+    assert row["predicted_us"] == pytest.approx(sum(predict(k).us for k in (one, two)), rel=1e-3)
+    assert row["share"] == pytest.approx(row["us"] / row["predicted_us"], abs=0.01) and row["by"] == "memory"
+    assert found["relu2_mlp / depth 24 / plain / bfloat16 / forward"]["by"] == "library"
+    assert len(static.table([one, library])) == 1
 
 
 # the command, on facts that are given
@@ -249,8 +292,8 @@ def test_another_cost_is_reported_and_kept(command, monkeypatch, tmp_path, capsy
     monkeypatch.setattr(BY_NAME["rms_norm"], "cost", lambda *_: (10**12, 1))
     assert command([launch()], "--check") == 0
     assert (
-        "time    rms_norm / depth 24 / plain / bfloat16 / forward: 60.1 us, memory → 1011.0 us, flops"
-        in capsys.readouterr().out
+        "time    rms_norm / depth 24 / plain / bfloat16 / forward: at least 60.1 us, memory; predicted 65.32, memory → "
+        "at least 1011.0 us, flops; predicted 65.32, memory" in capsys.readouterr().out
     )
     command([launch()], "--update", "--reason", "counted again")
     assert len(only_baseline(tmp_path)["reasons"]) == 2 and command([launch()], "--check") == 0

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.projection.machine import CLASSES
+from bench.projection.machine import CLASSES, GPUS
 from bench.projection.peers import TOLERANCE, checks
-from bench.projection.redline import read_results, redline, with_measurements
+from bench.projection.redline import levers, read_models, read_results, redline, with_measurements
 from bench.projection.report import NOTE, as_dict, plot, report
 from core.stopping import one_sentence
 
@@ -20,16 +20,21 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", action="store_true", help="print the check op by op, too")
     parser.add_argument("--depth", type=int, default=24, help="of Redline's budget")
     options = parser.parse_args(args)
-    checked, results = checks(), read_results()
-    budgets = [with_measurements(redline(options.depth, target), results) for target in (False, True)]
+    checked, results, models = checks(), read_results(), read_models()
+    kinds = [(False, 1), (False, GPUS), (True, GPUS)]
+    alone, today, target = (
+        with_measurements(redline(options.depth, target, gpus), results, models) for target, gpus in kinds
+    )
+    budgets, gains = [alone, today, target], levers(today, target)
     if options.plot:
         plot([*checked, *budgets], options.plot)
     if options.json:
         classes = {name: dataclasses.asdict(c) for name, c in CLASSES.items()}
         parts = {"checks": [as_dict(w) for w in checked], "budgets": [as_dict(w) for w in budgets]}
+        parts |= {"levers_ms": {group: 1e3 * gain for group, gain in gains}}
         print(json.dumps({"note": NOTE, "tolerance": TOLERANCE, "classes": classes} | parts))
     else:
-        print(report(checked, budgets, options.rows))
+        print(report(checked, budgets, gains, options.rows))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def entry(row: Row) -> dict:
     """A row as it is printed: efficiency is the share of the nominal peak that bounds it."""
     seconds = row.seconds()
     efficiency = row.exposed * row.roofline() / seconds if row.kind else None
-    basis = f"measured ({row.measured.source})" if row.measured else "assumed"
+    basis = row.measured.source if row.measured else "assumed"
     work = {"op": row.op, "group": row.group, "tflop": row.flops / 1e12, "gb": row.nbytes / 1e9}
     return work | {"efficiency": efficiency, "ms": 1e3 * seconds, "basis": basis}
 
@@ -45,8 +45,10 @@ def table(w: Workload) -> list[str]:
     return [*lines, f"| **sum** | {flops / 1e12:.1f} | {nbytes / 1e9:.1f} | | **{1e3 * w.seconds():.2f}** | |"]
 
 
-def report(checked: Sequence[Workload], budgets: Sequence[Workload], rows: bool) -> str:
-    """rows: those of the check as well."""
+def report(
+    checked: Sequence[Workload], budgets: Sequence[Workload], gains: Sequence[tuple[str, float]], rows: bool
+) -> str:
+    """gains: seconds that groups of rows can save; rows: those of the check as well."""
     lines = ["# Projection to 8 H100s", "", f"**{NOTE}** GPU: H100 SXM; one GPU, one optimizer step.", ""]
     lines += ["| class | efficiency | of T/s | source |", "|---|--:|--:|---|"]
     for name, c in CLASSES.items():
@@ -75,8 +77,12 @@ def report(checked: Sequence[Workload], budgets: Sequence[Workload], rows: bool)
     for w in budgets:
         step, updates = w.seconds(), by_group(w)["optimizer"]
         lines += ["", f"### {w.name}: {w.tokens} tokens a step", "", *table(w), ""]
-        lines += [f"Predicted: {1e3 * step:.0f} ms a step, {duration(w.steps * step)} for {w.steps} steps."]
+        rate = f"{w.tokens / step:,.0f} tokens/s"
+        lines += [f"Predicted: {1e3 * step:.0f} ms a step, {rate}, {duration(w.steps * step)} for {w.steps} steps."]
         lines += [f"The optimizer is {1e3 * updates:.1f} ms of a step, {100 * updates / step:.1f} %."]
+    if gains:
+        lines += ["", "## The next levers, by what the target saves on 8 GPUs", ""]
+        lines += [f"- {group}: {1e3 * gain:.0f} ms a step" for group, gain in gains]
     return "\n".join(lines)
 
 

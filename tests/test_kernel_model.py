@@ -1,0 +1,126 @@
+"""The model of compiled kernels: each of its bounds where that binds, and what it says of known kernels."""
+
+import math
+
+import pytest
+import torch
+
+from bench import kernel_model as model
+from bench.kernel_model import LIBRARY, predict, tiles, traffic
+from bench.projection.machine import HBM, SMS
+from kernels.gemm import Tiling, modelled_reads
+
+
+def product(M=8192, N=8192, K=8192, tile=(128, 256), step=64, itemsize=2, **changes):
+    """A persistent product, as bench/aot.py finds it."""
+    count = math.ceil(M / tile[0]) * math.ceil(N / tile[1])
+    per_sm = changes.pop("per_sm", 1)
+    arguments = {"M": M, "N": N, "K": K, "BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": step}
+    return {
+        "kernel": "_gemm_kernel", "arguments": arguments | changes.pop("arguments", {}), "itemsize": itemsize,
+        "num_warps": 8, "loop": 80, "epilogue": 0, "flat": True, "length": 500, "programs": min(per_sm * SMS, count),
+        "bytes": itemsize * (M + N) * K + 2 * M * N,
+    } | changes  # fmt: skip
+
+
+def tflops(launch):
+    a = launch["arguments"]
+    return 2e-6 * a["M"] * a["N"] * a["K"] / predict(launch).us
+
+
+def passes(nbytes, **changes):
+    return {
+        "kernel": "_k", "arguments": {}, "itemsize": 2, "num_warps": 4, "loop": 0, "length": 100, "programs": 10_000,
+        "bytes": nbytes,
+    } | changes  # fmt: skip
+
+
+def test_large_products_are_bound_by_the_l2_cache():
+    """Triton's matrix product reaches about 600 TFLOP/s with 128 x 256 tiles on an H100; square tiles ask for a third
+    more bytes each."""
+    wide, square = product(), product(tile=(128, 128))
+    assert predict(wide).bound == predict(square).bound == "L2"
+    assert 550 < tflops(wide) < 620 and tflops(square) == pytest.approx(tflops(wide) * 0.75, rel=0.03)
+
+
+def test_tensor_cores_and_issue_bind_where_they_are_slower(monkeypatch):
+    monkeypatch.setattr(model, "L2", 1e9)
+    assert predict(product()).bound == "tensor cores"
+    peak = 4096 * SMS * model.CLOCK / 1e12
+    waves = 2048 / (SMS * math.ceil(2048 / SMS))
+    assert tflops(product()) == pytest.approx(peak * waves, rel=1e-6)
+    assert tflops(product(itemsize=1)) == pytest.approx(2 * peak * waves, rel=1e-6)
+    slow = product(loop=1000)
+    assert predict(slow).bound == "issue" and predict(slow).us == pytest.approx(predict(product()).us * 2000 / 1024)
+
+
+def test_waves_are_whole():
+    one, more = product(M=128 * SMS, N=256), product(M=128 * (SMS + 1), N=256)
+    assert (tiles(one).waves, tiles(more).waves, tiles(more).tiles) == (1, 2, SMS + 1)
+    assert predict(more).us == pytest.approx(2 * predict(one).us)
+
+
+def test_an_epilogue_costs_its_instructions_and_a_pipeline_that_empties_its_filling():
+    plain = product(K=1536)
+    longer = product(K=1536, epilogue=500)
+    emptied = product(K=1536, epilogue=500, flat=False)
+    waves = tiles(plain).waves
+    cycles = [1e-6 * predict(p).us * model.CLOCK / waves for p in (plain, longer, emptied)]
+    # flat: what an epilogue has is not in the steps
+    assert cycles[1] - cycles[0] == pytest.approx(500 * 8 / 4)
+    assert cycles[2] - cycles[1] == pytest.approx(model.FILL)
+
+
+def test_two_programs_hide_each_others_epilogue():
+    alone = product(tile=(128, 128), K=1536, epilogue=600, flat=False)
+    two = product(tile=(128, 128), K=1536, epilogue=600, flat=False, per_sm=2)
+    assert predict(two).us < predict(alone).us
+    no_epilogue = product(tile=(128, 128), K=1536, per_sm=2)
+    assert predict(two).us == pytest.approx(predict(no_epilogue).us)
+    huge = product(tile=(128, 128), K=1536, epilogue=100_000, flat=False, per_sm=2)
+    assert predict(huge).us > 2 * predict(two).us
+
+
+def test_symmetric_products_have_half_of_the_tiles():
+    polar = {"M": 1536, "N": 1536, "K": 96, "L": 1536, "SYMMETRIC": True}
+    launch = product(1536, 1536, 1536, (128, 128), arguments=polar, programs=2 * SMS)
+    assert tiles(launch).tiles == 96 * 78 and tiles(launch).waves == math.ceil(96 * 78 / (2 * SMS))
+    whole = product(1536, 1536, 1536, (128, 128), arguments=polar | {"SYMMETRIC": False}, programs=2 * SMS)
+    assert predict(whole).us / predict(launch).us == pytest.approx(144 / 78, rel=0.02)
+
+
+def test_bytes_of_both_levels():
+    launch = product(M=4608, N=32768, K=1536, itemsize=1, arguments={"group": 36})
+    cut = tiles(launch)
+    assert cut.l2_bytes == cut.tiles * (128 + 256) * 1536
+    assert cut.hbm_bytes == modelled_reads(Tiling(4608, 32768, 1536, (128, 256), SMS, 1, 2), 36)
+    assert tiles(product()).hbm_bytes is None and tiles(passes(1)) is None
+
+
+def test_memory_binds_a_product_of_short_sums():
+    launch = product(K=64)
+    assert predict(launch).bound == "memory"
+    assert predict(launch).us == pytest.approx(1e6 * launch["bytes"] / (model.MEMORY * HBM["H100"]))
+
+
+def test_passes_take_the_longer_of_memory_and_issue():
+    assert predict(passes(10**9)) == (pytest.approx(1e6 * 1e9 / (0.92 * 3.35e12)), "memory")
+    busy = predict(passes(10**6, length=10_000))
+    assert busy == (pytest.approx(1e6 * 10_000 * 4 * 10_000 / (4 * 0.8 * SMS * model.CLOCK)), "issue")
+    # the loop over a row of 32,768 columns, 4096 at a time, is run eight times, of which its code stands for one
+    row = passes(10**6, length=1000, loop=100, arguments={"columns": 32768, "BLOCK": 4096})
+    assert predict(row).us == pytest.approx(predict(passes(10**6, length=1700)).us)
+    steps = passes(10**6, length=1000, loop=100, arguments={"STEPS": 8})
+    assert predict(steps).us == predict(row).us
+
+
+def test_products_of_a_library_take_the_projections_efficiency():
+    assert predict({"kernel": LIBRARY, "product": (1, 32768, 6144, 1536, 2)}).us == pytest.approx(833, rel=0.01)
+    half = predict({"kernel": LIBRARY, "product": (1, 32768, 6144, 1536, 1)}).us
+    assert 400 < half < 600
+
+
+def test_traffic_counts_what_changes_in_place_twice():
+    a, b = torch.empty(10, dtype=torch.bfloat16), torch.empty(4)
+    assert traffic({"x_ptr": a, "y_ptr": b, "n": 3}) == 36
+    assert traffic({"x_ptr": a, "buf_ptr": b}) == 52
