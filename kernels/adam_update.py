@@ -20,6 +20,7 @@ Bound     memory: `adam_update_cost`. 28 B an element for p, m, v, g in fp32, an
           for p, m, v in bf16
 """
 
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -52,7 +53,7 @@ def adam_hyper(lr: float, betas: tuple[float, float], weight_decay: float, t: in
     The betas are rounded to fp32 first, as the kernel does, or the bias corrections do not cancel: 1 - 0.995 loses two
     digits.
     """
-    beta1, beta2 = torch.tensor(betas, dtype=torch.float32).tolist()
+    beta1, beta2 = (ctypes.c_float(beta).value for beta in betas)
     return [lr, beta1, beta2, weight_decay, 1 / (1 - beta1**t), 1 / (1 - beta2**t)]
 
 
