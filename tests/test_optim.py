@@ -367,7 +367,10 @@ def test_bf16_gradients_accumulate_in_fp32():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_are_those_of_autograd(dtype):
-    """Two micro-steps into the sums, some by the ops themselves, against a model that leaves all to autograd."""
+    """Two micro-steps into the sums, some by the ops themselves, against a model that leaves all to autograd.
+
+    Of tables autograd rounds a micro-step's gradient to bf16, an ulp of 2^-8: what is added to the sums is not rounded.
+    """
     (model, optimizer), (plain, _) = make(dtype), make(dtype)
     grads = Gradients(model, optimizer)
     generator = torch.Generator().manual_seed(0)
@@ -385,7 +388,8 @@ def test_gradients_are_those_of_autograd(dtype):
         for n, p in plain.named_parameters():
             want[n] += p.grad.float()
     for n, p in model.named_parameters():
-        assert want[n].any() and rel_rms(grads(p), want[n]) < 1e-6, n
+        rounded = dtype == torch.bfloat16 and n in ("wte", "value_embeds")
+        assert want[n].any() and rel_rms(grads(p), want[n]) < (2**-9 if rounded else 1e-6), n
     grads.zero()
     model(idx[:, :-1], idx[:, 1:]).backward()  # the places are kept
     assert rel_rms(grads(model.attn_qkv[1]), plain.attn_qkv[1].grad.float()) < 1e-6

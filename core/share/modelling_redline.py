@@ -127,14 +127,15 @@ class RedlineForCausalLM(PreTrainedModel, GenerationMixin):
         if on["smear"]:
             gate = torch.sigmoid(x[:, 1:, : c.smear_channels] @ self.smear_gate.to(dtype).T)
             x = torch.cat((x[:, :1], x[:, 1:] + self.smear_lambda.to(dtype) * gate * x[:, :-1]), dim=1)
-        x0, x_mid = x, x
+        x0, wide, x_mid = x, x.float(), x.float()
         for i in range(c.n_layer):
-            # entry: sums of the residual stream are made in fp32 and rounded once
+            # entry: the residual stream with what the last MLP added, summed in fp32 and rounded once
             if on["x0_lambdas"]:
                 share = self.x0_lambdas[i] * x0.float()
-                x = ((self.resid_lambdas[i] * x.float() if on["resid_lambdas"] else x.float()) + share).to(dtype)
-            elif on["resid_lambdas"]:
-                x = self.resid_lambdas[i] * x
+                x = ((self.resid_lambdas[i] * wide if on["resid_lambdas"] else wide) + share).to(dtype)
+            else:
+                x = wide.to(dtype)
+                x = self.resid_lambdas[i] * x if on["resid_lambdas"] else x
             y = norm(x)
             # attention
             q, k, v = (y @ self.attn_qkv[i].T).view(B, T, H + 2 * G, D).split((H, G, G), dim=2)
@@ -148,7 +149,7 @@ class RedlineForCausalLM(PreTrainedModel, GenerationMixin):
             x = (x.float() + (y.transpose(1, 2).reshape(B, T, -1) @ self.attn_out[i].T).float()).to(dtype)
             # MLP
             y = norm(x) @ self.mlp_up[i].T
-            x = x + (F.relu(y).square() if on["relu2"] else F.gelu(y)) @ self.mlp_down[i]
+            wide = x.float() + ((F.relu(y).square() if on["relu2"] else F.gelu(y)) @ self.mlp_down[i]).float()
             if i == c.n_layer // 2:
-                x_mid = x
-        return norm((x.float() - self.backout_lambda * x_mid.float()).to(dtype) if on["backout"] else x)
+                wide = x_mid = wide.to(dtype).float()
+        return norm((wide - self.backout_lambda * x_mid if on["backout"] else wide).to(dtype))
