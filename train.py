@@ -164,7 +164,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
         return real, make_plan(real, device_type=world.device.type, world_size=world.world_size, compute_dtype=dtype)
 
     if cfg.graph_optimizer and world.device.type != "cuda":
-        raise UserError("--graph-optimizer records a CUDA graph: give --device cuda, or leave it out")
+        raise UserError("--graph-optimizer records a CUDA graph: give --device cuda, or --no-graph-optimizer")
     # plan: fail early on bad sizes or kernels. A resumed run has the vocabulary that its text yielded, which may be
     # smaller than the one that was asked for, and every law reads sizes off that
     real, plan = plan_for(saved.model["vocab_size"] if saved else cfg.model.vocab_size)

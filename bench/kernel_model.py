@@ -8,6 +8,7 @@ Products   a tile takes its K steps and an epilogue, and tiles come in waves of 
                issue          the loop's instructions, warp by warp, at four a cycle and SM
            The epilogue's instructions are issued while nothing else happens, unless two programs share an SM; then the
            products of one hide the epilogue of the other, up to its length
+           No launch is faster than its operands and results come through HBM, each once
            A tile first waits for FILL, unless the loop is flattened, so that loads of the next one run meanwhile
 Passes     the longest of memory (each tensor of the launch once, what changes in place twice, at a share of HBM that
            copies reach) and issue (all instructions of all warps at ISSUE of the peak rate)
@@ -27,7 +28,7 @@ CLOCK = 1.755e9  # Hz under load, of 1.98e9
 # FLOP of an SM in a cycle, by the size of an operand's element: the nominal peaks at 1.83 GHz
 TENSOR = {2: 4096, 1: 8192, 4: 256}  # fp32 in CUDA cores
 L2 = 7e12 / SMS / CLOCK  # bytes a cycle to an SM: the upper end of what microbenchmarks find, 5.5 to 7 TB/s
-MEMORY = 0.92  # of HBM's peak: the best copies
+MEMORY = 0.92  # of HBM's peak: what the best copies reach, an assumption like the next two
 ISSUE = 0.8  # of four instructions a cycle: dependences leave slots empty
 FILL = 800  # cycles from a tile's first load to its first product: a way to L2 and back, and the first step
 # what a launch changes in place is read and written
@@ -39,7 +40,7 @@ LIBRARY = "mm"  # stands for a product of torch among an op's launches
 
 class Prediction(NamedTuple):
     us: float
-    bound: str  # tensor cores, L2, issue, epilogue, memory, library
+    bound: str  # tensor cores, L2, issue, memory, library
 
 
 def predict(launch: Mapping[str, Any]) -> Prediction:

@@ -174,6 +174,7 @@ class Optimizer:
         self._muon = [muon_shape(backends, parts) for parts in muon.values()]
         self._hyper = torch.zeros(3 + 6 * sum(len(part.groups) for part in self._adam), device=self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._recorded: list[Tensor] = []  # the gradients that the graph reads
         model.refresh_copies()
 
     @torch.no_grad()
@@ -246,8 +247,10 @@ class Optimizer:
         self._set_hyper(values)
         if self._graph is None:
             self._update(gradients)
-        else:
-            self._graph.replay()
+            return
+        if any(g is not recorded for g, recorded in zip(gradients, self._recorded, strict=True)):
+            raise ValueError("the recorded step reads other gradients: give those that warm_up was given")
+        self._graph.replay()
 
     @torch.no_grad()
     def warm_up(self, gradients: Sequence[Tensor], *, record: bool = False) -> None:
@@ -260,6 +263,7 @@ class Optimizer:
         self._update(gradients)
         torch._foreach_copy_(seconds, before)
         if record:
+            self._recorded = list(gradients)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):  # records, and runs nothing
                 self._update(gradients)

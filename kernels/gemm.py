@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
 from kernels.fp8 import E5M2
-from kernels.op import capability, check_tensor, describe, wide
+from kernels.op import capability, check_tensor, describe, interpreted, wide
 from kernels.tile import launch
 
 PROGRAMS_WITHOUT_GPU = 132  # multiprocessors of an H100
@@ -230,7 +231,8 @@ class _Summed(torch.autograd.Function):
 
 
 def summed(w: Tensor, total: Tensor | None) -> Tensor:
-    """w, whose gradient is added to total where there is one, instead of becoming w's. For references."""
+    """w, whose gradient is added to total where there is one, instead of becoming w's: made first, in w's dtype. For
+    references, and for products that no op makes."""
     return w if total is None else _Summed.apply(w, total)
 
 
@@ -266,9 +268,11 @@ def _config(
 
 
 @triton.jit
-def _finish(acc, m, n, out_desc, alpha, ACCUMULATE: tl.constexpr):
+def _finish(acc, m, n, out_desc, alpha, ACCUMULATE: tl.constexpr, BULK: tl.constexpr):
     acc *= alpha
-    if ACCUMULATE:
+    if ACCUMULATE and not BULK:
+        out_desc.store([m, n], acc + out_desc.load([m, n]))
+    elif ACCUMULATE:
         # A bulk reduction: the L2 cache adds, and nothing waits for what was there. Each element has one addend in a
         # launch, and launches follow each other, so the sum is the same in every run.
         out_desc.atomic_add([m, n], acc)
@@ -280,7 +284,7 @@ def _finish(acc, m, n, out_desc, alpha, ACCUMULATE: tl.constexpr):
 def _gemm_kernel(
     a_ptr, b_ptr, out_ptr, alpha_ptr, other_alpha_ptr, M, N, K, stride_a, stride_b, stride_out, group,
     TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, SCALED: tl.constexpr, IMPRECISE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    BULK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = or += alpha a b^T, with a (M, K) and b (N, K), or both TRANSPOSED in memory."""
     PART: tl.constexpr = BLOCK_N // SPLIT
@@ -306,16 +310,21 @@ def _gemm_kernel(
             left, right = halves(acc, BLOCK_M, 2 * PART)
             first, second = halves(left, BLOCK_M, PART)
             third, fourth = halves(right, BLOCK_M, PART)
-            _finish(first, m, n, out_desc, alpha, ACCUMULATE)
-            _finish(second, m, n + PART, out_desc, alpha, ACCUMULATE)
-            _finish(third, m, n + 2 * PART, out_desc, alpha, ACCUMULATE)
-            _finish(fourth, m, n + 3 * PART, out_desc, alpha, ACCUMULATE)
+            _finish(first, m, n, out_desc, alpha, ACCUMULATE, BULK)
+            _finish(second, m, n + PART, out_desc, alpha, ACCUMULATE, BULK)
+            _finish(third, m, n + 2 * PART, out_desc, alpha, ACCUMULATE, BULK)
+            _finish(fourth, m, n + 3 * PART, out_desc, alpha, ACCUMULATE, BULK)
         elif SPLIT == 2:
             left, right = halves(acc, BLOCK_M, PART)
-            _finish(left, m, n, out_desc, alpha, ACCUMULATE)
-            _finish(right, m, n + PART, out_desc, alpha, ACCUMULATE)
+            _finish(left, m, n, out_desc, alpha, ACCUMULATE, BULK)
+            _finish(right, m, n + PART, out_desc, alpha, ACCUMULATE, BULK)
         else:
-            _finish(acc, m, n, out_desc, alpha, ACCUMULATE)
+            _finish(acc, m, n, out_desc, alpha, ACCUMULATE, BULK)
+
+
+def _adds_in_bulk() -> bool:
+    """Whether a descriptor's `atomic_add` runs: not in Triton's interpreter, unless somebody has taught it to."""
+    return not interpreted() or hasattr(interpreter.InterpreterBuilder, "create_descriptor_reduce")
 
 
 def gemm(
@@ -333,8 +342,10 @@ def gemm(
     """
     M, N = out.shape
     K = a.size(0) if transposed else a.size(1)
-    if accumulate and out.dtype != torch.float32:
-        raise ValueError(f"gemm: out is {describe(out)}; expected float32, into which products are added")
+    if accumulate and (out.dtype != torch.float32 or out.data_ptr() % 16):
+        raise ValueError(
+            f"gemm: out is {describe(out)}; expected float32 that begins at a multiple of 16 bytes, to add to"
+        )
     precise = a.dtype == E5M2  # a gradient
     config = _config(M, N, a.dtype, precise, capability(a.device), num_programs(a.device, M * N))
     per_sm, tile = config.pop("per_sm"), (config["BLOCK_M"], config["BLOCK_N"])
@@ -345,7 +356,7 @@ def gemm(
         _gemm_kernel, programs,
         a, b, out, *(alphas or (None, None)), M, N, K, a.stride(0), b.stride(0), out.stride(0), group,
         TRANSPOSED=transposed, ACCUMULATE=accumulate, SCALED=alphas is not None,
-        IMPRECISE=config["BLOCK_K"] if precise else None, **config,
+        IMPRECISE=config["BLOCK_K"] if precise else None, BULK=_adds_in_bulk(), **config,
     )  # fmt: skip
 
 
@@ -353,7 +364,7 @@ def add_product(a: Tensor, b: Tensor, total: Tensor, add: bool = True) -> None:
     """total (N, K) = or += a (M, N)^T b (M, K), a weight's gradient: of bf16 in fp32, or all fp32.
 
     On a GPU by cuBLAS, which with large products reaches 77 % of the peak [cutlass#1662], where `gemm` gets operands
-    out of the L2 cache for 60 %. `gemm` is what the interpreter runs.
+    out of the L2 cache for 60 %. `gemm` is what the interpreter runs in bf16.
     """
     if a.dtype == torch.float32:
         torch.addmm(total, a.T, b, beta=float(add), out=total)  # with beta = 0 PyTorch ignores what total holds

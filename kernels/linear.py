@@ -27,13 +27,12 @@ from kernels.gemm import check_sum, for_descriptor, gemm, summed, weight_gradien
 from kernels.op import (
     DTYPES,
     Backend,
-    Device,
     Op,
     Problem,
     Shape,
     describe,
     dtype_name,
-    needs_gpu,
+    needs_cuda,
     needs_triton,
     takes_dtypes,
     wide,
@@ -100,10 +99,6 @@ def _add_cublas(dy: Tensor, x: Tensor, dw_sum: Tensor) -> None:
     weight_gradient(_rows(dy), _rows(x), dw_sum)
 
 
-def _needs_cublas(device: Device) -> str | None:
-    return needs_gpu(device)
-
-
 # cost
 
 
@@ -160,6 +155,6 @@ linear = Op(
     backends={
         "ref": Backend(linear_ref),
         "triton": Backend(_through(_add_triton), needs_triton, _limits),
-        "cublas": Backend(_through(_add_cublas), _needs_cublas, takes_dtypes),
+        "cublas": Backend(_through(_add_cublas), needs_cuda, takes_dtypes),
     },
 )

@@ -22,7 +22,7 @@ fp8       with `fp8`, the copy of w that `quantise_weight` makes, x and w are mu
           is narrower on Hopper. dw is the gradient of the unrounded w. The backend scaled_mm takes logits and dx from
           torch._scaled_mm (cuBLAS) and is the kernel otherwise, in bf16 and for V that is a multiple of 16
 Memory    one chunk of rows has logits at a time; their gradient takes their place, in fp8 it lies beside them, twice.
-          These take at most LOGIT_BYTES, 1 GiB, if that is enough for 128 rows. Forward keeps dx and dw in fp32;
+          These take at most LOGIT_BYTES, 1 GiB, if that is enough for 128 rows. Forward keeps dx, and dw in fp32;
           backward takes a second dx and, while it is scaled, one in fp32
 Backward  two scalings; no second-order gradient. With dw_sum, fp32 like w, backward adds dw to it, unrounded (the
           reference in bf16: rounded), and w has no gradient
@@ -719,7 +719,7 @@ def _lm_head_loss_triton(
 ) -> Tensor:
     given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
     q_t, need_grad = None if fp8 is None else fp8.q_t, _needs_gradients(x, w, reduction)
-    if dw_sum is None or not need_grad:
+    if dw_sum is None or not need_grad or not w.requires_grad:
         return _through_op(_lm_head_loss, x, w, given, need_grad, q_t, scaled_mm)
     loss: Tensor = _IntoSum.apply(x, w, given, q_t, dw_sum, scaled_mm)
     return loss

@@ -134,7 +134,9 @@ def _config(R: int, C: int, work: str, dtype: torch.dtype, arch: tuple[int, int]
     """
     side = max(16, triton.next_power_of_2(C))
     if is_small(R, C):
-        return {"BLOCK_R": triton.next_power_of_2(R), "BLOCK_C": side, "STEPS": 1, "num_warps": 4}
+        rows = triton.next_power_of_2(R)
+        # no more threads than elements: a tile that several warps hold would be read by one after another has written
+        return {"BLOCK_R": rows, "BLOCK_C": side, "STEPS": 1, "num_warps": max(1, min(4, rows * side // 32))}
     if work == "rows":
         return {
             "BLOCK_R": max(1, 1024 // side), "BLOCK_C": side, "STEPS": 1, "num_warps": min(16, max(1, side // 1024))
@@ -315,6 +317,7 @@ def _muon_apply_kernel(
             second_ptrs, inside, sums = second_ptr + k * C + offs_c, mask_c, tl.sum(x * x, axis=0)
         second = tl.load(second_ptrs, mask=inside, other=1.0)
         second, factor = _factor(sums, second, n_other, root, beta2)
+        tl.debug_barrier()  # all warps hold second: without it one could read what another has written
         tl.store(second_ptrs, second, mask=inside)
     elif PER_ROW:
         factor = tl.load(factor_ptr + k * R + offs_r, mask=mask_r, other=0.0)

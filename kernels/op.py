@@ -68,6 +68,11 @@ def needs_nothing(device: Device) -> None:
     return None
 
 
+def needs_cuda(device: Device) -> str | None:
+    """Why PyTorch's own CUDA libraries cannot run on the device; None if they can."""
+    return None if device.type == "cuda" else "needs an NVIDIA GPU and --device cuda"
+
+
 def needs_gpu(device: Device, hint: str = "") -> str | None:
     """Why a GPU kernel cannot run on the device; None if it can."""
     least = ".".join(map(str, MIN_CAPABILITY))

@@ -8,12 +8,12 @@ Rounding  products are summed in fp32; ReLU and square in fp32; post is rounded 
 Backward  dpre = 2 sqrt(post) (dy down^T), since relu(pre) = sqrt(post);
           dx = dpre up,  dup = dpre^T x,  ddown = post^T dy.  dpre is rounded once; the root of the rounded post has
           half its relative error. With dup_sum or ddown_sum, fp32 like the weight, backward adds that weight's
-          gradient to it, unrounded (the reference and cublas in bf16: rounded), and the weight has no gradient
+          gradient to it, unrounded (the reference in bf16: rounded), and the weight has no gradient
 Saves     x and post: pre reaches memory in neither direction
 Kernels   one persistent GEMM a b^T whose epilogue squares (forward) or scales by 2 sqrt(post) (backward); gradients
-          that are added to sums are `kernels.gemm.gemm`; the other products are torch.mm. `_relu2_up` also stores post
-          in e4m3 and transposed, post ~ post_fp8 * scale, and one max |post| per program, from the same registers; no
-          op calls it yet
+          that are added to sums are `kernels.gemm.add_product`; the other products are torch.mm. `_relu2_up` also
+          stores post in e4m3 and transposed, post ~ post_fp8 * scale, and one max |post| per program, from the same
+          registers; no op calls it yet
 cublas    the backend of that name makes all products by torch.mm, with plain PyTorch between them, which torch.compile
           fuses: pre is rounded, dpre once, and the same is saved
 Limits    in the kernel rows of C and of F elements are multiples of 16 bytes: 8 in bf16, 4 in fp32, 16 for an fp8 copy,
@@ -22,6 +22,7 @@ Limits    in the kernel rows of C and of F elements are multiples of 16 bytes: 8
 Bound     arithmetic: `relu2_mlp_cost`
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,6 @@ from torch import Tensor
 from kernels import sizes
 from kernels.fp8 import E4M3, E4M3_MAX
 from kernels.gemm import (
-    add_product,
     check_sum,
     for_descriptor,
     halves,
@@ -47,7 +47,6 @@ from kernels.gemm import (
 from kernels.op import (
     DTYPES,
     Backend,
-    Device,
     Op,
     Problem,
     Shape,
@@ -55,6 +54,7 @@ from kernels.op import (
     check_number,
     describe,
     dtype_name,
+    needs_cuda,
     needs_triton,
     takes_dtypes,
     wide,
@@ -190,146 +190,78 @@ def _rows(t: Tensor) -> Tensor:
     return for_descriptor(t.reshape(-1, t.size(-1)))
 
 
-@torch.library.custom_op("redline::relu2_mlp_fwd", mutates_args=())
-def _relu2_mlp_fwd(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """y like x, post (M, F)."""
-    (post,) = _relu2_gemm(_rows(x), _rows(up), None, None)
-    return (post @ down).view(x.shape), post
+@torch.library.custom_op("redline::relu2_mlp_post", mutates_args=())
+def _post(x: Tensor, up: Tensor) -> Tensor:
+    """The squared activation (M, F)."""
+    return _relu2_gemm(_rows(x), _rows(up), None, None)[0]
 
 
-@_relu2_mlp_fwd.register_fake
-def _(x, up, down):
-    return x.new_empty(x.shape), x.new_empty(x.numel() // x.size(-1), up.size(0))
+@_post.register_fake
+def _(x, up):
+    return x.new_empty(x.numel() // x.size(-1), up.size(0))
 
 
-@torch.library.custom_op("redline::relu2_mlp_bwd", mutates_args=())
-def _relu2_mlp_bwd(dy: Tensor, x: Tensor, up: Tensor, down: Tensor, post: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx like x, dup, ddown."""
-    dy, rows = _rows(dy), _rows(x)
-    (dpre,) = _relu2_gemm(dy, _rows(down), post, None)
-    return (dpre @ up).view(x.shape), dpre.T @ rows, post.T @ dy
+@torch.library.custom_op("redline::relu2_mlp_dpre", mutates_args=())
+def _dpre(dy: Tensor, down: Tensor, post: Tensor) -> Tensor:
+    """Gradient (M, F) of what is squared."""
+    return _relu2_gemm(_rows(dy), _rows(down), post, None)[0]
 
 
-@_relu2_mlp_bwd.register_fake
-def _(dy, x, up, down, post):
-    return x.new_empty(x.shape), up.new_empty(up.shape), down.new_empty(down.shape)
+@_dpre.register_fake
+def _(dy, down, post):
+    return torch.empty_like(post)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, up, down = inputs
-    _, post = output
-    ctx.mark_non_differentiable(post)
-    ctx.set_materialize_grads(False)  # a gradient of post would be as large as post
-    ctx.save_for_backward(x, up, down, post)
+def _post_cublas(x: Tensor, up: Tensor) -> Tensor:
+    return F.relu(x.reshape(-1, x.size(-1)) @ up.T).square()
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return None, None, None
-    dx, dup, ddown = _relu2_mlp_bwd(dy, *ctx.saved_tensors)
-    return dx, dup, ddown
+def _dpre_cublas(dy: Tensor, down: Tensor, post: Tensor) -> Tensor:
+    return ((dy @ down.T) * (2 * post.to(wide(post.dtype)).sqrt())).to(post.dtype)
 
 
-_relu2_mlp_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("redline::relu2_mlp_into_sums", mutates_args=("dup_sum", "ddown_sum"))
-def _relu2_mlp_into_sums(
-    dy: Tensor,
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    post: Tensor,
-    dup_sum: Tensor | None,
-    ddown_sum: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx like x, and dup and ddown, empty where they are added to a sum."""
-    dy, rows = _rows(dy), _rows(x)
-    (dpre,) = _relu2_gemm(dy, _rows(down), post, None)
-    dup, ddown = (_weight_gradient(*pair) for pair in ((dpre, rows, dup_sum), (post, dy, ddown_sum)))
-    return (dpre @ up).view(x.shape), dup, ddown
-
-
-def _weight_gradient(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor:
-    """a^T b, or empty and added to a total."""
-    if total is None:
-        return a.T @ b
-    add_product(a, b, total)
-    return a.new_empty(0)
-
-
-@_relu2_mlp_into_sums.register_fake
-def _(dy, x, up, down, post, dup_sum, ddown_sum):
-    dup, ddown = (w.new_empty(w.shape if s is None else 0) for w, s in ((up, dup_sum), (down, ddown_sum)))
-    return x.new_empty(x.shape), dup, ddown
-
-
-class _IntoSums(torch.autograd.Function):
-    """The kernel with sums that take gradients of weights. They are not saved for backward, where every micro-step
-    changes them."""
+class _MLP(torch.autograd.Function):
+    """The MLP by two functions: squared activation, and its gradient. torch.compile sees the other products."""
 
     @staticmethod
-    def forward(  # pyrefly: ignore[bad-override]
-        ctx: Any, x: Tensor, up: Tensor, down: Tensor, dup_sum: Tensor | None, ddown_sum: Tensor | None
+    def forward(  # pyrefly: ignore[bad-override]  # torch declares (ctx, *args, **kwargs)
+        ctx: Any,
+        x: Tensor,
+        up: Tensor,
+        down: Tensor,
+        dup_sum: Tensor | None,
+        ddown_sum: Tensor | None,
+        functions: tuple[Callable[..., Tensor], Callable[..., Tensor]],
     ) -> Tensor:
-        y, post = _relu2_mlp_fwd(x, up, down)
+        post = functions[0](x, up)
         ctx.save_for_backward(x, up, down, post)
-        ctx.dup_sum, ctx.ddown_sum = dup_sum, ddown_sum
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, down, post = ctx.saved_tensors
-        dx, dup, ddown = _relu2_mlp_into_sums(grads[0], x, up, down, post, ctx.dup_sum, ctx.ddown_sum)
-        return dx, dup if ctx.dup_sum is None else None, ddown if ctx.ddown_sum is None else None, None, None
-
-
-def _relu2_mlp_triton(
-    x: Tensor, up: Tensor, down: Tensor, *, dup_sum: Tensor | None = None, ddown_sum: Tensor | None = None
-) -> Tensor:
-    y: Tensor
-    if dup_sum is None and ddown_sum is None:
-        y, _ = _relu2_mlp_fwd(x, up, down)
-    else:
-        y = _IntoSums.apply(x, up, down, dup_sum, ddown_sum)
-    return y
-
-
-# cuBLAS
-
-
-class _Cublas(torch.autograd.Function):
-    """Products by torch.mm; between them plain PyTorch, which torch.compile fuses."""
-
-    @staticmethod
-    def forward(  # pyrefly: ignore[bad-override]
-        ctx: Any, x: Tensor, up: Tensor, down: Tensor, dup_sum: Tensor | None, ddown_sum: Tensor | None
-    ) -> Tensor:
-        post = F.relu(x.reshape(-1, x.size(-1)) @ up.T).square()
-        ctx.save_for_backward(x, up, down, post)
-        ctx.dup_sum, ctx.ddown_sum = dup_sum, ddown_sum
+        # not saved: autograd would refuse sums that other layers have added to since
+        ctx.dup_sum, ctx.ddown_sum, ctx.dpre = dup_sum, ddown_sum, functions[1]
         return (post @ down).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, up, down, post = ctx.saved_tensors
         rows, dy = x.reshape(-1, x.size(-1)), grads[0].reshape(-1, x.size(-1))
-        wide_post = post.to(wide(post.dtype))
-        dpre = ((dy @ down.T) * (2 * wide_post.sqrt())).to(post.dtype)
-        dup, ddown = weight_gradient(dpre, rows, ctx.dup_sum), weight_gradient(post, dy, ctx.ddown_sum)
-        return (dpre @ up).view(x.shape), dup, ddown, None, None
+        dpre = ctx.dpre(dy, down, post)
+        # one op a sum: of two that lie in one storage, inductor would clone one, with all of the storage
+        dup = weight_gradient(dpre, rows, ctx.dup_sum) if ctx.needs_input_grad[1] else None
+        ddown = weight_gradient(post, dy, ctx.ddown_sum) if ctx.needs_input_grad[2] else None
+        return (dpre @ up).view(x.shape), dup, ddown, None, None, None
+
+
+def _relu2_mlp_triton(
+    x: Tensor, up: Tensor, down: Tensor, *, dup_sum: Tensor | None = None, ddown_sum: Tensor | None = None
+) -> Tensor:
+    y: Tensor = _MLP.apply(x, up, down, dup_sum, ddown_sum, (_post, _dpre))
+    return y
 
 
 def _relu2_mlp_cublas(
     x: Tensor, up: Tensor, down: Tensor, *, dup_sum: Tensor | None = None, ddown_sum: Tensor | None = None
 ) -> Tensor:
-    y: Tensor = _Cublas.apply(x, up, down, dup_sum, ddown_sum)
+    y: Tensor = _MLP.apply(x, up, down, dup_sum, ddown_sum, (_post_cublas, _dpre_cublas))
     return y
-
-
-def _needs_cuda(device: Device) -> str | None:
-    """Why cuBLAS cannot run on the device; None if it can."""
-    return None if device.type == "cuda" else "needs an NVIDIA GPU and --device cuda"
 
 
 def _relu2_up(x: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
@@ -399,6 +331,6 @@ relu2_mlp = Op(
     backends={
         "ref": Backend(relu2_mlp_ref),
         "triton": Backend(_relu2_mlp_triton, needs_triton, _limits),
-        "cublas": Backend(_relu2_mlp_cublas, _needs_cuda, takes_dtypes),
+        "cublas": Backend(_relu2_mlp_cublas, needs_cuda, takes_dtypes),
     },
 )

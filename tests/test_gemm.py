@@ -3,7 +3,11 @@ mutations."""
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +103,27 @@ def test_a_weights_gradient_is_stored_or_added(rows, add, dtype):
     module.add_product(a, b, total, add)
     want = a.double().T @ b.double() + (before.double() if add else 0.0)
     assert error(total, want) <= 8 * TINY if rows else torch.equal(total.double(), want)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
+def test_tritons_own_interpreter_adds_too():
+    """Which knows no bulk reductions: as a user runs it, without what the tests mend."""
+    code = (
+        "import torch\n"
+        "from kernels.gemm import gemm\n"
+        "a, b, out = torch.ones(3, 16), torch.ones(3, 32), torch.ones(16, 32)\n"
+        "gemm(a, b, out, transposed=True, accumulate=True)\n"
+        "assert (out == 4).all()"
+    )
+    root = Path(__file__).resolve().parent.parent
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=env, check=True)
+
+
+def test_sums_begin_at_multiples_of_16_bytes():
+    out = torch.zeros(16 * 16 + 1, device=DEVICE)[1:].view(16, 16)
+    with pytest.raises(ValueError, match="begins at a multiple of 16 bytes"):
+        gemm(out.clone(), out.clone(), out, transposed=True, accumulate=True)
 
 
 def test_only_fp32_is_added_to():

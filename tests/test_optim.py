@@ -453,6 +453,8 @@ def test_a_recorded_step_takes_the_hyperparameters_of_its_time(monkeypatch):
         optimizer.step(gradients, step=step, lr_mult=1.0 + step, momentum=0.9 + 0.01 * step, decay_mult=1.0)
     got = snapshot(model, optimizer)
     assert all(torch.equal(t, got[n]) for n, t in want.items())
+    with pytest.raises(ValueError, match="reads other gradients"):
+        optimizer.step([g.clone() for g in gradients], step=3, lr_mult=1.0, momentum=0.9, decay_mult=1.0)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts without launching")
