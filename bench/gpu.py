@@ -62,6 +62,7 @@ RESERVE_S = 10  # to end in
 TESTS_END, TUNE_END, OPS_END = 0.12, 0.27, 0.45  # of the time: training has the rest
 TESTS = "float64"  # of the tests of an op, those that compare with the oracle: no torch.compile
 TUNED_OPS = 4
+OPS_OF_GROUPS = {"head": "lm_head_loss", "attention": "attention"}  # of the projection's rows that name no op
 SECONDS = 0.2  # for each variant of an item
 ITEM_S = 8  # that must be left for another item
 SHARES_SHOWN = 6
@@ -145,8 +146,9 @@ class Bench:
         (self.out / "tests.json").write_text(json.dumps(self.tests, indent=1) + "\n")
 
     def tune(self) -> None:
-        """Tune the most valuable ops in a process of its own, which may break or hang."""
-        chosen = [name for name in by_value() if self.tests.get(stem_of(BY_NAME[name])) == PASSED][:TUNED_OPS]
+        """Tune the most valuable ops with a Triton kernel in a process of its own, which may break or hang."""
+        chosen = [name for name in by_value() if "triton" in BY_NAME[name].backends]
+        chosen = [name for name in chosen if self.tests.get(stem_of(BY_NAME[name])) == PASSED][:TUNED_OPS]
         seconds = self.until(TUNE_END) - time.monotonic()
         if not chosen or seconds < ITEM_S:
             self.missing.append(f"tuning {', '.join(chosen) or 'ops: no tests passed'}")
@@ -270,16 +272,15 @@ def values() -> dict[str, float]:
     """Projected seconds of a step at depth 24 that each op takes."""
     found: dict[str, float] = {}
     for projected in redline().rows:
-        op = projected.cost.op if projected.cost else "lm_head_loss" if projected.group == "head" else None
+        op = projected.cost.op if projected.cost else OPS_OF_GROUPS.get(projected.group)
         if op:
             found[op] = found.get(op, 0.0) + projected.seconds()
     return found
 
 
 def by_value() -> list[str]:
-    """Ops with a Triton kernel, the most valuable first."""
-    having = [name for name, op in BY_NAME.items() if "triton" in op.backends]
-    return sorted(having, key=lambda name: -values().get(name, 0.0))
+    """Ops, the most valuable first."""
+    return sorted(BY_NAME, key=lambda name: -values().get(name, 0.0))
 
 
 def by_importance(chosen: list[Item]) -> list[Item]:

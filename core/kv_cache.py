@@ -6,8 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core.layers import Mask
-
 
 class KVCache:
     """State of B rows of text, each at its own position, for up to `capacity` tokens a row.
@@ -68,11 +66,13 @@ class KVCache:
         cos, sin = self._rope
         return cos[self.positions, None], sin[self.positions, None]
 
-    def masks(self) -> list[Mask]:
+    def masks(self) -> list[Tensor]:
         """(B, 1, 1, S) bool per layer: the slots filled once the next token of each row is in."""
         last = self.positions[:, None, None, None]
         sizes = [keys.size(1) for keys in self.keys]
-        masks: dict[int, Mask] = {size: torch.arange(size, device=last.device) <= last for size in dict.fromkeys(sizes)}
+        masks: dict[int, Tensor] = {
+            size: torch.arange(size, device=last.device) <= last for size in dict.fromkeys(sizes)
+        }
         return [masks[size] for size in sizes]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

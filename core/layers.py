@@ -1,18 +1,14 @@
-"""What models share: rotary tables, windows and their masks, attention, the layers of banks."""
+"""What models share: rotary tables, attention over masks that no window describes, the layers of banks."""
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from kernels.attention import in_window
 
 ROPE_BASE = 100_000.0
-FLEX_TILE = 128  # FlexAttention takes sequences of whole tiles
-
-Mask = Tensor | BlockMask | None
 
 
 def unbind_banks(banks: nn.ParameterList) -> list[Tensor]:
@@ -31,53 +27,7 @@ def rope_tables(seq_len: int, d_head: int, device: torch.device) -> tuple[Tensor
     return angle.cos(), angle.sin()
 
 
-# windows
-
-
-def in_window(q_idx: Tensor, kv_idx: Tensor, window: int) -> Tensor:
-    """True where a query sees a key: itself and `window` keys before it."""
-    return (kv_idx <= q_idx) & (q_idx - kv_idx <= window)
-
-
-def dense_mask(seq_len: int, window: int, device: torch.device) -> Tensor | None:
-    """(T, T) bool, True where a query sees a key; None where the window hides nothing that causality shows."""
-    if window >= seq_len - 1:
-        return None
-    i = torch.arange(seq_len, device=device)
-    return in_window(i[:, None], i[None, :], window)
-
-
-def block_mask(seq_len: int, window: int, device: torch.device) -> BlockMask | None:
-    """The same for FlexAttention, which skips tiles that are wholly hidden."""
-    if window >= seq_len - 1:
-        return None
-
-    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return in_window(q_idx, kv_idx, window)
-
-    return create_block_mask(mask_mod, None, None, seq_len, seq_len, device=device)
-
-
-class WindowMasks:
-    """The masks of a model's layers.
-
-    On a GPU FlexAttention serves sequences of the training length, if those are whole tiles; its masks are made here,
-    since in a compiled graph they would cost every step. Other lengths use dense masks to avoid recompiling.
-    """
-
-    def __init__(self, windows: Sequence[int], seq_len: int, device: torch.device, *, flex: bool | None = None) -> None:
-        """flex: whether FlexAttention serves the training length; None: on a GPU."""
-        self._windows, self._device = windows, device
-        flex = device.type == "cuda" if flex is None else flex
-        self._flex_len = seq_len if flex and seq_len % FLEX_TILE == 0 else None
-        self._block_masks = {w: block_mask(seq_len, w, device) for w in set(windows)} if self._flex_len else {}
-
-    def __call__(self, seq_len: int) -> list[Mask]:
-        """What `attention` takes in each layer for whole sequences of this length."""
-        if seq_len == self._flex_len:
-            return [self._block_masks[w] for w in self._windows]
-        masks = {w: dense_mask(seq_len, w, self._device) for w in dict.fromkeys(self._windows)}
-        return [masks[w] for w in self._windows]
+# attention that is not causal in whole sequences
 
 
 class Branches:
@@ -112,7 +62,7 @@ class Branches:
         longest = int(positions.max())
         return Branches(positions.to(device), branch.to(device), before.to(device), longest)
 
-    def masks(self, windows: Sequence[int]) -> list[Mask]:
+    def masks(self, windows: Sequence[int]) -> list[Tensor]:
         """(B, 1, T, T) bool per layer, for the windows of the layers."""
         q, k = self.positions[:, :, None], self.positions[:, None, :]
         branch_q, branch_k = self._branch[:, :, None], self._branch[:, None, :]
@@ -121,26 +71,11 @@ class Branches:
         return [masks[w] for w in windows]
 
 
-# attention
-
-
-@functools.cache
-def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """q (B, T, H, D), k and v (B, S, G, D) -> (B, T, H, D), softmax scale 1/sqrt(D).
 
-    mask: bool that broadcasts to (B, H, T, S), True where a query sees a key; a BlockMask takes FlexAttention; None is
-    causal.
+    mask: bool that broadcasts to (B, H, T, S), True where a query sees a key.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
-    gqa = q.size(1) != k.size(1)
-    if isinstance(mask, BlockMask):
-        # uncompiled, FlexAttention makes all scores; within a compiled model it is compiled already
-        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
-        y = flex(q, k, v, block_mask=mask, enable_gqa=gqa)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2)

@@ -20,11 +20,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from core import schedule
 from core.config import Config, ModelConfig, check_ranges
 from core.data.loader import check_batch, divisors
-from core.layers import WindowMasks
 from core.models.gpt2 import COUNTED, GPT, SCALING, dims, flops_per_token, parameter_table
 from core.optim import learning_rates
 from core.params import Table, arenas, num_params, state_bytes, weight_bytes
 from core.stopping import UserError
+from kernels.attention import attention
 from kernels.lm_head_loss import reference_bytes
 from kernels.op import Op
 
@@ -197,6 +197,8 @@ class _KernelsOfGPU:
     """Stands for `Backends` where the plan is for a GPU that need not be there."""
 
     def choose(self, op: Op, *shape: int) -> Callable[..., Any]:
+        if op is attention:  # whose reference keeps a mask; this one makes none, whatever the window
+            return op.backends["sdpa"]
         return op.backends.get("triton", op.backends["ref"])
 
 
@@ -222,8 +224,6 @@ def _count_saved(cfg: ModelConfig, rows: int, dtype: torch.dtype, device_type: s
 
     with FakeTensorMode():
         model = GPT(cfg, _KernelsOfGPU() if device_type == "cuda" else None, rows)
-        if device_type == "cuda":
-            model.masks = WindowMasks([cfg.seq_len] * cfg.depth, cfg.seq_len, torch.device("cpu"))
         for row in model.table:
             p = model.get_parameter(row.name)
             p.data = p.data.to(row.dtype(dtype))

@@ -4,7 +4,8 @@ Whoever builds a model chooses a backend for each op and shape that it will use,
 keeps the functions and calls them without asking again.
 
 auto      on a CPU the reference; on a GPU the fastest backend by the committed measurements for its architecture, and
-          without measurements the Triton kernel ("unmeasured here"), if it takes this GPU, shape and dtype
+          without measurements ("unmeasured here") the Triton kernel, or what the op prefers to it, if it takes this
+          GPU, shape and dtype
 forced    `triton`, or `rms_norm=triton` for one op; a request that cannot be honoured is a UserError that says what can
 
 The choice follows from facts about the device, the shape and the dtype, never from trying and catching.

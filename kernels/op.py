@@ -150,7 +150,8 @@ class Op:
     backends  by name; `ref` is one of them
     measured  the committed measurements that `auto` follows
     gradients_in_forward   whether forward makes the gradients, and backward scales them
-    unmeasured             the backend that `auto` means on a GPU where nothing is measured, if it can run
+    unmeasured             what `auto` means on a GPU where nothing is measured, if it can run: a backend, or a function
+                           of a shape that returns several, of which the first that can run it is taken
     """
 
     name: str
@@ -162,7 +163,7 @@ class Op:
     backends: Mapping[str, Backend]
     measured: Sequence[Measurement] = ()
     gradients_in_forward: bool = False
-    unmeasured: str = "triton"
+    unmeasured: str | Callable[[Shape], Sequence[str]] = "triton"
     _auto: dict[Problem, str] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,7 +219,8 @@ class Op:
             if best == "ref":
                 reason = "; ".join([reason, *(f"{k}: {why}" for k, why in obstacles.items() if why is not None)])
             return best, reason
-        return (self.unmeasured if self.unmeasured in kernels else kernels[0]), "unmeasured here"
+        wanted = (self.unmeasured,) if isinstance(self.unmeasured, str) else self.unmeasured(shape)
+        return next((name for name in wanted if name in kernels), kernels[0]), "unmeasured here"
 
     def sizes(self, shape: Shape) -> str:
         """The shape in words, such as M=64 N=32."""

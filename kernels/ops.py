@@ -1,6 +1,7 @@
 """Every op of this package."""
 
 from kernels.adam_update import adam_update
+from kernels.attention import attention
 from kernels.embedding import embedding
 from kernels.linear import linear
 from kernels.lm_head_loss import lm_head_loss
@@ -15,6 +16,7 @@ from kernels.rope_qk_norm import rope_qk_norm
 OPS: tuple[Op, ...] = (
     rms_norm,
     rope_qk_norm,
+    attention,
     embedding,
     linear,
     relu2_mlp,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.law import (
@@ -36,6 +37,7 @@ from bench.law import (
     poisoned_allocations,
     same_form,
 )  # fmt: skip
+from kernels import attention as attention_module
 from kernels.op import Op
 from tests.mutations import Edit, NoSuchMutation, edited
 from tests.races import programs_in
@@ -92,6 +94,12 @@ def unharmed(*states: Tensor) -> None:
         around.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(77)
         if not bool((around == 77).all()):
             raise Failed("wrote beside the elements of a state")
+
+
+def flex_on_a_cpu(monkeypatch: Any, of: ModuleType = attention_module) -> None:
+    """From now on FlexAttention's own arithmetic, gradients included, serves a CPU. of: the op's file."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda q, k, v: None)
+    monkeypatch.setattr(of, "_compiled_flex_attention", lambda: flex_attention)
 
 
 class RecordOps(TorchDispatchMode):

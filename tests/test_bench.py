@@ -226,6 +226,7 @@ def test_every_reference_and_kernel_passes_its_own_check():
         "embedding": (40, 12, 32),
         "linear": (32, 32, 48),
         "relu2_mlp": (32, 32, 64),
+        "attention": (1, 24, 2, 1, 16, 7),
         "polar_express": (2, 32, 32),
     }
     small |= {"muon_momentum": (2, 32, 48), "muon_apply": (2, 32, 48), "adam_update": (500,)}
@@ -235,7 +236,8 @@ def test_every_reference_and_kernel_passes_its_own_check():
         for form in op.forms:
             item = ops.op_item(op, "quickstart", form, torch.float32, False)
             with item.open() as programs:
-                assert [programs.check(variant) for variant in ("ref", "triton")] == [None, None], (name, form)
+                for variant in ("ref", "triton"):
+                    assert variant not in op.backends or programs.check(variant) is None, (name, form, variant)
 
 
 def test_optimizer_ops_have_no_backward():

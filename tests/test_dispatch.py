@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ from kernels.dispatch import Backends, decide
 from kernels.op import Backend, Device, Measurement, Op, Problem, UserError, needs_gpu, needs_nothing, needs_triton
 from kernels.ops import BY_NAME, OPS
 from kernels.rms_norm import rms_norm
-from tests.harness import DEVICE, evaluate, randn
+from tests.flash_attention_3 import installed
+from tests.harness import DEVICE, evaluate, flex_on_a_cpu, randn
 
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 V100 = Device("cuda", "Tesla V100", (7, 0))
@@ -62,6 +63,21 @@ def test_a_gpu_without_measurements_runs_triton_and_says_so():
     assert (choice.backend, choice.reason) == ("triton", "unmeasured here")
     assert decide(made_up("fa3", "ref", "varlen", "triton"), (8, 8), BF16, H100).backend == "triton"
     assert decide(made_up("varlen", "ref", "fa3"), (8, 8), BF16, H100).backend == "varlen"  # the first that is declared
+
+
+def test_an_op_may_prefer_backends_by_shape():
+    """The first in its order that can run, whatever the order of declaration."""
+
+    def preferred(shape):
+        return ("elsewhere", "cuda", "triton") if shape[0] > 8 else ("triton", "cuda")
+
+    op = made_up(unmeasured=preferred)
+    assert decide(op, (16, 8), BF16, H100).backend == "cuda" and decide(op, (8, 8), BF16, H100).backend == "triton"
+    assert decide(op, (16, 9), BF16, H100).backend == "ref" and decide(op, (16, 8), BF16, CPU).backend == "ref"
+    op.backends["cuda"] = dataclasses.replace(op.backends["cuda"], needs=lambda device: "needs what is not there")
+    assert decide(op, (16, 8), BF16, H100).backend == "triton"
+    one = made_up(unmeasured="cuda")
+    assert decide(one, (8, 8), BF16, H100).backend == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -240,6 +256,7 @@ def test_every_launch_is_on_the_device_of_its_first_argument(monkeypatch):
 SMALL = {
     "rms_norm": (12, 64),
     "rope_qk_norm": (1, 6, 2, 2, 16),
+    "attention": (1, 128, 2, 1, 16, 128),
     "embedding": (40, 12, 32),
     "linear": (12, 32, 48),
     "relu2_mlp": (12, 32, 64),
@@ -281,16 +298,21 @@ def test_calls_and_checked_backends_are_one_graph_with_the_same_results(op, form
     """The op itself, and each backend behind its check, in eager and compiled, twice with other numbers."""
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    calls = {name: op.checked(name) for name in op.backends} | {"auto": op}
-    for name, call in calls.items():
-        picked = op.backends["ref" if DEVICE == "cpu" and name == "auto" else "triton" if name == "auto" else name]
-        torch.compiler.reset()
-        compiled = torch.compile(call, fullgraph=True, dynamic=False, backend="aot_eager")
-        for seed in (0, 1):
-            args = inputs(op, form, seed)
-            want = after(picked, args)
-            assert same(after(call, args), want), name
-            assert same(after(compiled, args), want), name
+        flex_on_a_cpu(monkeypatch)
+    here = Device.of(torch.device(DEVICE))
+    auto = op.pick(SMALL[op.name], BF16, here)[0]
+    there = [name for name in op.backends if DEVICE == "cpu" or op.backends[name].needs(here) is None]
+    calls = {name: op.checked(name) for name in there} | {"auto": op}
+    with installed() if DEVICE == "cpu" else nullcontext():
+        for name, call in calls.items():
+            picked = op.backends[auto if name == "auto" else name]
+            torch.compiler.reset()
+            compiled = torch.compile(call, fullgraph=True, dynamic=False, backend="aot_eager")
+            for seed in (0, 1):
+                args = inputs(op, form, seed)
+                want = after(picked, args)
+                assert same(after(call, args), want), name
+                assert same(after(compiled, args), want), name
 
 
 def test_a_call_has_gradients_and_follows_its_shapes():

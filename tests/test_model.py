@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask
 
 from core.config import ModelConfig
-from core.layers import WindowMasks, attention, dense_mask
 from core.models.gpt2 import COUNTED, GPT, flops_per_token
 from core.params import num_params
+from kernels.attention import attention
 from kernels.dispatch import Backends
 from kernels.rms_norm import EPS
-from tests.harness import DEVICE
+from tests.flash_attention_3 import installed
+from tests.harness import DEVICE, flex_on_a_cpu
 
 CFG = ModelConfig(depth=4, d_model=64, d_head=16, n_kv_head=2, seq_len=256, vocab_size=100, window_pattern="SSSL")
 
@@ -183,22 +183,6 @@ def test_future_tokens_do_not_matter():
     torch.testing.assert_close(model(idx)[:, :100], model(changed)[:, :100])
 
 
-def test_window_hides_what_is_too_far():
-    q, k, v = torch.randn(1, 300, 2, 16), torch.randn(1, 300, 1, 16), torch.randn(1, 300, 1, 16)
-    mask = dense_mask(300, 128, q.device)
-    out = attention(q, k, v, mask)
-    far, near = v.clone(), v.clone()
-    far[:, 299 - 129] += 100
-    near[:, 299 - 128] += 100
-    torch.testing.assert_close(attention(q, k, far, mask)[:, 299], out[:, 299])
-    assert not torch.allclose(attention(q, k, near, mask)[:, 299], out[:, 299])
-
-
-def flex_masks(model):
-    """The masks that the model would have on a GPU."""
-    return WindowMasks(model.dims.windows, model.dims.seq_len, model.wte.device, flex=True)
-
-
 def loss_and_gradients(call, model):
     model.zero_grad()
     value = call(tokens(), tokens(seed=1))
@@ -206,19 +190,21 @@ def loss_and_gradients(call, model):
     return {"loss": value.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}}
 
 
-@pytest.mark.parametrize("flex", [False, True])
-def test_compiles_as_one_graph_with_the_loss_and_gradients_of_eager(monkeypatch, flex):
-    """With CUDA's windows too: FlexAttention runs on a CPU, backward included once its device check is out of the
-    way."""
+@pytest.mark.parametrize("chosen", ["ref", "flex", "fa3"])
+def test_compiles_as_one_graph_with_the_loss_and_gradients_of_eager(monkeypatch, chosen):
+    """With a GPU's attention too: FlexAttention runs on a CPU, backward included, once its device check is out of the
+    way, and FlashAttention 3 has a stand-in."""
     monkeypatch.setattr("kernels.lm_head_loss.CACHED_LOGITS", 200 * CFG.vocab_size)  # ragged last chunk
     model = awake()
     want = loss_and_gradients(model, model)
-    if flex:
-        monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda q, k, v: None)
-        monkeypatch.setattr("core.layers.dense_mask", None)  # not to be used
-        model.masks = flex_masks(model)
+    if chosen != "ref":
+        flex_on_a_cpu(monkeypatch)
+        monkeypatch.setattr("kernels.attention.dense_mask", None)  # not to be used
+        model.attention = [attention.backends[chosen]] * CFG.depth
     torch._dynamo.reset()
-    got = loss_and_gradients(torch.compile(model, backend="aot_eager", fullgraph=True), model)
+    with installed() as calls:
+        got = loss_and_gradients(torch.compile(model, backend="aot_eager", fullgraph=True), model)
+    assert len(calls) == (2 * CFG.depth if chosen == "fa3" else 0)
     torch.testing.assert_close(got, want)
 
 
@@ -230,8 +216,9 @@ def test_with_triton_the_model_is_one_graph_and_agrees_with_the_reference(dtype)
         fast = GPT(cfg, backends)
     ref = awake(cfg).to(DEVICE)
     fast.load_state_dict(ref.state_dict())
-    # norm, rope, MLP, loss; qkv and out; tokens and their values
-    assert {c.backend for c in backends.choices} == {"triton"} and len(backends.choices) == 8
+    assert {c.op: c.backend for c in backends.choices if c.backend != "triton"} == {"attention": "ref"}
+    # norm, rope, attention, MLP, loss; qkv and out; tokens and their values
+    assert len(backends.choices) == 9
     exact = copy.deepcopy(ref)
     for model in (fast, ref, exact):
         for name, p in model.named_parameters():
@@ -253,16 +240,31 @@ def test_with_triton_the_model_is_one_graph_and_agrees_with_the_reference(dtype)
             assert errors[how] <= (5 if few else 1.5) * errors["ref"] + 2e-6, (how, name, errors)
 
 
-def test_flex_attention_is_for_the_training_length_in_whole_tiles():
-    model = awake()
-    assert not any(isinstance(m, BlockMask) for m in model.masks(256))  # on a CPU
-    masks = flex_masks(model)
-    kinds = {n: [type(m).__name__ for m in masks(n)] for n in (256, 255, 512)}
-    assert kinds[256] == ["BlockMask", "BlockMask", "BlockMask", "NoneType"]
-    assert kinds[255] == ["Tensor", "Tensor", "Tensor", "NoneType"]
-    assert kinds[512] == ["Tensor"] * 4
-    ragged = build(dataclasses.replace(CFG, seq_len=160))
-    assert isinstance(flex_masks(ragged)(160)[0], torch.Tensor)
+def test_layers_call_the_attention_that_was_chosen_for_their_window_at_the_training_length():
+    """Other lengths run on the reference, as one-token steps do on a mask of the cache's."""
+    calls = []
+
+    class Recording:
+        def choose(self, op, *shape):
+            def call(*args, window, **options):
+                calls.append((shape, window))
+                return op.backends["ref"](*args, window=window, **options)
+
+            return call if op is attention else op.backends["ref"]
+
+    model = GPT(CFG, Recording(), batch_size=2)
+    model.load_state_dict(awake().state_dict())
+    short, full = ((2, 256, 4, 2, 16, seen) for seen in (129, 256))
+    want = awake()(tokens())
+    calls.clear()
+    assert torch.equal(model(tokens()), want)
+    assert calls == [(short, 128)] * 3 + [(full, 256)]
+    calls.clear()
+    cache = model.new_cache(2, 300)
+    model.hidden(tokens()[:, :200], cache), model.hidden(tokens()[:, 200:201], cache)
+    for T in (255, 300):
+        model(torch.cat((tokens(), tokens(seed=1)), dim=1)[:, :T])
+    assert not calls
 
 
 def test_sequences_beyond_the_training_length_see_what_the_windows_show():

@@ -281,6 +281,14 @@ def test_one_gpu_communicates_nothing():
     assert groups["optimizer"] == pytest.approx(report.by_group(BUDGETS[False])["optimizer"])
 
 
+def test_flash_attention_3_changes_attention_alone():
+    with_it, without = (redline.redline(gpus=1, fa3=fa3) for fa3 in (True, False))
+    groups, others = report.by_group(with_it), report.by_group(without)
+    assert {name for name in groups if groups[name] != others[name]} == {"attention"}
+    assert groups["attention"] == pytest.approx(report.by_group(BUDGETS[True])["attention"] * machine.GPUS)
+    assert groups["attention"] < 0.6 * others["attention"] and "FA3" in with_it.name and "FA3" not in without.name
+
+
 def test_levers_are_what_the_target_saves():
     gains = dict(redline.levers(BUDGETS[False], BUDGETS[True], 99))
     difference = BUDGETS[False].seconds() - BUDGETS[True].seconds()
@@ -304,7 +312,12 @@ def test_output(capsys, tmp_path):
     command.main([])
     short = capsys.readouterr().out
     assert all((f"### {w.name}" in short) == (w in BUDGETS.values()) for w in (*CHECKS.values(), *BUDGETS.values()))
-    assert "one H100" in short and "tokens/s" in short and "The next levers" in short
+    assert (
+        "bf16, one H100" in short
+        and "bf16, FA3, one H100" in short
+        and "tokens/s" in short
+        and "The next levers" in short
+    )
     command.main(["--rows", "--plot", str(tmp_path / "bars.png")])
     text = capsys.readouterr().out
     assert "not a measurement" in text

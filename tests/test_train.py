@@ -322,7 +322,7 @@ def test_triton_trains_like_the_reference(tiny, tmp_path, monkeypatch, capsys):
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])  # it was another code
     kernels = json.loads((fast / "summary.json").read_text())["kernels"]
     assert {row["op"] for row in kernels["choices"]} == set(BY_NAME) - {"quantise_weight"}  # of --fp8-head
-    assert {row["backend"] for row in kernels["choices"]} == {"triton"}
+    assert {row["backend"] for row in kernels["choices"] if row["op"] != "attention"} == {"triton"}
     assert events(fast, "start")[0]["kernels"] == kernels
 
 

@@ -21,11 +21,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=24, help="of Redline's budget")
     options = parser.parse_args(args)
     checked, results, models = checks(), read_results(), read_models()
-    kinds = [(False, 1), (False, GPUS), (True, GPUS)]
-    alone, today, target = (
-        with_measurements(redline(options.depth, target, gpus), results, models) for target, gpus in kinds
-    )
-    budgets, gains = [alone, today, target], levers(today, target)
+    kinds = [(False, 1), (False, 1, True), (False, GPUS), (True, GPUS)]  # target, GPUs, FlashAttention 3
+    budgets = [with_measurements(redline(options.depth, *kind), results, models) for kind in kinds]
+    gains = levers(*budgets[-2:])
     if options.plot:
         plot([*checked, *budgets], options.plot)
     if options.json:

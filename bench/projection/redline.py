@@ -42,10 +42,11 @@ RESULTS = Path(__file__).parent.parent / "results"
 BASELINES = Path(__file__).parent.parent / "baselines"
 
 
-def redline(depth: int = 24, target: bool = False, gpus: int = GPUS) -> Workload:
+def redline(depth: int = 24, target: bool = False, gpus: int = GPUS, fa3: bool = False) -> Workload:
     """The gpt2 preset on H100s at ratio 8, as core/ does it today in bf16, or as it is meant to become.
 
-    target: in fp8 with FA3's attention, a sharded optimizer and bf16 communication of which backward hides 70 %.
+    fa3: in bf16 with FlashAttention 3 installed. target: in fp8 with it, a sharded optimizer and bf16 communication of
+    which backward hides 70 %.
     """
     cfg = preset("gpt2", "cuda")
     cfg = dataclasses.replace(cfg, ratio=8.0, device_batch_size=16, model=dataclasses.replace(cfg.model, depth=depth))
@@ -80,7 +81,8 @@ def redline(depth: int = 24, target: bool = False, gpus: int = GPUS) -> Workload
         shapes = [(1, M, V, C), (1, M, C, V), (1, C, V, M)]
         kept = {"op": "lm_head_loss, gradients included", "flops": row.flops, "nbytes": row.nbytes, "cost": row.cost}
         rows.append(dataclasses.replace(products("", "head", shapes, micro), **kept))
-    rows += attention(on_gpu, C, [mean_keys(w, [T]) for w in d.windows], micro, "" if target else "torch ")
+    provider = "" if target or fa3 else "torch "
+    rows += attention(on_gpu, C, [mean_keys(w, [T]) for w in d.windows], micro, provider)
     # entry of a layer: the sum after the MLP, x0 and its gradient, first channels for gates; after attention a sum
     entries = {"mix3": L - ve - 1, "mix3_first": ve, "mix": 1, "add": L}
     for direction in ("forward", "backward"):
@@ -117,7 +119,7 @@ def redline(depth: int = 24, target: bool = False, gpus: int = GPUS) -> Workload
     rows += optimizer(parameter_table(cfg.model), ranks)
     name = f"Redline d{depth}, " + ("target: fp8, sharded" if target else "today: bf16, replicated")
     if gpus == 1:
-        name = f"Redline d{depth}, today: bf16, one H100"
+        name = f"Redline d{depth}, today: bf16, {'FA3, ' if fa3 else ''}one H100"
     return workload(name, rows, tokens=plan.total_batch_size, steps=plan.steps)
 
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from core import params
 from core.config import ModelConfig
 from core.kv_cache import KVCache
-from core.layers import Branches, WindowMasks, attention, rope_tables, unbind_banks
+from core.layers import Branches, masked_attention, rope_tables, unbind_banks
 from core.params import MuonView, Param, bank, constant, normal, ramp, uniform
 from core.stopping import UserError
+from kernels.attention import attention, attention_ref, visible
 from kernels.dispatch import Backends
 from kernels.embedding import embedding
 from kernels.fp8 import Fp8Weight, empty_fp8
@@ -184,18 +185,26 @@ class Chooser(Protocol):
     def choose(self, op: Op, *shape: int) -> Callable[..., Any]: ...
 
 
+def attention_of(window: int) -> str:
+    """The attribute of the attention of layers with that window."""
+    return f"attention_{window}"
+
+
 def choose_ops(cfg: ModelConfig, backends: Chooser, batch_size: int) -> dict[str, Callable[..., Any]]:
     """The functions of the model's ops by attribute name, for batches of that many rows; ValueError as
     `Backends.choose`."""
     d = dims(cfg)
     tokens = batch_size * d.seq_len
+    heads = batch_size, d.seq_len, d.n_head, d.n_kv_head, d.d_head
     chosen = {
         "norm": backends.choose(rms_norm, tokens, d.d_model),
-        "rope_qk_norm": backends.choose(rope_qk_norm, batch_size, d.seq_len, d.n_head, d.n_kv_head, d.d_head),
+        "rope_qk_norm": backends.choose(rope_qk_norm, *heads),
         "qkv": backends.choose(linear, tokens, d.d_model, d.d_model + 2 * d.d_kv),
         "out": backends.choose(linear, tokens, d.d_model, d.d_model),
         "lm_head_loss": backends.choose(lm_head_loss, tokens, d.d_model, d.padded_vocab),
     }
+    for window in dict.fromkeys(d.windows):
+        chosen[attention_of(window)] = backends.choose(attention, *heads, visible(d.seq_len, window))
     if cfg.relu2:
         chosen["mlp"] = backends.choose(relu2_mlp, tokens, d.d_model, d.d_ff)
     else:
@@ -234,6 +243,7 @@ class GPT(nn.Module):
     rope_qk_norm: Callable[..., Any]
     qkv: Callable[..., Tensor]
     out: Callable[..., Tensor]
+    attention: Sequence[Callable[..., Tensor]]  # of each layer
     mlp: Callable[..., Tensor]
     up: Callable[..., Tensor]
     embed: Callable[..., tuple[Tensor, ...]]
@@ -257,6 +267,7 @@ class GPT(nn.Module):
         backends = backends or Backends("ref", device=device, dtype=self.wte.dtype)
         for name, function in choose_ops(cfg, backends, batch_size).items():
             setattr(self, name, function)
+        self.attention = [getattr(self, attention_of(window)) for window in d.windows]
         # head: softcapped in fp32, its weight beside it in fp8 if asked for
         self.softcap = tanh_cap(cfg.logit_softcap)
         self.fp8_head = fp8_head
@@ -264,12 +275,11 @@ class GPT(nn.Module):
             self._quantise = backends.choose(quantise_weight, d.padded_vocab, d.d_model)
             for name, t in empty_fp8(self.lm_head)._asdict().items():
                 self.register_buffer(f"head_{name}", t, persistent=False)
-        # positions and windows: made once, no part of a checkpoint
+        # positions: made once, no part of a checkpoint
         if cfg.rope:
             cos, sin = rope_tables(d.seq_len, d.d_head, device)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
-        self.masks = WindowMasks(d.windows, d.seq_len, device)
         self._sums: Mapping[str, Tensor] = {}
 
     # weights --------------------------------------------------------------
@@ -332,7 +342,8 @@ class GPT(nn.Module):
         """Token ids (B, T) -> normalised hidden states (B, T, C) in the compute type.
 
         With a cache, idx continues its rows: by one token each, or by the beginning of rows that are empty. With
-        branches, a row holds several continuations of one beginning.
+        branches, a row holds several continuations of one beginning. Attention was chosen for whole sequences of the
+        training length; those of other lengths run on its reference, which takes any and compiles nothing.
         """
         d, cfg = self.dims, self.cfg
         B, T = idx.shape
@@ -344,7 +355,8 @@ class GPT(nn.Module):
             tables = self.rope(branches.max_position + 1) or ()
             (cos, sin), masks = [t[branches.positions] for t in tables] or (None, None), branches.masks(d.windows)
         else:
-            (cos, sin), masks = self.rope(T) or (None, None), self.masks(T)
+            (cos, sin), masks = self.rope(T) or (None, None), None
+        attend = self.attention if T == d.seq_len else [attention_ref] * d.n_layer
         # each bank is unbound once: see core/layers.py
         qkv_w, out_w, up_w, down_w = map(unbind_banks, (self.attn_qkv, self.attn_out, self.mlp_up, self.mlp_down))
         qkv_sum, out_sum, up_sum, down_sum = map(self._sums_of, ("attn_qkv", "attn_out", "mlp_up", "mlp_down"))
@@ -391,7 +403,11 @@ class GPT(nn.Module):
             q, k, v = self.rope_qk_norm(qkv, cos, sin, *gated, **heads)
             if cache is not None:
                 k, v = cache.extend(i, k, v)
-            y = attention(q, k, v, masks[i]).reshape(B, T, d.d_model)
+            if masks is None:
+                y = attend[i](q, k, v, window=d.windows[i])
+            else:
+                y = masked_attention(q, k, v, masks[i])
+            y = y.reshape(B, T, d.d_model)
             y, x, *_ = self.norm(
                 x, self.out(y, out_w[i], dw_sum=out_sum[i])
             )  # residual sum and second norm in one pass
