@@ -162,9 +162,8 @@ class Arena:
 
     shape: tuple[int, ...]
     params: Table
-    views: tuple[
-        MuonView, ...
-    ] = ()  # of Muon's: what it sees in the whole arena, but for which matrices are transposed
+    # of Muon's: what it sees in the whole arena, but for which matrices are transposed
+    views: tuple[MuonView, ...] = ()
 
     def cut(self, storage: Tensor) -> dict[str, Tensor]:
         """Each parameter's part, shaped like it, of a tensor that is shaped like the arena."""

@@ -227,7 +227,9 @@ def _check(
         if p.dim() != 1:
             raise ValueError(f"adam_update: p is {describe(p)}; expected one dimension, as row is given")
         check_tensor("adam_update", "row", row, p.shape, (torch.int32,), p.device, contiguous=True)
-        shape = (hyper.size(0) if hyper.dim() else 0, 6)
+        if hyper.dim() != 2 or hyper.size(1) != 6:
+            raise ValueError(f"adam_update: hyper is {describe(hyper)}; expected (H, 6), as row is given")
+        shape = (hyper.size(0), 6)
     check_tensor("adam_update", "hyper", hyper, shape, (torch.float32,), p.device, contiguous=True)
     return Problem((p.numel(),), p.dtype, p.device)
 

@@ -45,7 +45,7 @@ from kernels.op import (
     takes_dtypes,
     wide,
 )
-from kernels.tile import launch
+from kernels.tile import as_rows, launch
 
 MAX_V = 2**31 - 1
 PARTS = 4  # of the form that is measured
@@ -152,12 +152,6 @@ def _carry_kernel(
 # torch ops
 
 
-def _rows(t: Tensor) -> Tensor:
-    """(M, N) of t, elements of a row side by side; a copy only where no single stride leads from row to row."""
-    rows = t.reshape(-1, t.size(-1))
-    return rows if rows.stride(1) == 1 or rows.size(1) == 1 else rows.contiguous()
-
-
 @torch.library.custom_op("redline::embedding_add", mutates_args=("dw_sum",))
 def _add(idx: Tensor, grads: Sequence[Tensor | None], dw_sum: Tensor) -> None:
     """Adds the parts' gradients (..., N / parts) to dw_sum (V, N)."""
@@ -169,7 +163,7 @@ def _add(idx: Tensor, grads: Sequence[Tensor | None], dw_sum: Tensor) -> None:
     for part, grad in enumerate(grads):
         if grad is None:
             continue
-        rows, dw = _rows(grad), dw_sum.narrow(1, part * width, width)
+        rows, dw = as_rows(grad), dw_sum.narrow(1, part * width, width)
         config = _config(width, rows.dtype, capability(dw_sum.device))
         grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(width, config["BLOCK_N"]))
         if carry is None:
@@ -236,8 +230,8 @@ def embedding_cost(
 def _check(idx: Tensor, w: Tensor, *, parts: int = 1, dw_sum: Tensor | None = None) -> Problem:
     if w.dim() != 2 or 0 in w.shape or w.dtype not in (*DTYPES, torch.float64):
         raise ValueError(f"embedding: w is {describe(w)}; expected (V, N) bfloat16 or float32 with 1 <= V and 1 <= N")
-    check_tensor("embedding", "idx", idx, tuple(idx.shape), (torch.int64,), w.device)
-    if parts < 1 or w.size(1) % parts:
+    check_tensor("embedding", "idx", idx, tuple(getattr(idx, "shape", ())), (torch.int64,), w.device)
+    if not isinstance(parts, int) or parts < 1 or w.size(1) % parts:
         raise ValueError(f"embedding: parts is {parts}; expected a divisor of the {w.size(1)} columns of w")
     if dw_sum is not None:
         check_tensor("embedding", "dw_sum", dw_sum, tuple(w.shape), (wide(w.dtype),), w.device, contiguous=True)

@@ -60,6 +60,8 @@ from kernels.op import (
     wide,
 )
 
+LEAST_ROWS = 1024  # from where on `auto` takes the kernel unmeasured: eight rows of tiles
+
 # reference
 
 
@@ -328,6 +330,8 @@ relu2_mlp = Op(
     forms={"plain": lambda make, M, C, F_: {"x": make(M, C), "up": make(F_, C), "down": make(F_, C)}},
     cost=relu2_mlp_cost,
     check=_check,
+    # a few rows would not fill a tile in each column of tiles
+    unmeasured=lambda shape: ("triton",) if shape[0] >= LEAST_ROWS else ("cublas", "triton"),
     backends={
         "ref": Backend(relu2_mlp_ref),
         "triton": Backend(_relu2_mlp_triton, needs_triton, _limits),

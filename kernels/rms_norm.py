@@ -54,12 +54,11 @@ from kernels.op import (
     wide,
 )
 from kernels.sizes import round_up
-from kernels.tile import launch
+from kernels.tile import as_rows, launch
 
 EPS = torch.finfo(torch.float32).eps
 MAX_N = 16384
 MAX_FIRST = 64
-FIRST = 12  # channels that the gpt2 track's gate of value embeddings reads: of the forms that are measured
 
 
 class RMSNorm(NamedTuple):
@@ -260,12 +259,6 @@ def _rms_norm_bwd_kernel(
 # torch ops
 
 
-def _rows(t: Tensor) -> Tensor:
-    """(M, N) of t, elements of a row side by side; a copy only where no single stride leads from row to row."""
-    rows = t.reshape(-1, t.size(-1))
-    return rows if rows.stride(1) == 1 or rows.size(1) == 1 else rows.contiguous()
-
-
 def _like(t: Tensor, wanted: bool, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor like t; an empty one if it is not wanted, since a torch op cannot return None."""
     if not wanted:
@@ -291,7 +284,7 @@ def _rms_norm_fwd(
     """y, h (empty without x0), rstd (M,), y_fp8 (empty without scale), amax, the first channels in padded rows."""
     if scale is not None:
         check_capability("rms_norm", x.device)
-    rows, rows0, rows1 = _rows(x), None if x0 is None else _rows(x0), None if x1 is None else _rows(x1)
+    rows, rows0, rows1 = as_rows(x), None if x0 is None else as_rows(x0), None if x1 is None else as_rows(x1)
     (M, N), fp8 = rows.shape, scale is not None
     y, h, y_fp8 = _like(x, True), _like(x, x0 is not None), _like(x, fp8, E4M3)
     rstd, row_amax = rows.new_empty(M, dtype=torch.float32), rows.new_empty(M if fp8 else 0, dtype=torch.float32)
@@ -335,10 +328,10 @@ def _rms_norm_bwd(
     like = x if x is not None else h
     assert like is not None, "backward needs h, or x and x0"
     mixed = x is not None
-    dy_rows = _rows(dy)
+    dy_rows = as_rows(dy)
     given = (dh, dfirst, dx0_in, h, x, x0, x1)
     dh_rows, dfirst_rows, dx0_in_rows, h_rows, x_rows, x0_rows, x1_rows = rows = [
-        None if t is None else _rows(t) for t in given
+        None if t is None else as_rows(t) for t in given
     ]
     M, N = dy_rows.shape
     config = (_mix_bwd_config if mixed else _config)(N, like.dtype, capability(like.device))
@@ -448,7 +441,7 @@ def rms_norm_cost(
     known = {"plain": (2, 3), "add": (4, 4), "mix": (4, 7), "mix_fp8": (4, 7), "mix3": (5, 8), "mix3_first": (5, 8)}
     work = {"plain": (3, 7), "add": (4, 8), "mix": (6, 15), "mix_fp8": (9, 15), "mix3": (7, 16), "mix3_first": (7, 16)}
     fp8_bytes = M * N if form == "mix_fp8" and not backward else 0
-    first_bytes = M * FIRST * dtype.itemsize if form == "mix3_first" else 0
+    first_bytes = M * sizes.VE_GATE_CHANNELS * dtype.itemsize if form == "mix3_first" else 0
     return work[form][backward] * M * N, known[form][backward] * M * N * dtype.itemsize + fp8_bytes + first_bytes
 
 
@@ -475,8 +468,9 @@ def _check(
     for name, t in (("x0", x0), ("x1", x1)):
         if t is not None:
             check_tensor("rms_norm", name, t, x.shape, (x.dtype,), x.device)
-    if not 0 <= first <= min(MAX_FIRST, x.size(-1)):
-        raise ValueError(f"rms_norm: first is {first}; expected 0 to {MAX_FIRST} of the {x.size(-1)} channels")
+    most = min(MAX_FIRST, x.size(-1))
+    if not isinstance(first, int) or not 0 <= first <= most:
+        raise ValueError(f"rms_norm: first is {first}; expected 0 to {most} of the {x.size(-1)} channels")
     for name, t in (("a", a), ("b", b), ("scale", scale)):
         if t is not None:
             check_number("rms_norm", name, t, (wide(x.dtype),), x.device)
@@ -504,7 +498,7 @@ rms_norm = Op(
         "mix": _inputs,
         "mix_fp8": lambda make, M, N: _inputs(make, M, N) | {"scale": make(dtype=torch.float32).detach().abs()},
         "mix3": lambda make, M, N: _inputs(make, M, N, "x1"),
-        "mix3_first": lambda make, M, N: _inputs(make, M, N, "x1", first=min(FIRST, N)),
+        "mix3_first": lambda make, M, N: _inputs(make, M, N, "x1", first=min(sizes.VE_GATE_CHANNELS, N)),
     },
     cost=rms_norm_cost,
     check=_check,

@@ -55,7 +55,6 @@ EPS = torch.finfo(torch.float32).eps
 MIN_HEAD, MAX_HEAD = 8, 256
 MAX_HEADS = 128
 MAX_GATE = 32
-GATE_CHANNELS = 12  # J of the gpt2 track: of the forms that are measured
 
 
 class QKV(NamedTuple):
@@ -79,7 +78,7 @@ def rope_qk_norm_ref(
     kv_heads: int,
     scale: float = 1.0,
     norm: bool = True,
-    gate_range: float = 3.0,
+    gate_range: float = 1.0,
     eps: float = EPS,
 ) -> QKV:
     acc_dtype = wide(qkv.dtype)
@@ -408,7 +407,7 @@ def _rope_qk_norm_triton(
     kv_heads: int,
     scale: float = 1.0,
     norm: bool = True,
-    gate_range: float = 3.0,
+    gate_range: float = 1.0,
     eps: float = EPS,
 ) -> QKV:
     q, k, v, _ = _rope_qk_norm_fwd(qkv, cos, sin, gate_x, gate_w, ve, heads, kv_heads, scale, norm, gate_range, eps)
@@ -425,7 +424,7 @@ def rope_qk_norm_cost(
     and k and writes the projection's gradient. ve is read in both, its gradient written; the angles stay in the
     caches. So it is with what the gate reads."""
     B, T, H, G, D = shape
-    J, packed, values = GATE_CHANNELS, (H + 2 * G) * D, G * D
+    J, packed, values = sizes.VE_GATE_CHANNELS, (H + 2 * G) * D, G * D
     elements = 2 * packed + (H + G) * D * backward
     flops = (H + G) * D * (16 if backward else 8)
     if form == "value embeddings":
@@ -449,7 +448,7 @@ def _check(
     kv_heads: int,
     scale: float = 1.0,
     norm: bool = True,
-    gate_range: float = 3.0,
+    gate_range: float = 1.0,
     eps: float = EPS,
 ) -> Problem:
     packed = heads + 2 * kv_heads
@@ -498,7 +497,7 @@ def _inputs(make: Callable[..., Tensor], B: int, T: int, H: int, G: int, D: int)
 
 def _with_value_embeddings(make: Callable[..., Tensor], B: int, T: int, H: int, G: int, D: int) -> dict[str, Any]:
     return _inputs(make, B, T, H, G, D) | {
-        "gate_x": make(B, T, GATE_CHANNELS), "gate_w": make(G, GATE_CHANNELS), "ve": make(B, T, G, D)
+        "gate_x": make(B, T, sizes.VE_GATE_CHANNELS), "gate_w": make(G, sizes.VE_GATE_CHANNELS), "ve": make(B, T, G, D)
     }  # fmt: skip
 
 

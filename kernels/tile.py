@@ -1,4 +1,4 @@
-"""What all kernels share: the launch, and a constant of Muon's ops."""
+"""What kernels share: the launch, tensors as rows, and a constant of Muon's ops."""
 
 from typing import Any
 
@@ -19,3 +19,9 @@ def launch(kernel: Any, grid: Grid, first: Tensor, *args: Any, **options: Any) -
     """
     with torch.cuda.device_of(first):
         kernel[grid](first, *args, **options)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """(M, N) of t, elements of a row side by side; a copy only where no single stride leads from row to row."""
+    rows = t.reshape(-1, t.size(-1))
+    return rows if rows.stride(1) == 1 or rows.size(1) == 1 else rows.contiguous()

@@ -7,7 +7,8 @@ Storage   an access leaves the storage of the tensor argument that it begins in
 Values    one store gives an element two values
 Programs  a program writes an element that another one touches, unless all these accesses are atomic
 Barriers  two accesses of a program touch an element at different places of a tile, one of them writes, and no
-          tl.debug_barrier() stands between them. The same place of a tile of the same shape is the same thread
+          tl.debug_barrier() stands between them. The same place of a tile of the same shape is the same thread, unless
+          the tile has fewer elements than the program has threads, in several warps: then each warp may hold it
 
 `programs_in(order)` runs the programs of each launch inside in another order: what a kernel computes must not change.
 On a GPU nothing of this is installed.
@@ -33,6 +34,7 @@ SPARSE = 2**22  # units from the first to the last touch of a storage, from wher
 
 _order = "forward"  # or "reversed", "random"
 _launch: "Launch | None" = None
+_threads = 0  # of a program of this launch, where they are in several warps
 
 
 class Access(NamedTuple):
@@ -44,6 +46,7 @@ class Access(NamedTuple):
     interval: int  # intervals end with a barrier or a program; they are numbered through a launch
     grid_idx: tuple[int, ...]
     line: str
+    shared: bool = False  # by several warps: the tile is smaller than the program
 
     def __str__(self) -> str:
         return f"{NAMES[self.kind]} by program {self.grid_idx} at {self.line}"
@@ -85,7 +88,8 @@ class Launch:
         if not address.size:
             return
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        access = Access(kind, address, inside, size, self.program, self.interval, self.grid_idx, kernel_line())
+        where = self.program, self.interval, self.grid_idx, kernel_line()
+        access = Access(kind, address, inside, size, *where, shared=inside.size < _threads)
         begin, end = int(address.min()), int(address.max()) + size
         slot = bisect_right(self.begins, begin) - 1
         if slot < 0 or end > self.ends[slot]:
@@ -126,7 +130,7 @@ def judge_storage(accesses: list[Access]) -> None:
         shared[at] |= (last > 0) & (last < a.program)
         kinds[at] |= a.kind
         again = last == a.interval
-        apart = again & (place[at] != here)
+        apart = again & ((place[at] != here) | a.shared)
         now = np.where(again, recent[at], 0) | a.kind
         wrong = apart & ~HARMLESS[now]
         if wrong.any():
@@ -225,7 +229,9 @@ def install() -> None:
 
     @replace(executor, "__call__")
     def call(original, self, *args, **kwargs):
-        global _launch
+        global _launch, _threads
+        warps = kwargs.get("num_warps", 4)
+        _threads = 32 * warps if warps > 1 else 0
         try:
             original(self, *args, **kwargs)
             _launch.judge()

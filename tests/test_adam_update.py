@@ -256,7 +256,7 @@ SIX = torch.ones(6, device=DEVICE)
         (inputs(6, dtype=torch.bfloat16) | {"low": SIX.to(torch.int32)}, "low is .*expected .*int16"),
         (bad(hyper=SIX[:5]), r"hyper is \(5,\)"),
         (bad(hyper=SIX.double()), "hyper is .*float64"),
-        (bad(row=SIX.int()), r"hyper is \(6,\) .*expected contiguous \(6, 6\)"),
+        (bad(row=SIX.int()), r"hyper is \(6,\) .*expected \(H, 6\), as row"),
         (bad(row=SIX.long(), hyper=torch.ones(2, 6, device=DEVICE)), "row is .*expected contiguous .*int32"),
         (inputs(2, 3) | {"row": SIX.int()}, r"p is \(2, 3\) .*expected one dimension"),
     ],

@@ -472,6 +472,8 @@ MUTATIONS = {
     "beta2 is the rate": {"second, 1.0 - beta2, second)": "second, beta2, second)"},
     "second is a sum": {"tl.div_rn(squares, n_other)": "squares"},
     "second is not written": {"tl.store(second_ptr + offs, second, mask=mask)": "pass"},
+    "one warp reads what another has written": {"        tl.debug_barrier()  # all": "        # all"},
+    "small matrices take more threads than elements": {"max(1, min(4, rows * side // 32))": "4"},
     "a small matrix's second is not written": {"tl.store(second_ptrs, second, mask=inside)": "pass"},
     "second is used before it is updated": {
         "    inverse = tl.div_rn(": "    old = (second - (1.0 - beta2) * tl.div_rn(squares, n_other)) / beta2\n"
@@ -507,6 +509,8 @@ CLASSES = [
     "parts of one matrix for all",
     "a program's tiles overwrite each other",
     "small columns are not divided",
+    "one warp reads what another has written",
+    "small matrices take more threads than elements",
     "one scale of the rate for all matrices",
     "second is used before it is updated",
     "decay where it disagrees",

@@ -82,6 +82,27 @@ def test_what_threads_exchange_through_memory_needs_a_barrier():
         _reverse_kernel[(1,)](x, BARRIER=False, BLOCK=16)
 
 
+@triton.jit
+def _double_kernel(x_ptr, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
+    """x = 2 x, in place."""
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x_ptr + offs, 2.0 * x)
+
+
+def test_a_tile_that_several_warps_hold_needs_a_barrier_too():
+    """One may read what another has written. A tile of as many elements as there are threads has one place for each."""
+    x = torch.ones(128)
+    for options in ({"BLOCK": 128, "num_warps": 4}, {"BLOCK": 16, "num_warps": 1}):
+        _double_kernel[(1,)](x, BARRIER=False, **options)
+    _double_kernel[(1,)](x, BARRIER=True, BLOCK=64, num_warps=4)
+    assert x[:16].eq(8).all() and x[16:64].eq(4).all() and x[64:].eq(2).all()
+    with pytest.raises(Failed, match="no barrier between accesses .*load by program .*; store by program"):
+        _double_kernel[(1,)](x, BARRIER=False, BLOCK=64, num_warps=4)
+
+
 @pytest.mark.parametrize("sparse", [races.SPARSE, 0])
 def test_programs_keep_apart(sparse, monkeypatch):
     monkeypatch.setattr(races, "SPARSE", sparse)

@@ -207,6 +207,7 @@ def choose_ops(cfg: ModelConfig, backends: Chooser, batch_size: int) -> dict[str
         chosen[attention_of(window)] = backends.choose(attention, *heads, visible(d.seq_len, window))
     if cfg.relu2:
         chosen["mlp"] = backends.choose(relu2_mlp, tokens, d.d_model, d.d_ff)
+        chosen["mlp_of_few"] = backends.choose(relu2_mlp, batch_size, d.d_model, d.d_ff)  # a token of each row
     else:
         chosen["up"] = backends.choose(linear, tokens, d.d_model, d.d_ff)
     chosen["embed"] = backends.choose(embedding, tokens, d.padded_vocab, d.d_model)
@@ -245,6 +246,7 @@ class GPT(nn.Module):
     out: Callable[..., Tensor]
     attention: Sequence[Callable[..., Tensor]]  # of each layer
     mlp: Callable[..., Tensor]
+    mlp_of_few: Callable[..., Tensor]
     up: Callable[..., Tensor]
     embed: Callable[..., tuple[Tensor, ...]]
     embed_values: Callable[..., tuple[Tensor, ...]]
@@ -407,17 +409,17 @@ class GPT(nn.Module):
                 y = attend[i](q, k, v, window=d.windows[i])
             else:
                 y = masked_attention(q, k, v, masks[i])
-            y = y.reshape(B, T, d.d_model)
-            y, x, *_ = self.norm(
-                x, self.out(y, out_w[i], dw_sum=out_sum[i])
-            )  # residual sum and second norm in one pass
+            y = self.out(y.reshape(B, T, d.d_model), out_w[i], dw_sum=out_sum[i])
+            # residual sum and second norm in one pass
+            y, x, *_ = self.norm(x, y)
             # MLP
             if cfg.relu2:
-                added = self.mlp(y, up_w[i], down_w[i], dup_sum=up_sum[i], ddown_sum=down_sum[i])
+                mlp = self.mlp if T > 1 else self.mlp_of_few
+                added = mlp(y, up_w[i], down_w[i], dup_sum=up_sum[i], ddown_sum=down_sum[i])
             else:
                 added = F.gelu(self.up(y, up_w[i], dw_sum=up_sum[i])) @ summed(down_w[i], down_sum[i])
             # backout: what the middle layer knew is subtracted before the head, in the last norm's pass
-            if i == d.n_layer // 2:
+            if cfg.backout and i == d.n_layer // 2:
                 x = x_mid = x + added
                 added = None
         if cache is not None:
