@@ -265,9 +265,10 @@ def test_where_nothing_is_measured_the_model_of_the_kernel_counts(tmp_path):
 
 
 def test_the_committed_model_explains_redlines_own_kernels():
-    """Every row of an op that launches kernels of ours has a prediction, none above the peak."""
+    """Every row of an op that launches kernels of ours has a prediction, none above the peak. The forward of embeddings
+    is PyTorch's gather."""
     w = redline.with_measurements(BUDGETS[False], [], redline.read_models())
-    own = [row for row in w.rows if row.cost]
+    own = [row for row in w.rows if row.cost and (row.cost.op, row.cost.direction) != ("embedding", "forward")]
     assert len(own) > 15 and all(row.measured and 0.2 < row.measured.ratio <= 1 for row in own), own
 
 
