@@ -332,7 +332,9 @@ def _row_config(V: int, dtype: torch.dtype) -> dict[str, int]:
     so that stores take 16 bytes.
     """
     columns = 4096 // min(dtype.itemsize, 2)
-    return {"BLOCK": min(columns, max(16, triton.next_power_of_2(V))), "num_warps": 8 if V > 1024 else 2}
+    block = min(columns, max(16, triton.next_power_of_2(V)))
+    # no more threads than columns: of a tile that several warps hold, one could read what another has overwritten
+    return {"BLOCK": block, "num_warps": 8 if V > 1024 else max(1, min(2, block // 32))}
 
 
 @triton.jit

@@ -497,7 +497,8 @@ def _inputs(make: Callable[..., Tensor], B: int, T: int, H: int, G: int, D: int)
 
 def _with_value_embeddings(make: Callable[..., Tensor], B: int, T: int, H: int, G: int, D: int) -> dict[str, Any]:
     return _inputs(make, B, T, H, G, D) | {
-        "gate_x": make(B, T, sizes.VE_GATE_CHANNELS), "gate_w": make(G, sizes.VE_GATE_CHANNELS), "ve": make(B, T, G, D)
+        "gate_x": make(B, T, sizes.VE_GATE_CHANNELS), "gate_w": make(G, sizes.VE_GATE_CHANNELS),
+        "ve": make(B, T, G, D), "gate_range": 3.0,
     }  # fmt: skip
 
 

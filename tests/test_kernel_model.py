@@ -115,8 +115,8 @@ def test_passes_take_the_longer_of_memory_and_issue():
 
 
 def test_products_of_a_library_take_the_projections_efficiency():
-    assert predict({"kernel": LIBRARY, "product": (1, 32768, 6144, 1536, 2)}).us == pytest.approx(833, rel=0.01)
-    half = predict({"kernel": LIBRARY, "product": (1, 32768, 6144, 1536, 1)}).us
+    assert predict({"kernel": LIBRARY, "product": (1, 32768, 1536, 6144, 2)}).us == pytest.approx(833, rel=0.01)
+    half = predict({"kernel": LIBRARY, "product": (1, 32768, 1536, 6144, 1)}).us
     assert 400 < half < 600
 
 

@@ -124,7 +124,7 @@ def test_atomics_may_meet_each_other():
     _count_kernel[(5,)](x, ATOMIC=True)
     assert x.item() == 5
     with pytest.raises(Failed, match="race between programs for 4 bytes"):
-        _count_kernel[(5,)](x, ATOMIC=False)
+        _count_kernel[(5,)](x, ATOMIC=False, num_warps=1)
 
 
 def test_accesses_stay_in_the_storages_of_arguments():

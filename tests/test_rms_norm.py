@@ -254,7 +254,7 @@ def test_gradients_are_rounded_once():
         (dict(x=torch.ones(2, 4), a=torch.ones(())), "give x0"),
         (dict(x=torch.ones(2, 4), x1=torch.ones(2, 4)), "x1 is the third stream of a sum; give x0"),
         (dict(x=torch.ones(2, 4), x0=torch.ones(2, 4), x1=torch.ones(2, 5)), r"x1 is \(2, 5\)"),
-        (dict(x=torch.ones(2, 4), first=5), "first is 5; expected 0 to 64 of the 4 channels"),
+        (dict(x=torch.ones(2, 4), first=5), "first is 5; expected 0 to 4 of the 4 channels"),
         (dict(x=torch.ones(2, 70), first=65), "first is 65"),
         (dict(x=torch.ones(2, 4), first=-1), "first is -1"),
         (dict(x=torch.ones(2, 4), x0=torch.ones(2, 5)), r"x0 is \(2, 5\)"),
