@@ -234,7 +234,7 @@ def read_sass(sass: str) -> dict[str, Any]:
         facts["epilogue"] = (last - first) - (end - start)
     elif any(TENSOR.fullmatch(op.split(".")[0]) for op in opcodes[start : end + 1]):
         # in a flattened loop the epilogue is what steps without one leave out
-        inside = [(a, b) for a, b in skips if start <= a and b <= end + 1]
+        inside = [(a, b) for a, b in skips if start <= a and b <= end]
         plain = [(a, b) for a, b in inside if not any(TENSOR.fullmatch(op.split(".")[0]) for op in opcodes[a:b])]
         facts["epilogue"] = max((b - a - 1 for a, b in plain), default=0)
         facts["flat"] = True

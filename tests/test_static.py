@@ -530,8 +530,8 @@ def test_a_kernel_made_worse_is_caught(tmp_path, counter):
     if not static.baseline_file(BASELINES).exists():
         pytest.skip(f"no baseline for Triton {triton.__version__}")
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "bench").mkdir()
-    for name in ("__init__.py", "aot.py"):
+    (tmp_path / "bench" / "projection").mkdir(parents=True)
+    for name in ("__init__.py", "aot.py", "kernel_model.py", "projection/__init__.py", "projection/machine.py"):
         shutil.copy(ROOT / "bench" / name, tmp_path / "bench" / name)
     source = tmp_path / "kernels" / "adam_update.py"
     source.write_text(edited(source.read_text(), [MUTATIONS[counter]]))
