@@ -322,9 +322,9 @@ def warm_up(run: Run, trainer: Trainer, setup: dict[str, Any]) -> None:
     compiled, records = trainer.forward is not trainer.model, run.cfg.graph_optimizer
     if run.start_step == plan.steps:
         return
-    if records and not compiled:
-        trainer.optimizer.warm_up(trainer.gradients.sums, record=True)
     if not compiled:
+        if records:
+            trainer.optimizer.warm_up(trainer.gradients.sums, record=True)
         return
     run.log.print("compiling the model, once: this can take minutes (--no-compile starts at once)")
     started = time.perf_counter()

@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels.op
 from bench.kernel_model import LIBRARY, traffic
-from kernels import gemm, lm_head_loss, relu2_mlp
+from kernels import gemm, lm_head_loss
 from kernels.ops import BY_NAME
 
 MAIN = 90  # the capability that everything is compiled for
@@ -61,7 +61,7 @@ def environment() -> dict[str, str]:
 def no_products(seen: list[dict[str, Any]]):
     """Matrix products of real sizes would take minutes on a CPU, and nobody reads them here. Notes their sizes."""
     honest_product = gemm.add_product
-    honest, users = (torch.Tensor.__matmul__, torch.mm), (gemm, lm_head_loss, relu2_mlp)
+    honest, users = (torch.Tensor.__matmul__, torch.mm), (gemm, lm_head_loss)
 
     def add_product(a, b, total, add=True):
         mm(a.T, b)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.projection.machine import CLASSES, HBM, SMS, product_fit
+from bench.projection.machine import CLASSES, FP32_FLOPS, HBM, SMS, product_fit
 from kernels.gemm import Tiling, modelled_reads
 
 CLOCK = 1.755e9  # Hz under load, of 1.98e9
@@ -55,7 +55,7 @@ def _library(launch: Mapping[str, Any]) -> Prediction:
     batch, M, N, K, itemsize = launch["product"]
     kind = CLASSES["fp8 product" if itemsize == 1 else "bf16 product"]
     rate = kind.peak * kind.efficiency * product_fit(batch, M, N, K, itemsize)
-    seconds = 2 * batch * M * N * K / (rate if itemsize < 4 else 67e12 * 0.8)
+    seconds = 2 * batch * M * N * K / (rate if itemsize < 4 else FP32_FLOPS * 0.8)
     nbytes = batch * (itemsize * (M + N) * K + 2 * M * N)
     return Prediction(1e6 * max(seconds, nbytes / (MEMORY * HBM["H100"])), "library")
 

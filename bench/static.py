@@ -34,13 +34,13 @@ from filelock import FileLock
 import kernels.op
 from bench import aot
 from bench.kernel_model import LIBRARY, predict, tiles
-from bench.projection.machine import FLOPS, HBM
+from bench.projection.machine import FLOPS, FP32_FLOPS, HBM
 from core.config import DataConfig
 from kernels.ops import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = (aot.MAIN, 100, 120, 80)
-PEAK_FLOPS = {torch.bfloat16: FLOPS["bf16"], torch.float32: 67e12}  # of an H100: tensor cores, fp32 in CUDA cores
+PEAK_FLOPS = {torch.bfloat16: FLOPS["bf16"], torch.float32: FP32_FLOPS}  # of an H100: tensor cores, fp32 in CUDA cores
 PEAK_BYTES = HBM["H100"]
 
 # counters that may not get worse, the worst first, and whether more is worse. The others (registers, length of the

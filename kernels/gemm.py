@@ -211,14 +211,6 @@ def _(total, gradient):
     return None
 
 
-def added(gradient: Tensor, total: Tensor | None) -> Tensor | None:
-    """What a weight's gradient is where a total takes it: nothing. Without a total, the gradient."""
-    if total is None:
-        return gradient
-    _add_to_sum(total, gradient)
-    return None
-
-
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, total: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
@@ -226,8 +218,9 @@ class _Summed(torch.autograd.Function):
         return w.view_as(w)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
-        return added(grads[0], ctx.total), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        _add_to_sum(ctx.total, grads[0])
+        return None, None
 
 
 def summed(w: Tensor, total: Tensor | None) -> Tensor:

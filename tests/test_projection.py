@@ -291,10 +291,10 @@ def test_flash_attention_3_changes_attention_alone():
 
 
 def test_levers_are_what_the_target_saves():
-    gains = dict(redline.levers(BUDGETS[False], BUDGETS[True], 99))
+    gains = dict(report.levers(BUDGETS[False], BUDGETS[True], 99))
     difference = BUDGETS[False].seconds() - BUDGETS[True].seconds()
     assert sum(gains.values()) == pytest.approx(difference)
-    few = redline.levers(BUDGETS[False], BUDGETS[True])
+    few = report.levers(BUDGETS[False], BUDGETS[True])
     assert [gain for _, gain in few] == sorted(gains.values(), reverse=True)[:5] and few[0][0] == "products"
 
 

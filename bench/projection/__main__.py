@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bench.projection.machine import CLASSES, GPUS
 from bench.projection.peers import TOLERANCE, checks
-from bench.projection.redline import levers, read_models, read_results, redline, with_measurements
-from bench.projection.report import NOTE, as_dict, plot, report
+from bench.projection.redline import read_models, read_results, redline, with_measurements
+from bench.projection.report import NOTE, as_dict, levers, plot, report
 from core.stopping import one_sentence
 
 

@@ -17,6 +17,7 @@ GPUS = 8
 SMS = 132
 BF16 = torch.bfloat16
 FLOPS = {"bf16": 989e12, "fp8": 1979e12}  # dense tensor-core peaks of an H100 or H200 SXM
+FP32_FLOPS = 67e12  # in CUDA cores
 HBM = {"H100": 3.35e12, "H200": 4.8e12}
 NVLINK = 450e9  # one direction of one GPU
 

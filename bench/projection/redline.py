@@ -211,14 +211,3 @@ def with_measurements(w: Workload, results: Sequence[dict], models: Sequence[dic
         return None
 
     return dataclasses.replace(w, rows=tuple(dataclasses.replace(row, measured=measured(row)) for row in w.rows))
-
-
-def levers(today: Workload, target: Workload, count: int = 5) -> list[tuple[str, float]]:
-    """What would take the most seconds off a step of today: groups of rows against the target's."""
-    groups = {row.group for row in (*today.rows, *target.rows)}
-
-    def total(w: Workload, group: str) -> float:
-        return sum(row.seconds() for row in w.rows if row.group == group)
-
-    gains = {group: total(today, group) - total(target, group) for group in groups}
-    return sorted(gains.items(), key=lambda item: -item[1])[:count]
