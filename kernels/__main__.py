@@ -8,6 +8,7 @@ from dataclasses import asdict
 import torch
 import triton
 
+from kernels import extension
 from kernels.dispatch import Backends
 from kernels.op import UserError
 from kernels.ops import OPS
@@ -30,11 +31,13 @@ def main(argv: list[str]) -> None:
             backends.choose(op, *shape)
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     if args.json:
-        print(json.dumps({"device": asdict(backends.device), "versions": versions, **backends.facts()}))
+        known = {"device": asdict(backends.device), "versions": versions, "csrc": extension.facts()}
+        print(json.dumps(known | backends.facts()))
         return
     where = backends.device
     arch = f" (compute capability {'.'.join(map(str, where.capability))})" if where.capability else ""
     print(f"{where.name}{arch}, " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    print(extension.summary())
     for choice in backends.choices:
         print(choice)
     for op_name, name, why in sorted({(c.op, name, why) for c in backends.choices for name, why in c.others.items()}):

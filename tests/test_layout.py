@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # a package may import those before it
 LAYERS = ["csrc", "kernels", "core", "top", "bench", "tests"]
-SUPPORT = {"__init__", "__main__", "op", "ops", "dispatch", "sizes", "tile", "gemm", "fp8", "master"}
+SUPPORT = {"__init__", "__main__", "op", "ops", "dispatch", "sizes", "tile", "gemm", "fp8", "master", "extension"}
 
 
 def python_files():
@@ -45,7 +45,7 @@ def below(target, here):
     return LAYERS.index(target) < LAYERS.index(here)
 
 
-@pytest.mark.parametrize("path", [p for p in python_files() if package(p) in ("core", "kernels")], ids=str)
+@pytest.mark.parametrize("path", [p for p in python_files() if package(p) in ("csrc", "core", "kernels")], ids=str)
 def test_importing_does_nothing(path):
     """Module level holds definitions, not work: no calls as statements, no prints, no environment changes.
 
