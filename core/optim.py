@@ -12,9 +12,9 @@ State               as `Param.states` lists it; each is a part of its arena's. F
                     embeddings in bf16 have no master.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from kernels.adam_update import adam_hyper, adam_update
 from kernels.dispatch import Backends
 from kernels.master import split_master
 from kernels.muon_update import muon_apply, muon_momentum
+from kernels.op import Shape
 from kernels.polar_express import COEFFICIENTS, polar_express
 
 # betas and decay of each AdamW group [nanochat 92d63d4, gpt.py]
@@ -74,46 +75,60 @@ class MuonPart:
     lr_scale: Tensor  # (K,)
 
 
-@dataclass
-class MuonShape:
-    """All matrices of one shape (R, C), and the functions of their step."""
+class Muon:
+    """All matrices that Muon updates, those of one shape (R, C) together, and the functions of their step."""
 
-    parts: list[MuonPart]
-    momentum: Callable[..., None]
-    orthogonalise: Callable[..., Tensor]
-    apply: Callable[..., None]
+    def __init__(
+        self, backends: Backends, parts: Sequence[MuonPart], *, compute_dtype: torch.dtype, ns_steps: int
+    ) -> None:
+        self.parts, self._dtype, self._coefficients = parts, compute_dtype, COEFFICIENTS[:ns_steps]
+        shapes: dict[torch.Size, list[MuonPart]] = {}
+        for part in parts:
+            shapes.setdefault(part.p.shape[1:], []).append(part)
+        self._shapes = [(sum(part.p.size(0) for part in same), R, C) for (R, C), same in shapes.items()]
+        self._same = list(shapes.values())
+        # one choice of backends a shape, for all its matrices: the step has no branches left
+        runs = [(shape, compute_dtype) for shape, same in self._banks() for part in same for _ in part.runs]
+        banks = [(shape, compute_dtype) for shape, same in self._banks() for _ in same]
+        self._momentum = backends.choose_many(muon_momentum, runs)
+        self._orthogonalise = [backends.choose(polar_express, *shape) for shape in self._shapes]
+        self._apply = backends.choose_many(muon_apply, banks)
 
-    def step(self, gradients: Sequence[Tensor], hyper: Tensor, *, dtype: torch.dtype, ns_steps: int) -> None:
-        """Updates them in place from the gradients of all arenas; orthogonalises in dtype."""
-        counts = [part.p.size(0) for part in self.parts]
-        first = self.parts[0]
-        x = first.p.new_empty((sum(counts), *first.p.shape[1:]), dtype=dtype)
-        scale = first.momentum.new_empty(sum(counts))
-        # Nesterov momentum, rows equilibrated; scale makes the Frobenius norm 1 / safety, Polar Express's range
-        for part, x_part, scale_part in zip(self.parts, x.split(counts), scale.split(counts)):
-            g = part.view.take(gradients[part.arena])
-            for run, turn in part.runs:
-                given = g[run], part.momentum[run], x_part[run], scale_part[run]
-                self.momentum(*given, hyper, transposed=turn.transposed)
-        x = self.orthogonalise(x, scale, coefficients=COEFFICIENTS[:ns_steps])
-        # NorMuon's variance, cautious decay, and the step
-        for part, x_part in zip(self.parts, x.split(counts)):
-            self.apply(part.p, x_part, part.second, part.lr_scale, hyper, low=part.low)
+    def _banks(self) -> Iterable[tuple[Shape, list[MuonPart]]]:
+        """Each shape (K, R, C) of all its matrices, and their parts."""
+        return zip(self._shapes, self._same)
 
-
-def muon_shape(backends: Backends, parts: list[MuonPart]) -> MuonShape:
-    """For parts of one shape, with the backends chosen for all of their matrices."""
-    K, (_, R, C) = sum(part.p.size(0) for part in parts), parts[0].p.shape
-    return MuonShape(parts, *(backends.choose(op, K, R, C) for op in (muon_momentum, polar_express, muon_apply)))
+    def step(self, gradients: Sequence[Tensor], hyper: Tensor) -> None:
+        """Updates them in place from the gradients of all arenas. Momentum and update work on every shape at once."""
+        starts: list[tuple[Tensor, Tensor]] = []  # x and scale of each shape
+        calls: list[dict[str, Any]] = []
+        for shape, same in self._banks():
+            counts = [part.p.size(0) for part in same]
+            start = same[0].p.new_empty(shape, dtype=self._dtype), same[0].momentum.new_empty(shape[0])
+            starts.append(start)
+            # Nesterov momentum, rows equilibrated; scale makes the Frobenius norm 1 / safety, Polar Express's range
+            for part, x, scale in zip(same, *(t.split(counts) for t in start)):
+                g = part.view.take(gradients[part.arena])
+                for run, turn in part.runs:
+                    states = {"buf": part.momentum[run], "x": x[run], "scale": scale[run]}
+                    calls.append({"g": g[run], **states, "hyper": hyper, "transposed": turn.transposed})
+        self._momentum(calls)
+        calls.clear()
+        for (_, same), orthogonalise in zip(self._banks(), self._orthogonalise):
+            x = orthogonalise(*starts.pop(0), coefficients=self._coefficients)
+            # NorMuon's variance, cautious decay, and the step
+            for part, x_part in zip(same, x.split([part.p.size(0) for part in same])):
+                states = {"second": part.second, "lr_scale": part.lr_scale, "low": part.low}
+                calls.append({"p": part.p, "x": x_part, **states, "hyper": hyper})
+        self._apply(calls)
 
 
 @dataclass
 class AdamArena:
-    """A parameter, or the small ones, with their states and function. row: of each element's hyperparameters."""
+    """A parameter, or the small ones, with their states. row: of each element's hyperparameters."""
 
     arena: int
     groups: list[str]
-    update: Callable[..., None]
     p: Tensor
     low: Tensor | None
     exp_avg: Tensor
@@ -162,16 +177,15 @@ class Optimizer:
         self.lrs = lrs
         self.arenas = arenas(model.table)
         self.state: dict[str, Tensor] = {}  # "<parameter>.<state>"
-        # one choice of backends a shape, for all its matrices: the step has no branches left
-        muon: dict[torch.Size, list[MuonPart]] = {}
+        muon: list[MuonPart] = []
         self._adam: list[AdamArena] = []
         for i, arena in enumerate(self.arenas):
             if arena.views:
-                for part in self._muon_parts(i, arena):
-                    muon.setdefault(part.p.shape[1:], []).append(part)
+                muon += self._muon_parts(i, arena)
             else:
                 self._adam.append(self._adam_arena(i, arena))
-        self._muon = [muon_shape(backends, parts) for parts in muon.values()]
+        self._muon = Muon(backends, muon, compute_dtype=compute_dtype, ns_steps=ns_steps)
+        self._adam_update = backends.choose_many(adam_update, [((a.p.numel(),), a.p.dtype) for a in self._adam])
         self._hyper = torch.zeros(3 + 6 * sum(len(part.groups) for part in self._adam), device=self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: list[Tensor] = []  # the gradients that the graph reads
@@ -226,12 +240,11 @@ class Optimizer:
         p, low = self._lay(arena)
         moments = self._new_state(arena, "exp_avg"), self._new_state(arena, "exp_avg_sq")
         groups = list(dict.fromkeys(row.group for row in arena.params))
-        update = self.backends.choose(adam_update, p.numel(), dtype=p.dtype)
         row = None
         if not arena.params[0].computes:
             numbers = [torch.full((p.numel,), groups.index(p.group)) for p in arena.params]
             row = torch.cat(numbers).to(self._device, torch.int32)
-        return AdamArena(i, groups, update, p, low, *moments, row)
+        return AdamArena(i, groups, p, low, *moments, row)
 
     @torch.no_grad()
     def step(
@@ -257,7 +270,7 @@ class Optimizer:
         """Compiles the kernels of a step by making one that changes nothing: no rate, and averages that keep all of
         what they have. record: also records the step as a CUDA graph, which every later one replays: the host then
         launches once, and these gradients must stay where they are."""
-        seconds = [part.second for shape in self._muon for part in shape.parts]
+        seconds = [part.second for part in self._muon.parts]
         before = [second.clone() for second in seconds]  # their rate is no hyperparameter
         self._set_hyper([0.0, 0.0, 1.0] + [0.0, 1.0, 1.0, 0.0, 1.0, 1.0] * (len(self._hyper) // 6))
         self._update(gradients)
@@ -270,17 +283,15 @@ class Optimizer:
 
     def _update(self, gradients: Sequence[Tensor]) -> None:
         """A step by the hyperparameters that are on the device."""
-        for shape in self._muon:
-            shape.step(gradients, self._hyper[:3], dtype=self.compute_dtype, ns_steps=self.ns_steps)
+        self._muon.step(gradients, self._hyper[:3])
         begin = 3
+        calls: list[dict[str, Any]] = []
         for part in self._adam:
             h = self._hyper[begin : begin + 6 * len(part.groups)].view(-1, 6)
             begin += h.numel()
-            args = part.p, gradients[part.arena], part.exp_avg, part.exp_avg_sq
-            if part.row is None:
-                part.update(*args, h[0], part.low)
-            else:
-                part.update(*args, h, part.low, row=part.row)
+            states = {"exp_avg": part.exp_avg, "exp_avg_sq": part.exp_avg_sq, "low": part.low, "row": part.row}
+            calls.append({"p": part.p, "g": gradients[part.arena], "hyper": h[0] if part.row is None else h, **states})
+        self._adam_update(calls)
         # the head's fp8 copy, where there is one, is of the weights before this step
         self._model.refresh_copies()
 

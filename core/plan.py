@@ -182,15 +182,17 @@ def predict_memory(
 
 
 def _update_bytes(table: Table, dtype: torch.dtype) -> int:
-    """Polar Express of all matrices of a shape: what it was given, the matrices of a step and of the next, and two Gram
-    matrices. AdamW's kernel has no temporaries, and the rounded gradients that ranks exchange before are less."""
+    """What Polar Express is given, or has made of it, for the matrices of every shape; and of one shape the matrices of
+    a step and of the next, and two Gram matrices. AdamW's kernel has no temporaries, and the rounded gradients that
+    ranks exchange before are less."""
     counts = Counter[tuple[int, int]]()
     for arena in arenas(table):
         for view in arena.views:
             K, R, C = view.stored(arena.shape)
             counts[R, C] += K
-    numel = (K * (3 * R * C + 2 * min(R, C) ** 2) for (R, C), K in counts.items())
-    return max(numel, default=0) * dtype.itemsize
+    all_shapes = sum(K * R * C for (R, C), K in counts.items())
+    one_shape = max((2 * K * (R * C + min(R, C) ** 2) for (R, C), K in counts.items()), default=0)
+    return (all_shapes + one_shape) * dtype.itemsize
 
 
 class _KernelsOfGPU:

@@ -21,14 +21,15 @@ Bound     memory: `adam_update_cost`. 28 B an element for p, m, v, g in fp32, an
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import sizes
+from kernels import extension, sizes
 from kernels.master import join_master, join_tile, split_master, split_tile
 from kernels.op import (
     DTYPES,
@@ -38,6 +39,7 @@ from kernels.op import (
     capability,
     check_tensor,
     describe,
+    dtype_name,
     needs_triton,
     takes_dtypes,
     wide,
@@ -153,10 +155,14 @@ def _adam_update(
     low: Tensor | None,
     row: Tensor | None,
     eps: float,
+    cuda: bool,
 ) -> None:
     n = p.numel()
     config = _config(n, p.dtype, capability(p.device))
-    if n:
+    if cuda:
+        states = {"p": p, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "low": low}
+        _launch_all([{**states, "g": g, "hyper": hyper, "row": row, "eps": eps}])
+    elif n:
         launch(
             _adam_update_kernel, (triton.cdiv(n, config["BLOCK"]),),
             p, low, g, exp_avg, exp_avg_sq, hyper, row, n, hyper.size(0), eps,
@@ -165,7 +171,7 @@ def _adam_update(
 
 
 @_adam_update.register_fake
-def _(p, g, exp_avg, exp_avg_sq, hyper, low, row, eps):
+def _(p, g, exp_avg, exp_avg_sq, hyper, low, row, eps, cuda):
     return None
 
 
@@ -179,8 +185,54 @@ def _adam_update_triton(
     *,
     row: Tensor | None = None,
     eps: float = ADAM_EPS,
+    cuda: bool = False,
 ) -> None:
-    _adam_update(p, g, exp_avg, exp_avg_sq, hyper, low, row, eps)
+    _adam_update(p, g, exp_avg, exp_avg_sq, hyper, low, row, eps, cuda)
+
+
+# CUDA
+
+
+def _adam_update_cuda(*args: Any, **options: Any) -> None:
+    """The same by csrc/adam_update.cu."""
+    _adam_update_triton(*args, **options, cuda=True)
+
+
+def _adam_update_many(calls: Sequence[dict[str, Any]]) -> None:
+    """Several by csrc/adam_update.cu, in one launch for all that have one eps."""
+    _launch_all(calls)
+    extension.written(calls, "p", "exp_avg", "exp_avg_sq", "low")
+
+
+def _launch_all(calls: Sequence[dict[str, Any]]) -> None:
+    groups: dict[float, list[dict[str, Any]]] = {}
+    for arguments in calls:
+        groups.setdefault(arguments.get("eps", ADAM_EPS), []).append(arguments)
+    for eps, group in groups.items():
+        first = group[0]["p"]
+        tensors = [_adam_tensors(extension.module(first.device), **arguments) for arguments in group]
+        extension.call("adam_update", first, tensors=tensors, eps=eps)
+
+
+def _adam_tensors(
+    module: Any,
+    p: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    hyper: Tensor,
+    low: Tensor | None = None,
+    row: Tensor | None = None,
+    eps: float = ADAM_EPS,
+) -> Any:
+    tensors = {"p": p, "low": low, "g": g, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "hyper": hyper, "row": row}
+    dtypes = {"p_dtype": p, "g_dtype": g, "moment_dtype": exp_avg}
+    return module.AdamTensors(
+        **{name: extension.pointer(t) for name, t in tensors.items()},
+        **{name: dtype_name(t.dtype) for name, t in dtypes.items()},
+        n=p.numel(),
+        rows=hyper.numel() // 6,
+    )
 
 
 # cost
@@ -255,5 +307,9 @@ adam_update = Op(
     },
     cost=adam_update_cost,
     check=_check,
-    backends={"ref": Backend(adam_update_ref), "triton": Backend(_adam_update_triton, needs_triton, takes_dtypes)},
+    backends={
+        "ref": Backend(adam_update_ref),
+        "triton": Backend(_adam_update_triton, needs_triton, takes_dtypes),
+        "cuda": Backend(_adam_update_cuda, extension.needs_extension, takes_dtypes, _adam_update_many),
+    },
 )

@@ -105,17 +105,34 @@ class Backends:
 
         It checks its arguments, as the op itself does, and then runs the chosen backend.
         """
+        return op.checked(self._choice(op, shape, dtype or self.dtype).backend)
+
+    def choose_many(
+        self, op: Op, problems: Sequence[tuple[Shape, torch.dtype]]
+    ) -> Callable[[Sequence[dict[str, Any]]], None]:
+        """One function for several calls, each on its shape in its dtype, of an op that works in place. It takes the
+        keyword arguments of each; those of one backend that can run in common launches."""
+        backends = [self._choice(op, shape, dtype).backend for shape, dtype in problems]
+        functions = {name: op.checked_many(name) for name in dict.fromkeys(backends)}
+
+        def call(calls: Sequence[dict[str, Any]]) -> None:
+            if len(calls) != len(backends):
+                raise ValueError(f"{op.name}: {len(calls)} calls; expected {len(backends)}, as were chosen for")
+            for name, function in functions.items():
+                function([arguments for arguments, backend in zip(calls, backends) if backend == name])
+
+        return call
+
+    def _choice(self, op: Op, shape: Shape, dtype: torch.dtype) -> Choice:
         wanted = self._wanted.get(op.name, self._wanted["*"])
-        lacking = wanted not in (
-            "auto",
-            *op.backends,
-        )  # requested for all ops: parse() refuses it for one that lacks it
-        choice = decide(op, shape, dtype or self.dtype, self.device, "auto" if lacking else wanted)
+        # requested for all ops: parse() refuses it for one that lacks it
+        lacking = wanted not in ("auto", *op.backends)
+        choice = decide(op, shape, dtype, self.device, "auto" if lacking else wanted)
         if lacking:
             choice = replace(choice, reason=f"{choice.reason}; there is no {wanted} backend")
         if choice not in self.choices:
             self.choices.append(choice)
-        return op.checked(choice.backend)
+        return choice
 
     def facts(self) -> dict[str, Any]:
         """The request and the table, for the run's log and summary."""

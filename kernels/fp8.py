@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import extension
 from kernels.op import Device, UserError, capability, check_number, check_tensor, describe, needs_triton
 from kernels.sizes import round_up
 from kernels.tile import launch
@@ -23,12 +24,17 @@ ROW_MULTIPLE = 16  # rows of so many elements begin at multiples of 16 bytes in 
 TINY_SCALE = 1e-12  # the scale of a tensor of zeros
 
 
-def needs_fp8(device: Device) -> str | None:
-    """Why a Triton kernel that makes fp8 numbers cannot run on the device; None if it can."""
+def lacks_fp8(device: Device) -> str | None:
+    """Why the device makes no fp8 numbers; None if it does."""
     if device.capability is not None and device.capability < FP8_CAPABILITY:
         least = ".".join(map(str, FP8_CAPABILITY))
         return f"fp8 needs compute capability {least} or newer, {device.name} has {device.capability}: omit --fp8-head"
-    return needs_triton(device)
+    return None
+
+
+def needs_fp8(device: Device) -> str | None:
+    """Why a Triton kernel that makes fp8 numbers cannot run on the device; None if it can."""
+    return lacks_fp8(device) or needs_triton(device)
 
 
 def check_capability(op: str, device: torch.device) -> None:
@@ -91,7 +97,7 @@ def _transpose_kernel(
     tl.store(q_t_ptr + offs_c[:, None] * stride_t + offs_r[None, :], tl.trans(q), mask=inside_t)
 
 
-def _padded_columns(t: Tensor) -> int:
+def padded_columns(t: Tensor) -> int:
     """Columns of t rounded up to ROW_MULTIPLE, if its memory has room for them: a copy that torch.compile makes of an
     argument that is written ends with its last element."""
     columns = round_up(t.size(1), ROW_MULTIPLE)
@@ -100,14 +106,23 @@ def _padded_columns(t: Tensor) -> int:
     return columns if fits else t.size(1)
 
 
-def transpose(x: Tensor, q: Tensor | None, q_t: Tensor, scale: Tensor | None) -> None:
-    """Fills q_t with x transposed; with q and scale, q with x / scale in e4m3 and q_t with the same transposed."""
+def transpose(x: Tensor, q: Tensor | None, q_t: Tensor, scale: Tensor | None, cuda: bool = False) -> None:
+    """Fills q_t with x transposed; with q and scale, q with x / scale in its fp8 type, saturated, and q_t with the same
+    transposed. Columns of q_t beyond the rows of x, up to ROW_MULTIPLE where there is room, are zeros. By Triton, or by
+    csrc/quantise_weight.cu."""
     R, C = x.shape
+    if cuda:
+        extension.call(
+            "fp8_transpose", x, dtype=x.dtype, q_dtype=q_t.dtype, x=x, q=q, q_t=q_t, scale=scale, R=R, C=C,
+            columns_t=padded_columns(q_t), stride_x=x.stride(0), stride_q=0 if q is None else q.stride(0),
+            stride_t=q_t.stride(0),
+        )  # fmt: skip
+        return
     config = _config(x.dtype, capability(x.device))
     grid = (triton.cdiv(R, config["BLOCK"]), triton.cdiv(C, config["BLOCK"]))
     launch(
         _transpose_kernel, grid,
-        x, q, q_t, scale, R, _padded_columns(q_t), C, E4M3_MAX,
+        x, q, q_t, scale, R, padded_columns(q_t), C, torch.finfo(q_t.dtype).max,
         x.stride(0), 0 if q is None else q.stride(0), q_t.stride(0),
         QUANTISE=q is not None, **config,
     )  # fmt: skip
@@ -135,6 +150,15 @@ def fill_fp8(w: Tensor, copy: Fp8Weight) -> None:
     copy.scale.copy_(amax_scale(w, E4M3_MAX))
     copy.q.copy_(quantised(w, copy.scale, E4M3))
     copy.q_t.copy_(copy.q.T)
+
+
+def fp8_copy(w: Tensor) -> Fp8Weight:
+    """A copy of w in fp8, made in PyTorch; of one on the meta device, room for it."""
+    w = w.detach()
+    copy = empty_fp8(w)
+    if not w.is_meta:
+        fill_fp8(w, copy)
+    return copy
 
 
 def check_fp8_weight(op: str, w: Tensor, copy: Fp8Weight) -> None:

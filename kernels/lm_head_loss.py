@@ -21,6 +21,8 @@ fp8       with `fp8`, the copy of w that `quantise_weight` makes, x and w are mu
           |weights| max y'. dx and dw are summed in fp32; the sums of z stay in the tensor core, whose fp8 accumulator
           is narrower on Hopper. dw is the gradient of the unrounded w. The backend scaled_mm takes logits and dx from
           torch._scaled_mm (cuBLAS) and is the kernel otherwise, in bf16 and for V that is a multiple of 16
+cuda      rows by csrc/lm_head_loss.cu, which in bf16 under a low cap makes dz of sigmas that are off by 2^-17; in fp8
+          transposes by csrc/quantise_weight.cu, and products as scaled_mm where it takes the shape, else as triton
 Memory    one chunk of rows has logits at a time; their gradient takes their place, in fp8 it lies beside them, twice.
           These take at most LOGIT_BYTES, 1 GiB, if that is enough for 128 rows. Forward keeps dx, and dw in fp32;
           backward takes a second dx and, while it is scaled, one in fp32
@@ -41,7 +43,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import sizes
+from kernels import extension, sizes
 from kernels.fp8 import (
     E4M3,
     E4M3_MAX,
@@ -55,8 +57,7 @@ from kernels.fp8 import (
     check_capability,
     check_fp8_weight,
     clamped,
-    empty_fp8,
-    fill_fp8,
+    fp8_copy,
     needs_fp8,
     quantised,
     transpose,
@@ -65,6 +66,7 @@ from kernels.gemm import add_product, check_sum, for_descriptor, gemm, summed
 from kernels.op import (
     DTYPES,
     Backend,
+    Device,
     Op,
     Problem,
     Shape,
@@ -90,6 +92,7 @@ REFERENCE_COPIES = 5  # fp32 copies of a chunk's logits that the reference holds
 CACHED_LOGITS = 2**20  # logits of a chunk on a CPU: 4 MiB stay in its caches
 FIXED_HEIGHT = 60.0  # of a softcap: terms relative to it are at least exp(-60), 40 powers of two above underflow
 MAX_TARGETS = 16
+MOST_SHARED = 2**20  # bytes of a row that a block of the CUDA kernel may keep; no GPU has so many
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -471,15 +474,41 @@ def _row_kernel(
         tl.store(out_ptr + t, g.to(out_ptr.dtype.element_ty), mask=known)
 
 
-def _softcap_arguments(softcap: list[float]) -> dict[str, Any]:
-    """What `_row_kernel` takes of a softcap, or of none: scales in powers of two."""
+def _rows(
+    z: Tensor,
+    dz: Tensor | None,
+    losses: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    factor: Tensor,
+    limit: float,
+    softcap: list[float],
+    vocab_size: int,
+    cuda: bool,
+) -> None:
+    """Fills losses and, if it is there, dz, which may be z: the row kernel of a chunk, by Triton or by CUDA."""
+    (M, V), K, out = z.shape, targets.size(1), z if dz is None else dz
     height, shift, width = softcap or (1.0, 0.0, 1.0)
+    cap, fixed = bool(softcap), bool(softcap) and abs(height) <= FIXED_HEIGHT
     gain = -math.log2(math.e) / width
-    return {
+    scales = {  # in powers of two
         "gain": gain, "offset": gain * shift, "height2": height * math.log2(math.e),
         "steep": height / width if softcap else 1.0,
-        "CAP": bool(softcap), "FIXED": bool(softcap) and abs(height) <= FIXED_HEIGHT,
     }  # fmt: skip
+    # up to where the next row begins: the products that follow may read that far on a CPU, and find zeros
+    sizes = {"vocab": vocab_size, "columns": z.stride(0), "stride_z": z.stride(0), "stride_out": out.stride(0)}
+    if cuda:
+        extension.call(
+            "lm_head_loss_rows", z, dtype=z.dtype, out_dtype=out.dtype, z=z, out=dz, losses=losses, targets=targets,
+            weights=weights, factor=factor, M=M, K=K, limit=limit, cap=cap, fixed=fixed, most_shared=MOST_SHARED,
+            **sizes, **scales,
+        )  # fmt: skip
+        return
+    launch(
+        _row_kernel, (M,), z, out, losses, targets, weights, factor, **sizes, **scales, limit=limit,
+        K=K, TARGETS=triton.next_power_of_2(K), CAP=cap, FIXED=fixed, GRAD=dz is not None, PTX=not interpreted(),
+        **_row_config(V, out.dtype),
+    )  # fmt: skip
 
 
 class _Products:
@@ -504,9 +533,9 @@ class _Fp8Products:
     """The three products of a chunk in fp8: scales of x, w and dz, and room for the operands of `rows` rows."""
 
     def __init__(
-        self, x: Tensor, w: Fp8Weight, scales: tuple[Tensor, Tensor, Tensor], rows: int, need_grad: bool
+        self, x: Tensor, w: Fp8Weight, scales: tuple[Tensor, Tensor, Tensor], rows: int, need_grad: bool, cuda: bool
     ) -> None:
-        (C, V), self.w = w.q_t.shape, w
+        (C, V), self.w, self.cuda = w.q_t.shape, w, cuda
         self.x_scale, self.w_scale, self.g_scale = scales
         self.x, self.x_t = x.new_empty(rows, C, dtype=E4M3), aligned_empty(x, C, rows, E4M3)
         if need_grad:
@@ -518,7 +547,7 @@ class _Fp8Products:
 
     def logits(self, x: Tensor, z: Tensor) -> None:
         n = x.size(0)
-        transpose(x, self.x[:n], self.x_t[:, :n], self.x_scale)
+        transpose(x, self.x[:n], self.x_t[:, :n], self.x_scale, self.cuda)
         self.multiply(self.x[:n], self.w.q, z, (self.x_scale, self.w_scale))
 
     def room_for_gradient(self, z: Tensor) -> Tensor:
@@ -527,7 +556,7 @@ class _Fp8Products:
     def gradients(self, dz: Tensor, x: Tensor, dx: Tensor, dw: Tensor, add: bool) -> None:
         """Fills dx, and fills dw or adds to it; x is the chunk that `logits` has quantised."""
         n = x.size(0)
-        transpose(dz, None, self.dz_t[:, :n], None)
+        transpose(dz, None, self.dz_t[:, :n], None, self.cuda)
         self.multiply(dz, self.w.q_t, dx, (self.g_scale, self.w_scale))
         gemm(self.dz_t[:, :n], self.x_t[:, :n], dw, (self.g_scale, self.x_scale), accumulate=add)
 
@@ -559,7 +588,7 @@ def _by_chunks(
     q_t: Tensor | None,
     w_scale: Tensor | None,
     x_scale: Tensor | None,
-    scaled_mm: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, losses (M,), dx like x and dw like w in fp32, empty without need_grad. softcap: three numbers, or none."""
     (M, C), V = x.shape, w.size(0)
@@ -570,6 +599,7 @@ def _by_chunks(
     if M == 0:
         dw.zero_()  # no chunk fills it
     factor, limit = scale, torch.finfo(x.dtype).max
+    cuda = backend == "cuda"
     rows = min(M, chunk_rows(M, V, C, x.dtype.itemsize + (0 if q is None else 2 * E5M2.itemsize)))
     products: _Products | _Fp8Products = _Products(w)
     if q is not None and q_t is not None and w_scale is not None:
@@ -580,23 +610,16 @@ def _by_chunks(
         g_scale = (amax_scale(weights.abs().sum(1), E5M2_MAX) * steepest).clamp_min(TINY_SCALE)
         factor, limit = 1 / g_scale, E5M2_MAX
         scales = x_scale, w_scale, g_scale * scale
-        fp8_products = _ScaledMmProducts if scaled_mm else _Fp8Products
-        products = fp8_products(x, Fp8Weight(q, q_t, w_scale), scales, rows, need_grad)
+        by_cublas = backend != "triton" and _scaled_mm_limits((M, C, V), x.dtype) is None
+        fp8_products = _ScaledMmProducts if by_cublas else _Fp8Products
+        products = fp8_products(x, Fp8Weight(q, q_t, w_scale), scales, rows, need_grad, cuda)
     z_all = aligned_empty(x, rows, V, x.dtype)
     for chunk in chunks(M, rows):
         part, z = x[chunk], z_all[: chunk.stop - chunk.start]
         products.logits(part, z)
-        dz = products.room_for_gradient(z) if need_grad else z
-        config = _row_config(V, dz.dtype)
-        launch(
-            _row_kernel, (z.size(0),),
-            z, dz, losses[chunk], targets[chunk], weights[chunk], factor,
-            # up to where the next row begins: the products that follow may read that far on a CPU, and find zeros
-            vocab=vocab_size, columns=z.stride(0), limit=limit, stride_z=z.stride(0), stride_out=dz.stride(0),
-            K=targets.size(1), TARGETS=triton.next_power_of_2(targets.size(1)),
-            GRAD=need_grad, PTX=not interpreted(), **_softcap_arguments(softcap), **config,
-        )  # fmt: skip
-        if need_grad:
+        dz = products.room_for_gradient(z) if need_grad else None
+        _rows(z, dz, losses[chunk], targets[chunk], weights[chunk], factor, limit, softcap, vocab_size, cuda)
+        if dz is not None:
             products.gradients(dz, part, dx[chunk], dw, add=chunk.start > 0)
     return losses.sum() * scale, losses, dx, dw
 
@@ -662,7 +685,7 @@ def _through_op(
     given: Prepared,
     need_grad: bool,
     q_t: Tensor | None,
-    *options: bool,
+    *options: str,
 ) -> Tensor:
     targets, weights, scale, softcap, reduction, vocab_size, q, w_scale, x_scale = given
     cap = [] if softcap is None else list(softcap)
@@ -688,11 +711,11 @@ class _IntoSum(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override]
-        ctx: Any, x: Tensor, w: Tensor, given: Prepared, q_t: Tensor | None, dw_sum: Tensor, scaled_mm: bool
+        ctx: Any, x: Tensor, w: Tensor, given: Prepared, q_t: Tensor | None, dw_sum: Tensor, backend: str
     ) -> Tensor:
         targets, weights, scale, softcap, _, vocab_size, q, w_scale, x_scale = given
         cap = [] if softcap is None else list(softcap)
-        fp8 = q, q_t, w_scale, x_scale, scaled_mm
+        fp8 = q, q_t, w_scale, x_scale, backend
         loss, _, dx, dw = _lm_head_loss(x, w, targets, weights, scale, cap, vocab_size, True, *fp8)
         ctx.save_for_backward(dx, dw)
         ctx.dw_sum = dw_sum
@@ -717,19 +740,24 @@ def _lm_head_loss_triton(
     fp8: Fp8Weight | None = None,
     x_scale: Tensor | None = None,
     dw_sum: Tensor | None = None,
-    scaled_mm: bool = False,
+    backend: str = "triton",
 ) -> Tensor:
     given = _prepared(x, w, targets, weights, softcap, reduction, vocab_size, ignore_index, fp8, x_scale)
     q_t, need_grad = None if fp8 is None else fp8.q_t, _needs_gradients(x, w, reduction)
     if dw_sum is None or not need_grad or not w.requires_grad:
-        return _through_op(_lm_head_loss, x, w, given, need_grad, q_t, scaled_mm)
-    loss: Tensor = _IntoSum.apply(x, w, given, q_t, dw_sum, scaled_mm)
+        return _through_op(_lm_head_loss, x, w, given, need_grad, q_t, backend)
+    loss: Tensor = _IntoSum.apply(x, w, given, q_t, dw_sum, backend)
     return loss
 
 
 def _lm_head_loss_scaled_mm(*args: Any, **options: Any) -> Tensor:
     """The kernel, but for logits and dx in fp8."""
-    return _lm_head_loss_triton(*args, **options, scaled_mm=True)
+    return _lm_head_loss_triton(*args, **options, backend="scaled_mm")
+
+
+def _lm_head_loss_cuda(*args: Any, **options: Any) -> Tensor:
+    """The same with rows by csrc/lm_head_loss.cu."""
+    return _lm_head_loss_triton(*args, **options, backend="cuda")
 
 
 # cost
@@ -805,6 +833,11 @@ def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
     )
 
 
+def _needs_cuda(device: Device) -> str | None:
+    """What rows need, and products: `gemm` makes some of them."""
+    return extension.needs_extension(device) or needs_triton(device)
+
+
 def _scaled_mm_limits(shape: Shape, dtype: torch.dtype) -> str | None:
     if why := _limits(shape, dtype):
         return why
@@ -821,10 +854,7 @@ def _inputs(make: Any, M: int, C: int, V: int) -> dict[str, Any]:
 
 def _fp8_inputs(make: Any, M: int, C: int, V: int) -> dict[str, Any]:
     args = _inputs(make, M, C, V)
-    copy = empty_fp8(args["w"].detach())
-    if not copy.q.is_meta:
-        fill_fp8(args["w"].detach(), copy)
-    return args | {"fp8": copy}
+    return args | {"fp8": fp8_copy(args["w"])}
 
 
 lm_head_loss = Op(
@@ -838,6 +868,7 @@ lm_head_loss = Op(
         "ref": Backend(lm_head_loss_ref),
         "triton": Backend(_lm_head_loss_triton, needs_triton, _limits),
         "scaled_mm": Backend(_lm_head_loss_scaled_mm, needs_fp8, _scaled_mm_limits),
+        "cuda": Backend(_lm_head_loss_cuda, _needs_cuda, _limits),
     },
     gradients_in_forward=True,
 )

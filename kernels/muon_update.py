@@ -23,7 +23,8 @@ In place    buf, x, scale; p, second, low: x and scale may be parts of larger te
             matrices of several banks at a time
 Backward    none
 Sums        partial sums are added in a fixed order, without atomics: bitwise repeatable
-Launches    momentum 2, transposed 3; apply 3; each 1 for matrices that fit a program (SMALL)
+Launches    momentum 2, transposed 3; apply 3; each 1 for matrices that fit a program (SMALL). By csrc/muon_update.cu as
+            many for all banks of a model together
 Limits      in the kernels K <= 65535 and 1 <= R, C <= 16384. Elements of a row are adjacent; rows and matrices may be
             any stride apart, except for x, second, scale and lr_scale, which are contiguous
 Bound       memory: `muon_momentum_cost`, `muon_apply_cost`. Bytes moved per element, with g in fp32 and x in bf16:
@@ -38,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import sizes
+from kernels import extension, sizes
 from kernels.master import join_master, join_tile, split_master, split_tile
 from kernels.op import (
     DTYPES,
@@ -49,6 +50,7 @@ from kernels.op import (
     capability,
     check_tensor,
     describe,
+    dtype_name,
     needs_triton,
     takes_dtypes,
     wide,
@@ -362,10 +364,14 @@ def _vector(n: int) -> dict[str, int]:
 
 @torch.library.custom_op("redline::muon_momentum", mutates_args=("buf", "x", "scale"))
 def _muon_momentum(
-    g: Tensor, buf: Tensor, x: Tensor, scale: Tensor, hyper: Tensor, transposed: bool, safety: float
+    g: Tensor, buf: Tensor, x: Tensor, scale: Tensor, hyper: Tensor, transposed: bool, safety: float, cuda: bool
 ) -> None:
     (K, R, C), arch = g.shape, capability(g.device)
     if not K:
+        return
+    if cuda:
+        arguments = {"g": g, "buf": buf, "x": x, "scale": scale, "hyper": hyper}
+        _run_banks("muon_momentum", "safety", SAFETY, [arguments | {"transposed": transposed, "safety": safety}])
         return
     small, rows = is_small(R, C), C if transposed else R
     config = _config(R, C, "columns" if transposed else "rows", g.dtype, arch)
@@ -387,16 +393,20 @@ def _muon_momentum(
 
 
 @_muon_momentum.register_fake
-def _(g, buf, x, scale, hyper, transposed, safety):
+def _(g, buf, x, scale, hyper, transposed, safety, cuda):
     return None
 
 
 @torch.library.custom_op("redline::muon_apply", mutates_args=("p", "second", "low"))
 def _muon_apply(
-    p: Tensor, x: Tensor, second: Tensor, lr_scale: Tensor, hyper: Tensor, low: Tensor | None, beta2: float
+    p: Tensor, x: Tensor, second: Tensor, lr_scale: Tensor, hyper: Tensor, low: Tensor | None, beta2: float, cuda: bool
 ) -> None:
     (K, R, C), arch = p.shape, capability(p.device)
     if not K:
+        return
+    if cuda:
+        arguments = {"p": p, "x": x, "second": second, "lr_scale": lr_scale, "hyper": hyper}
+        _run_banks("muon_apply", "beta2", BETA2, [arguments | {"low": low, "beta2": beta2}])
         return
     per_row, small = _per_row(x, second), is_small(R, C)
     n, root = R if per_row else C, min(R, C) ** 0.5
@@ -421,7 +431,7 @@ def _muon_apply(
 
 
 @_muon_apply.register_fake
-def _(p, x, second, lr_scale, hyper, low, beta2):
+def _(p, x, second, lr_scale, hyper, low, beta2, cuda):
     return None
 
 
@@ -434,8 +444,9 @@ def _muon_momentum_triton(
     *,
     transposed: bool,
     safety: float = SAFETY,
+    cuda: bool = False,
 ) -> None:
-    _muon_momentum(g, buf, x, scale, hyper, transposed, safety)
+    _muon_momentum(g, buf, x, scale, hyper, transposed, safety, cuda)
 
 
 def _muon_apply_triton(
@@ -447,8 +458,66 @@ def _muon_apply_triton(
     *,
     low: Tensor | None = None,
     beta2: float = BETA2,
+    cuda: bool = False,
 ) -> None:
-    _muon_apply(p, x, second, lr_scale, hyper, low, beta2)
+    _muon_apply(p, x, second, lr_scale, hyper, low, beta2, cuda)
+
+
+# CUDA
+
+
+def _muon_momentum_cuda(*args: Any, **options: Any) -> None:
+    """The same by csrc/muon_update.cu."""
+    _muon_momentum_triton(*args, **options, cuda=True)
+
+
+def _muon_apply_cuda(*args: Any, **options: Any) -> None:
+    """The same by csrc/muon_update.cu."""
+    _muon_apply_triton(*args, **options, cuda=True)
+
+
+def _muon_momentum_many(calls: Sequence[dict[str, Any]]) -> None:
+    """Several by csrc/muon_update.cu, in the launches of one."""
+    _run_banks("muon_momentum", "safety", SAFETY, calls)
+    extension.written(calls, "buf", "x", "scale")
+
+
+def _muon_apply_many(calls: Sequence[dict[str, Any]]) -> None:
+    """Several by csrc/muon_update.cu, in the launches of one."""
+    _run_banks("muon_apply", "beta2", BETA2, calls)
+    extension.written(calls, "p", "second", "low")
+
+
+def _run_banks(function: str, constant: str, default: float, calls: Sequence[dict[str, Any]]) -> None:
+    """Calls csrc's function of that name on all banks whose constant is the same."""
+    groups: dict[float, list[dict[str, Any]]] = {}
+    for arguments in calls:
+        if arguments["x"].size(0):
+            groups.setdefault(arguments.get(constant, default), []).append(arguments)
+    for value, group in groups.items():
+        first = group[0]["x"]
+        module = extension.module(first.device)
+        banks = [_bank(module, {k: v for k, v in arguments.items() if k != constant}) for arguments in group]
+        workspace = first.new_empty(module.muon_workspace(banks), dtype=torch.float32)
+        extension.call(function, first, banks=banks, workspace=workspace, **{constant: value})
+
+
+def _bank(module: Any, arguments: dict[str, Any]) -> Any:
+    """The arguments of one call as csrc's MuonBank."""
+    transposed = arguments.get("transposed")
+    tensors: dict[str, Tensor] = {name: t for name, t in arguments.items() if isinstance(t, Tensor)}
+    x, matrices = tensors["x"], {name: t for name, t in tensors.items() if name in ("g", "buf", "x", "p", "low")}
+    K, R, C = x.shape
+    return module.MuonBank(
+        **{name: extension.pointer(t) for name, t in tensors.items()},
+        **{f"{name}_dtype": dtype_name(t.dtype) for name, t in tensors.items() if name in ("g", "x", "p")},
+        **{f"{name}_k": t.stride(0) for name, t in matrices.items()},
+        **{f"{name}_r": t.stride(1) for name, t in matrices.items()},
+        K=K,
+        R=R,
+        C=C,
+        by_columns=not _per_row(x, tensors["second"]) if transposed is None else transposed,
+    )
 
 
 # cost
@@ -558,7 +627,11 @@ muon_momentum = Op(
     },
     cost=muon_momentum_cost,
     check=_check_momentum,
-    backends={"ref": Backend(muon_momentum_ref), "triton": Backend(_muon_momentum_triton, needs_triton, _limits)},
+    backends={
+        "ref": Backend(muon_momentum_ref),
+        "triton": Backend(_muon_momentum_triton, needs_triton, _limits),
+        "cuda": Backend(_muon_momentum_cuda, extension.needs_extension, _limits, _muon_momentum_many),
+    },
 )
 
 muon_apply = Op(
@@ -571,5 +644,9 @@ muon_apply = Op(
     },
     cost=muon_apply_cost,
     check=_check_apply,
-    backends={"ref": Backend(muon_apply_ref), "triton": Backend(_muon_apply_triton, needs_triton, _limits)},
+    backends={
+        "ref": Backend(muon_apply_ref),
+        "triton": Backend(_muon_apply_triton, needs_triton, _limits),
+        "cuda": Backend(_muon_apply_cuda, extension.needs_extension, _limits, _muon_apply_many),
+    },
 )

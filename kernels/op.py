@@ -114,6 +114,8 @@ class Backend:
     function: Callable[..., Any]
     needs: Callable[[Device], str | None] = needs_nothing  # why it cannot run on a device, or None
     limits: Callable[[Shape, torch.dtype], str | None] = takes_all  # why it cannot run a shape in a dtype, or None
+    # runs several calls of an op that works in place, by their keyword arguments, in the launches of one
+    many: Callable[[Sequence[dict[str, Any]]], None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -189,6 +191,24 @@ class Op:
 
         return call
 
+    def checked_many(self, backend: str) -> Callable[[Sequence[dict[str, Any]]], None]:
+        """The same for several calls at a time, each given by its keyword arguments: one after another, unless the
+        backend has common launches for them."""
+        function, limits = self.backends[backend], self.backends[backend].limits
+
+        def call(calls: Sequence[dict[str, Any]]) -> None:
+            for arguments in calls:
+                problem = self.check(**arguments)
+                if why := limits(problem.shape, problem.dtype):
+                    raise ValueError(f"{self.name}: {backend} {why}")
+            if function.many is not None:
+                function.many(calls)
+                return
+            for arguments in calls:
+                function(**arguments)
+
+        return call
+
     def obstacle(self, backend: str, shape: Shape, dtype: torch.dtype, device: Device) -> str | None:
         """Why the backend cannot run this; None if it can."""
         return self.backends[backend].needs(device) or self.backends[backend].limits(shape, dtype)
@@ -220,7 +240,10 @@ class Op:
                 reason = "; ".join([reason, *(f"{k}: {why}" for k, why in obstacles.items() if why is not None)])
             return best, reason
         wanted = (self.unmeasured,) if isinstance(self.unmeasured, str) else self.unmeasured(shape)
-        return next((name for name in wanted if name in kernels), kernels[0]), "unmeasured here"
+        chosen, reason = next((name for name in wanted if name in kernels), kernels[0]), "unmeasured here"
+        if "cuda" in kernels and chosen != "cuda":
+            reason += "; cuda is taken once it was measured faster"
+        return chosen, reason
 
     def sizes(self, shape: Shape) -> str:
         """The shape in words, such as M=64 N=32."""

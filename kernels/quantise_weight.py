@@ -4,7 +4,7 @@
 
 Shapes    w (V, C); q (V, C), q_t (C, V) and scale (), as `empty_fp8` makes them, are overwritten
 Dtypes    w bf16 or fp32; q and q_t e4m3; scale fp32
-Rounding  to nearest even, saturating at 448; a w of zeros has the scale TINY_SCALE
+Rounding  to nearest even, saturating at 448; a w of zeros has the scale TINY_SCALE. Where w has a NaN, all is NaN
 Backward  none
 Bound     memory: `quantise_weight_cost`
 """
@@ -14,19 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import sizes
+from kernels import extension, sizes
 from kernels.fp8 import (
     E4M3_MAX,
+    TINY_SCALE,
     Fp8Weight,
     amax_scale,
     check_capability,
     check_fp8_weight,
     empty_fp8,
     fill_fp8,
+    lacks_fp8,
     needs_fp8,
+    padded_columns,
     transpose,
 )
-from kernels.op import DTYPES, Backend, Op, Problem, describe, takes_dtypes
+from kernels.op import DTYPES, Backend, Device, Op, Problem, describe, takes_dtypes
 
 # reference
 
@@ -39,10 +42,31 @@ def quantise_weight_ref(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> Non
 
 
 @torch.library.custom_op("redline::quantise_weight", mutates_args=("q", "q_t", "scale"))
-def _quantise_weight(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
+def _quantise_weight(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor, cuda: bool) -> None:
+    """The amax by PyTorch and the rest by Triton, or all of it by csrc/quantise_weight.cu."""
     check_capability("quantise_weight", w.device)
-    scale.copy_(amax_scale(w, E4M3_MAX))
-    transpose(w, q, q_t, scale)
+    if not cuda:
+        scale.copy_(amax_scale(w, E4M3_MAX))
+        transpose(w, q, q_t, scale)
+        return
+    largest = w.new_empty(extension.module(w.device).quantise_weight_parts(), dtype=torch.float32)
+    extension.call(
+        "quantise_weight", w, dtype=w.dtype, w=w, q=q, q_t=q_t, scale=scale, largest=largest, R=w.size(0), C=w.size(1),
+        columns_t=padded_columns(q_t), stride_w=w.stride(0), stride_q=q.stride(0), stride_t=q_t.stride(0),
+        tiny=TINY_SCALE,
+    )  # fmt: skip
+
+
+def _quantise_weight_triton(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
+    _quantise_weight(w, q, q_t, scale, False)
+
+
+def _quantise_weight_cuda(w: Tensor, q: Tensor, q_t: Tensor, scale: Tensor) -> None:
+    _quantise_weight(w, q, q_t, scale, True)
+
+
+def _needs_cuda(device: Device) -> str | None:
+    return lacks_fp8(device) or extension.needs_extension(device)
 
 
 # cost
@@ -80,6 +104,7 @@ quantise_weight = Op(
     check=_check_quantise,
     backends={
         "ref": Backend(quantise_weight_ref),
-        "triton": Backend(_quantise_weight, needs_fp8, takes_dtypes),
+        "triton": Backend(_quantise_weight_triton, needs_fp8, takes_dtypes),
+        "cuda": Backend(_quantise_weight_cuda, _needs_cuda, takes_dtypes),
     },
 )

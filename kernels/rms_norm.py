@@ -23,8 +23,8 @@ Chain     with a or b, RMSNorm.x0 is x0 again, for whoever uses x0 next: dx0_in 
           it, nothing is read or added
 Saves     rstd (4 B a row) and h; with a or b instead the inputs x, x0 and x1, from which backward recomputes the
           rounded h
-Limits    1 <= N <= 16384 in the kernel, first <= 64. Rows may be any stride apart; where the elements of a row are not
-          adjacent, x is copied first
+Limits    1 <= N <= 16384 in the Triton kernel, 4096 in the CUDA one (csrc/rms_norm.cu); first <= 64. Rows may be any
+          stride apart; where the elements of a row are not adjacent, x is copied first
 Bound     memory: `rms_norm_cost`
 """
 
@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import sizes
+from kernels import extension, sizes
 from kernels.fp8 import E4M3, E4M3_MAX, ROW_MULTIPLE, check_capability
 from kernels.op import (
     DTYPES,
@@ -58,6 +58,7 @@ from kernels.tile import as_rows, launch
 
 EPS = torch.finfo(torch.float32).eps
 MAX_N = 16384
+CUDA_MAX_N = 4096
 MAX_FIRST = 64
 
 
@@ -280,8 +281,10 @@ def _rms_norm_fwd(
     scale: Tensor | None,
     first: int,
     eps: float,
+    cuda: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, h (empty without x0), rstd (M,), y_fp8 (empty without scale), amax, the first channels in padded rows."""
+    """By Triton or by CUDA: y, h (empty without x0), rstd (M,), y_fp8 (empty without scale), amax, and the first
+    channels in padded rows."""
     if scale is not None:
         check_capability("rms_norm", x.device)
     rows, rows0, rows1 = as_rows(x), None if x0 is None else as_rows(x0), None if x1 is None else as_rows(x1)
@@ -289,8 +292,15 @@ def _rms_norm_fwd(
     y, h, y_fp8 = _like(x, True), _like(x, x0 is not None), _like(x, fp8, E4M3)
     rstd, row_amax = rows.new_empty(M, dtype=torch.float32), rows.new_empty(M if fp8 else 0, dtype=torch.float32)
     part = x.new_empty(*x.shape[:-1], round_up(first, ROW_MULTIPLE))
-    config = _config(N, x.dtype, capability(x.device))
-    if M:
+    if M and cuda:
+        extension.call(
+            "rms_norm_forward", rows, dtype=x.dtype, x=rows, x0=rows0, x1=rows1, a=a, b=b, scale=scale, y=y,
+            h=None if x0 is None else h, rstd=rstd, y_fp8=y_fp8 if fp8 else None, row_amax=row_amax if fp8 else None,
+            first=part if first else None, stride_x=_stride(rows), stride_x0=_stride(rows0), stride_x1=_stride(rows1),
+            M=M, N=N, padded_first=part.size(-1), eps=eps,
+        )  # fmt: skip
+    elif M:
+        config = _config(N, x.dtype, capability(x.device))
         launch(
             _rms_norm_fwd_kernel, (triton.cdiv(M, config["BLOCK_M"] * config["BLOCK_TILES"]),),
             rows, rows0, rows1, a, b, scale, y, h, rstd, y_fp8, row_amax, part,
@@ -302,7 +312,7 @@ def _rms_norm_fwd(
 
 
 @_rms_norm_fwd.register_fake
-def _(x, x0, x1, a, b, scale, first, eps):
+def _(x, x0, x1, a, b, scale, first, eps, cuda):
     fp8 = scale is not None
     rstd = x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
     part = x.new_empty(*x.shape[:-1], round_up(first, ROW_MULTIPLE))
@@ -323,6 +333,7 @@ def _rms_norm_bwd(
     a: Tensor | None,
     b: Tensor | None,
     rstd: Tensor,
+    cuda: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dx0 (empty without a and b: it is dx), da, db (fp32, one element; empty without a, b). h, or x, x0 and x1."""
     like = x if x is not None else h
@@ -336,22 +347,34 @@ def _rms_norm_bwd(
     M, N = dy_rows.shape
     config = (_mix_bwd_config if mixed else _config)(N, like.dtype, capability(like.device))
     programs = triton.cdiv(M, config["BLOCK_M"] * config["BLOCK_TILES"])
+    if M and cuda:
+        programs = extension.module(like.device).rms_norm_backward_blocks(M, N)
     dx, dx0 = _like(like, True), _like(like, mixed)
     da, db = (rstd.new_empty(programs if t is not None else 0) for t in (a, b))
-    if M:
+    channels = 0 if dfirst is None else dfirst.size(-1)
+    if M and cuda:
+        extension.call(
+            "rms_norm_backward", dy_rows, dtype=like.dtype, dy=dy_rows, dh=dh_rows, dfirst=dfirst_rows,
+            dx0_in=dx0_in_rows, x=x_rows if mixed else h_rows, x0=x0_rows, x1=x1_rows, a=a, b=b, rstd=rstd,
+            dx=dx, dx0=dx0 if mixed else None, da=None if a is None else da, db=None if b is None else db,
+            stride_dy=_stride(dy_rows), stride_dh=_stride(dh_rows), stride_dfirst=_stride(dfirst_rows),
+            stride_dx0_in=_stride(dx0_in_rows), stride_x=_stride(x_rows if mixed else h_rows),
+            stride_x0=_stride(x0_rows), stride_x1=_stride(x1_rows), M=M, N=N, first=channels,
+        )  # fmt: skip
+    elif M:
         launch(
             _rms_norm_bwd_kernel, (programs,),
             dy_rows, dh_rows, dfirst_rows, dx0_in_rows, h_rows, x_rows, x0_rows, x1_rows, a, b, rstd,
             dx, dx0, da, db,
             _stride(dy_rows), *map(_stride, rows), M,
-            N=N, FIRST=0 if dfirst is None else dfirst.size(-1), HAS_DH=dh is not None, HAS_DX0_IN=dx0_in is not None,
+            N=N, FIRST=channels, HAS_DH=dh is not None, HAS_DX0_IN=dx0_in is not None,
             HAS_X1=x1 is not None, HAS_A=a is not None, HAS_B=b is not None, **config,
         )  # fmt: skip
     return dx, dx0, da if a is None else da.sum(), db if b is None else db.sum()
 
 
 @_rms_norm_bwd.register_fake
-def _(dy, dh, dfirst, dx0_in, h, x, x0, x1, a, b, rstd):
+def _(dy, dh, dfirst, dx0_in, h, x, x0, x1, a, b, rstd, cuda):
     like = h if x is None else x
     return _like(like, True), _like(like, x is not None), *(rstd.new_empty((0,) if t is None else ()) for t in (a, b))
 
@@ -370,9 +393,11 @@ class _RMSNorm(torch.autograd.Function):
         scale: Tensor | None,
         first: int,
         eps: float,
+        cuda: bool,
     ) -> tuple[Tensor | None, ...]:
-        y, h, rstd, y_fp8, amax, part = _rms_norm_fwd(x, x0, x1, a, b, scale, first, eps)
+        y, h, rstd, y_fp8, amax, part = _rms_norm_fwd(x, x0, x1, a, b, scale, first, eps, cuda)
         ctx.set_materialize_grads(False)
+        ctx.cuda = cuda
         part = part[..., :first] if first else None
         ctx.streams, chain = (True, x0 is not None, x1 is not None), None
         if x0 is not None and (a is not None or b is not None):
@@ -397,13 +422,13 @@ class _RMSNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         h, x, x0, x1, a, b, rstd = ctx.saved_tensors
         if dy is None and dh is None and dfirst is None:  # x0 alone was used
-            return None, dx0_in, None, None, None, None, None, None
+            return None, dx0_in, None, None, None, None, None, None, None
         if dy is None:
             dy = torch.zeros_like(h if x is None else x)
-        dx, dx0, da, db = _rms_norm_bwd(dy, dh, dfirst, dx0_in, h, x, x0, x1, a, b, rstd)
+        dx, dx0, da, db = _rms_norm_bwd(dy, dh, dfirst, dx0_in, h, x, x0, x1, a, b, rstd, ctx.cuda)
         streams = (dx, dx if x is None else dx0, dx)
         scalars = (None if t is None else dt.reshape(t.shape) for t, dt in ((a, da), (b, db)))
-        return *(t if there else None for t, there in zip(streams, ctx.streams)), *scalars, None, None, None
+        return *(t if there else None for t, there in zip(streams, ctx.streams)), *scalars, None, None, None, None
 
 
 @torch.compiler.allow_in_graph  # Dynamo would make zeros of gradients that are not there, and refuse one tensor twice
@@ -422,10 +447,16 @@ def _rms_norm_triton(
     first: int = 0,
     scale: Tensor | None = None,
     eps: float = EPS,
+    cuda: bool = False,
 ) -> RMSNorm:
-    y, h, y_fp8, amax, chain, part = _apply(x, x0, x1, a, b, scale, first, eps)  # pyrefly: ignore[not-callable]
+    y, h, y_fp8, amax, chain, part = _apply(x, x0, x1, a, b, scale, first, eps, cuda)  # pyrefly: ignore[not-callable]
     assert y is not None
     return RMSNorm(y, h, y_fp8, amax, chain, part)
+
+
+def _rms_norm_cuda(x: Tensor, *args: Any, **options: Any) -> RMSNorm:
+    """The same by csrc/rms_norm.cu."""
+    return _rms_norm_triton(x, *args, **options, cuda=True)
 
 
 # cost
@@ -477,10 +508,14 @@ def _check(
     return Problem((x.numel() // x.size(-1), x.size(-1)), x.dtype, x.device)
 
 
-def _limits(shape: Shape, dtype: torch.dtype) -> str | None:
+def _limits(shape: Shape, dtype: torch.dtype, most: int = MAX_N) -> str | None:
     return takes_dtypes(shape, dtype) or (
-        None if 1 <= shape[1] <= MAX_N else f"takes rows of 1 to {MAX_N} elements, not {shape[1]}"
+        None if 1 <= shape[1] <= most else f"takes rows of 1 to {most} elements, not {shape[1]}"
     )
+
+
+def _cuda_limits(shape: Shape, dtype: torch.dtype) -> str | None:
+    return _limits(shape, dtype, CUDA_MAX_N)
 
 
 def _inputs(make: Callable[..., Tensor], M: int, N: int, *streams: str, **options: Any) -> dict[str, Any]:
@@ -502,5 +537,9 @@ rms_norm = Op(
     },
     cost=rms_norm_cost,
     check=_check,
-    backends={"ref": Backend(rms_norm_ref), "triton": Backend(_rms_norm_triton, needs_triton, _limits)},
+    backends={
+        "ref": Backend(rms_norm_ref),
+        "triton": Backend(_rms_norm_triton, needs_triton, _limits),
+        "cuda": Backend(_rms_norm_cuda, extension.needs_extension, _cuda_limits),
+    },
 )

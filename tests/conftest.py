@@ -1,6 +1,7 @@
 """Shared fixtures: a small corpus on disk and the options of a run that takes a second.
 
-Without a GPU, Triton kernels run in Triton's interpreter, which has to be said before Triton is imported.
+Without a GPU, Triton kernels run in Triton's interpreter, which has to be said before Triton is imported, and CUDA
+kernels emulated.
 """
 
 import os
@@ -15,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two spinning threads
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = os.environ["REDLINE_EMULATE"] = "1"
     from bench import interpreter
     from tests import races
 
@@ -23,11 +24,25 @@ if not torch.cuda.is_available():
     races.install()
 
 from core.stopping import SIGNALS  # noqa: E402
+from tests.harness import CUDA, NO_CUDA  # noqa: E402
 
 
 def pytest_xdist_auto_num_workers(config):
     """Two processes on a CPU, whose cores they share; one on a GPU, which two would share too."""
     return 0 if torch.cuda.is_available() else 2
+
+
+@pytest.fixture
+def cuda():
+    """What is there where kernels of csrc/ run."""
+    if NO_CUDA:
+        pytest.skip(f"csrc/ {NO_CUDA}")
+
+
+@pytest.fixture(params=["triton", CUDA])
+def backend(request):
+    """The two ways to run an op that has a twin in csrc/, one test each."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)

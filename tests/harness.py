@@ -2,18 +2,26 @@
 
 Layouts     inputs and upstream gradients contiguous, with gaps between rows, or transposed, each between guards of NaN
 Memory      whatever the kernel allocates is NaN before it writes, and the guards around it must survive
-Repeats     two runs agree in every bit, though the programs of one run in reverse (in Triton's interpreter)
+Repeats     two runs agree in every bit, though the programs of one run in reverse (in Triton's interpreter), or the
+            threads of its blocks in every order of ORDERS (emulated CUDA)
 Launches    those in the interpreter have no races, missing barriers or stray accesses: tests/races.py
 PyTorch     `torch.library.opcheck` of each torch op that was called; `torch.compile(fullgraph=True)` with the same bits
 """
 
+import contextlib
+import faulthandler
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+import multiprocessing
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
@@ -37,14 +45,19 @@ from bench.law import (
     poisoned_allocations,
     same_form,
 )  # fmt: skip
+from csrc import build
 from kernels import attention as attention_module
-from kernels.op import Op
+from kernels import extension
+from kernels.op import Device, Op
 from tests.mutations import Edit, NoSuchMutation, edited
 from tests.races import programs_in
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NO_CUDA = extension.needs_extension(Device.of(torch.device(DEVICE)))  # why csrc/ does not run here, not even emulated
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(NO_CUDA is not None, reason=f"csrc/ {NO_CUDA}"))  # a backend
 ONCE = 1.02  # factor of results that are rounded once
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+ORDERS = ("highest first", "in turn", "random")  # of the threads of an emulated block, beside the usual lowest first
 LAYOUTS = ("contiguous", "rows apart", "transposed", "every other")
 
 
@@ -58,6 +71,11 @@ def randn(seed: int, dtype: torch.dtype, device: str = DEVICE) -> Callable[..., 
         return (0.5 + torch.randn(size, generator=generator)).to(device, dtype)
 
     return make
+
+
+def backends_of(op: Op) -> list[Any]:
+    """The backends of an op, as parameters of a test: those of csrc/ where they run."""
+    return [CUDA if name == "cuda" else name for name in op.backends]
 
 
 def guarded(t: Tensor, layout: str = "contiguous", index: int = 0) -> Tensor:
@@ -100,6 +118,22 @@ def flex_on_a_cpu(monkeypatch: Any, of: ModuleType = attention_module) -> None:
     """From now on FlexAttention's own arithmetic, gradients included, serves a CPU. of: the op's file."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda q, k, v: None)
     monkeypatch.setattr(of, "_compiled_flex_attention", lambda: flex_attention)
+
+
+@contextlib.contextmanager
+def in_order(backend: str, order: str) -> Iterator[None]:
+    """Inside, what a CPU runs of a kernel runs in another order: threads of emulated CUDA in one of ORDERS, programs of
+    Triton in reverse, or at random."""
+    if backend != "cuda":
+        with programs_in("random" if order == "random" else "reversed"):
+            yield
+        return
+    module = extension.module(torch.device(DEVICE)) if DEVICE == "cpu" else None
+    if module:
+        module.set_order(order)
+    yield
+    if module:
+        module.set_order("lowest first")
 
 
 class RecordOps(TorchDispatchMode):
@@ -182,15 +216,18 @@ def check_op(
         once = name in rounded_once
         judge(f"{where}: {name}", kernel_errors, torch_errors, oracle[name].numel(), ONCE if once else factor)
         judge_rows(f"{where}: {name}", *first[name])
-    with poisoned_allocations(), programs_in("reversed"):
-        again = evaluate(kernel, prepare(lambda t, _: guarded(t)), {name: guarded(t) for name, t in upstream.items()})
-    for name, got in ours.items():
-        if not torch.equal(_bits(got), _bits(again[name])):
-            raise Failed(f"{where}: {name} differs between two runs")
+    for order in ORDERS if backend == "cuda" else ORDERS[:1]:
+        with poisoned_allocations(), in_order(backend, order):
+            given = {name: guarded(t) for name, t in upstream.items()}
+            again = evaluate(kernel, prepare(lambda t, _: guarded(t)), given)
+        for name, got in ours.items():
+            if not torch.equal(_bits(got), _bits(again[name])):
+                raise Failed(f"{where}: {name} differs between two runs, one with {order}")
     if opcheck:
         for func, args, kwargs, has_fp8 in record.calls:
-            # opcheck's own comparison cannot add up fp8 numbers; `compiled` covers what is left out
-            checks = OPCHECKS[:-1] if has_fp8 else OPCHECKS
+            # opcheck's own comparisons, of arguments with themselves and of results, cannot compute in fp8; `compiled`
+            # and the guards around arguments cover what is left out
+            checks = OPCHECKS[any(map(_is_fp8, args)) : -1 if has_fp8 else None]
             differentiable = bool(upstream) and OPDEFS[func._schema.name]._backward_fn is not None
             fresh = tuple(_fresh(a, differentiable) for a in args)
             torch.library.opcheck(func, fresh, kwargs, test_utils=checks)
@@ -199,7 +236,7 @@ def check_op(
         whole = torch.compile(
             kernel, fullgraph=True, dynamic=False, backend="inductor" if DEVICE == "cuda" else "aot_eager"
         )
-        with programs_in("random"):
+        with in_order(backend, "random"):
             results = evaluate(whole, prepare(lambda t, _: t.clone()), upstream)
         for name, t in results.items():
             if not torch.equal(_bits(t), _bits(again[name])):
@@ -238,3 +275,50 @@ def mutant(module: ModuleType, edits: dict[str, str] | Sequence[Edit], folder: P
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     return copy
+
+
+def mutant_cuda(file: str, edits: dict[str, str], folder: Path) -> ModuleType:
+    """The emulated module of csrc/ with each text of one of its files replaced by another."""
+    sources = folder / "csrc"
+    if not sources.exists():
+        shutil.copytree(build.CSRC, sources, ignore=shutil.ignore_patterns("_cuda*", "__pycache__"))
+    text = (build.CSRC / file).read_text()
+    for old, new in edits.items():
+        if old not in text:
+            raise NoSuchMutation(f"csrc/{file} has no {old!r}")
+        text = text.replace(old, new)
+    (sources / file).write_text(text)
+    return build.load(build.build_emulated(extension.cache_folder(), sources=sources), "_emulated")
+
+
+def noticed(check: Callable[[], Any]) -> bool:
+    """Whether a check of a broken CUDA kernel fails, in a copy of this process: such a kernel may write anywhere.
+
+    A crash counts; an error that no check raises is raised here.
+    """
+    reader, writer = multiprocessing.Pipe(duplex=False)
+
+    def run() -> None:
+        torch.set_num_threads(1)  # OpenMP's threads are not in the copy
+        faulthandler.disable()
+        try:
+            check()
+        except (Failed, AssertionError):
+            writer.send(None)
+        except Exception as error:
+            writer.send(None if str(error).startswith("block (") else traceback.format_exc())  # or of the emulation
+        else:
+            writer.send("")
+        os._exit(0)  # and none of this process's own goodbyes
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    writer.close()
+    try:
+        said = reader.recv()
+    except EOFError:  # it crashed
+        said = None
+    child.join()
+    if said:
+        raise RuntimeError(said)
+    return said is None

@@ -13,13 +13,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels.adam_update as module
+from kernels import extension
 from kernels.adam_update import ADAM_EPS, adam_hyper, adam_update, adam_update_cost
 from kernels.master import join_master, join_tile, split_master, split_tile
 from kernels.op import Backend, Op
-from tests.harness import DEVICE, Failed, check_op, guarded, kept, mutant, randn, unharmed
+from tests.harness import (
+    DEVICE,
+    Failed,
+    backends_of,
+    check_op,
+    guarded,
+    kept,
+    mutant,
+    mutant_cuda,
+    noticed,
+    randn,
+    unharmed,
+)
 from tests.mutations import mutations
 
-triton_adam = adam_update.backends["triton"]
 DTYPES = (torch.bfloat16, torch.float32)
 SIZES = (1, 7, 1024, 1025, 5000)
 HYPER = adam_hyper(0.05, (0.8, 0.95), 0.3, 3)
@@ -75,38 +87,39 @@ def check(args, op=adam_update, master=False, **options):
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype, moments", [(DTYPES[0], DTYPES[0]), DTYPES, (DTYPES[1], DTYPES[1])], ids=str)
-def test_agrees_with_float64(n, dtype, moments):
-    check(inputs(n, dtype=dtype, moments=moments))
+def test_agrees_with_float64(n, dtype, moments, backend):
+    check(inputs(n, dtype=dtype, moments=moments), backend=backend)
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_a_master_agrees_with_float64(n):
-    check(inputs(n), master=True)
+def test_a_master_agrees_with_float64(n, backend):
+    check(inputs(n), master=True, backend=backend)
 
 
 @pytest.mark.parametrize("master", [False, True])
-def test_shapes_gradients_in_bf16_and_steps(master):
+def test_shapes_gradients_in_bf16_and_steps(master, backend):
     for t in (1, 2, 1000):
         hyper = adam_hyper(0.02, (0.96, 0.995), 0.1, t)
-        check(inputs(3, 5, 41, g=torch.bfloat16, hyper=hyper), master=master)
-    check(inputs(), master=master)
-    check(inputs(0, 4), master=master)
+        check(inputs(3, 5, 41, g=torch.bfloat16, hyper=hyper), master=master, backend=backend)
+    check(inputs(), master=master, backend=backend)
+    check(inputs(0, 4), master=master, backend=backend)
 
 
-def test_opcheck():
+def test_opcheck(backend):
     for low in (None, torch.zeros(40, dtype=torch.int16, device=DEVICE)):
         args = list(inputs(40, dtype=torch.float32 if low is None else torch.bfloat16, moments=torch.float32).values())
-        torch.library.opcheck(module._adam_update, (*args, low, None, ADAM_EPS))
+        torch.library.opcheck(module._adam_update, (*args, low, None, ADAM_EPS, backend == "cuda"))
     rows = torch.arange(40, dtype=torch.int32, device=DEVICE) % 2
     args = inputs(40) | {"hyper": torch.tensor([HYPER, HYPER], device=DEVICE)}
-    torch.library.opcheck(module._adam_update, (*args.values(), None, rows, ADAM_EPS))
+    torch.library.opcheck(module._adam_update, (*args.values(), None, rows, ADAM_EPS, backend == "cuda"))
 
 
 @pytest.mark.parametrize("master", [False, True])
-def test_torch_compile(master):
+def test_torch_compile(master, backend):
     """The whole call in one graph that works on the same memory."""
     results = []
-    for update in (triton_adam, torch.compile(triton_adam, fullgraph=True, backend="aot_eager")):
+    kernel = adam_update.backends[backend]
+    for update in (kernel, torch.compile(kernel, fullgraph=True, backend="aot_eager")):
         args = inputs(70, dtype=torch.bfloat16, moments=torch.float32)
         args |= {"low": torch.arange(70, dtype=torch.int16, device=DEVICE)} if master else {}
         before = args["p"].clone()
@@ -116,22 +129,22 @@ def test_torch_compile(master):
     assert all(torch.equal(t, results[1][name]) for name, t in results[0].items())
 
 
-def test_parameters_side_by_side(op=adam_update):
+def test_parameters_side_by_side(backend, op=adam_update):
     """Each element by its own row of hyperparameters, to the bit as if its parameter were updated alone; one that has
     none is left alone."""
     hypers = torch.tensor([adam_hyper(0.02 * (i + 1), (0.5 + 0.1 * i, 0.9 + 0.03 * i), 0.1 * i, 3) for i in range(3)])
     hypers = hypers.to(DEVICE)
     sizes = (5, 1, 1030)
     row = torch.arange(3, dtype=torch.int32, device=DEVICE).repeat_interleave(torch.tensor(sizes, device=DEVICE))
-    for update in (op.checked("ref"), op.backends["triton"]):
+    for update in (op.checked("ref"), op.backends[backend]):
         alone, together = inputs(1036), inputs(1036)
         for i, part in enumerate(zip(*(t.split(sizes) for t in list(alone.values())[:4]))):
             update(*part, hypers[i])
         update(**together | {"hyper": hypers, "row": row})
         assert all(torch.equal(together[name], alone[name]) for name in States._fields)
     before, unknown = inputs(1036)["p"], torch.where(torch.arange(1036, device=DEVICE) % 2 == 0, row, 99)
-    args = inputs(1036) | {"hyper": hypers, "row": unknown.int()}
-    op.backends["triton"](**args)
+    args = inputs(1036) | {"hyper": guarded(hypers), "row": unknown.int()}
+    op.backends[backend](**args)
     assert torch.equal(args["p"][::2], together["p"][::2]) and torch.equal(args["p"][1::2], before[1::2])
 
 
@@ -139,7 +152,7 @@ def rel_rms(a, b):
     return ((a - b).double().pow(2).mean().sqrt() / b.double().pow(2).mean().sqrt()).item()
 
 
-@pytest.mark.parametrize("backend", adam_update.backends)
+@pytest.mark.parametrize("backend", backends_of(adam_update))
 @pytest.mark.parametrize("betas", [(0.8, 0.96), (0.96, 0.995)])
 def test_is_the_adamw_of_torch_in_float64(betas, backend):
     """Ten steps from nothing; once eps decides, once not."""
@@ -158,7 +171,7 @@ def test_is_the_adamw_of_torch_in_float64(betas, backend):
         assert errors[0] < 3e-7 and max(errors[1:]) < 1e-5, errors  # 1 - 0.995 is known to 6e-6 in fp32
 
 
-@pytest.mark.parametrize("backend", adam_update.backends)
+@pytest.mark.parametrize("backend", backends_of(adam_update))
 def test_a_master_is_the_fp32_run_bit_for_bit(backend):
     """Sixty steps on weights of all sizes and signs: the two halves stay the fp32 weight, and its nearest bf16
     number."""
@@ -212,11 +225,12 @@ def test_halves_of_any_bits(bits):
     there_and_back(torch.tensor(bits))
 
 
-def test_ties_go_away_from_zero_in_the_update():
+def test_ties_go_away_from_zero_in_the_update(backend, op=adam_update):
     x = torch.tensor([1 + 2**-8, -(1 + 2**-8), 1 + 3 * 2**-8], device=DEVICE)
     high, low = split_master(x)
     zero = torch.zeros_like(x)
-    triton_adam(high, zero, zero.clone(), zero.clone(), torch.tensor([0.0, 0.8, 0.9, 0.0, 1, 1], device=DEVICE), low)
+    hyper = torch.tensor([0.0, 0.8, 0.9, 0.0, 1, 1], device=DEVICE)
+    op.backends[backend](high, zero, zero.clone(), zero.clone(), hyper, low)
     assert high.tolist() == [1 + 2**-7, -(1 + 2**-7), 1 + 2**-6] and low.tolist() == [-(2**15)] * 3
 
 
@@ -228,11 +242,11 @@ def test_hyper():
     assert ADAM_EPS == 1e-10
 
 
-def test_a_weight_without_gradient_stays():
+def test_a_weight_without_gradient_stays(backend):
     args = inputs(50) | {"hyper": torch.tensor(adam_hyper(0.1, (0.8, 0.9), 0.0, 1), device=DEVICE)}
     args |= {name: torch.zeros(50, device=DEVICE) for name in ("g", "exp_avg", "exp_avg_sq")}
     before = args["p"].clone()
-    triton_adam(**args)
+    adam_update.backends[backend](**args)
     assert torch.equal(args["p"], before) and not args["exp_avg"].any() and not args["exp_avg_sq"].any()
 
 
@@ -261,7 +275,7 @@ SIX = torch.ones(6, device=DEVICE)
         (inputs(2, 3) | {"row": SIX.int()}, r"p is \(2, 3\) .*expected one dimension"),
     ],
 )
-@pytest.mark.parametrize("backend", adam_update.backends)
+@pytest.mark.parametrize("backend", backends_of(adam_update))
 def test_bad_calls_are_refused(backend, args, says):
     with pytest.raises(ValueError, match=says):
         adam_update.checked(backend)(**args)
@@ -334,39 +348,147 @@ CLASSES = [
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
 @pytest.mark.parametrize("name", mutations(MUTATIONS, always=CLASSES))
-def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
+def test_a_broken_kernel_is_noticed(name, tmp_path):
     broken = mutant(module, MUTATIONS[name], tmp_path).adam_update
-    monkeypatch.setattr(f"{__name__}.triton_adam", broken.backends["triton"])
     with pytest.raises((Failed, AssertionError)):
-        everything(broken)
+        everything("triton", broken)
 
 
-def everything(op):
+def everything(backend, op=adam_update):
     for dtype in DTYPES:
-        check(inputs(2000, dtype=dtype), op)
-    check(inputs(2000), op, master=True)
-    check(inputs(60) | {"eps": 0.5}, op)
-    test_parameters_side_by_side(op)
-    test_bf16_states_are_rounded_once(op)
-    test_ties_go_away_from_zero_in_the_update()
+        check(inputs(2000, dtype=dtype), op, backend=backend)
+    check(inputs(2000), op, master=True, backend=backend)
+    check(inputs(60) | {"eps": 0.5}, op, backend=backend)
+    test_parameters_side_by_side(backend, op)
+    test_bf16_states_are_rounded_once(backend, op)
+    test_ties_go_away_from_zero_in_the_update(backend, op)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")
 def test_a_copy_that_is_not_broken_passes(tmp_path):
-    everything(mutant(module, {"ADAM_EPS = ": "ADAM_EPS  = "}, tmp_path).adam_update)
+    everything("triton", mutant(module, {"ADAM_EPS = ": "ADAM_EPS  = "}, tmp_path).adam_update)
 
 
-def test_bf16_states_are_rounded_once(op=adam_update):
+def test_bf16_states_are_rounded_once(backend, op=adam_update):
     """They are those of an fp32 run on the same numbers, rounded."""
     args = inputs(3000, dtype=torch.bfloat16)
     exact = {name: t.float() for name, t in args.items()}
-    op.backends["triton"](**args)
-    op.backends["triton"](**exact)
+    op.backends[backend](**args)
+    op.backends[backend](**exact)
     for name in States._fields:
         assert torch.equal(args[name], exact[name].bfloat16()), name
 
 
-def test_inputs_between_guards_are_read_within():
+def test_inputs_between_guards_are_read_within(backend):
     args = {name: guarded(t) if t.dim() else t for name, t in inputs(33).items()}
-    triton_adam(**args)
+    adam_update.backends[backend](**args)
     assert all(t.isfinite().all() for t in args.values())
+
+
+# csrc/adam_update.cu
+
+
+def test_many_tensors_at_a_time(backend, monkeypatch):
+    """Of every type, more than a launch takes, one empty: the bits of one call each, by far fewer launches in CUDA."""
+
+    def calls():
+        made = []
+        for i in range(36):
+            dtype, moments = [(DTYPES[0], DTYPES[0]), DTYPES, (DTYPES[1], DTYPES[1])][i % 3]
+            args = inputs(0 if i == 4 else 100 * i + 1, dtype=dtype, moments=moments, g=DTYPES[i % 2], seed=i)
+            made.append(args | ({"low": args["p"].to(torch.int16)} if moments != dtype and i % 2 else {}))
+        return made
+
+    singly, together, counted = calls(), calls(), []
+    for arguments in singly:
+        adam_update.backends[backend](**arguments)
+    call = extension.call
+    monkeypatch.setattr(extension, "call", lambda *args, **options: counted.append(args) or call(*args, **options))
+    adam_update.checked_many(backend)(together)
+    assert len(counted) == (backend == "cuda")
+    assert all(arguments["p"]._version == 1 for arguments in together)  # which autograd watches
+    for one, other in zip(singly, together, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in (*States._fields, "low") if name in one)
+    with pytest.raises(ValueError, match="adam_update: g is"):
+        adam_update.checked_many(backend)([calls()[0], calls()[1] | {"g": torch.ones(3)}])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_that_begin_anywhere(dtype, backend):
+    """At no multiple of 16 bytes: the bits of tensors that do."""
+    aligned = inputs(2999, dtype=dtype)
+    shifted = {name: torch.cat([t[:1], t])[1:] if name != "hyper" else t for name, t in aligned.items()}
+    for args in (aligned, shifted):
+        adam_update.backends[backend](**args)
+    assert all(torch.equal(t, shifted[name]) for name, t in aligned.items())
+
+
+def test_each_eps_has_its_launch(backend):
+    one, other = inputs(50), inputs(50)
+    adam_update.checked_many(backend)([one, other | {"eps": 0.5}])
+    assert not torch.equal(one["p"], other["p"]) and torch.equal(one["exp_avg"], other["exp_avg"])
+
+
+CUDA_MUTATIONS = {
+    "the end of a tensor is a whole vector": {"t.wide && i + VEC <= t.n": "t.wide && i < t.n"},
+    "the end of a tensor is left out": {
+        "for (; i < t.n && i < begin + (threadIdx.x + 1) * VEC; ++i)": "for (; false;)"
+    },
+    "elements between chunks are left out": {"i < begin + CHUNK; i += THREADS": "i < begin + THREADS; i += THREADS"},
+    "misaligned tensors are taken for aligned": {"by_16_bytes(t.p, t.low, t.g, t.exp_avg, t.exp_avg_sq)": "true"},
+    "an unknown row is addressed": {"if (row >= 0 && row < t.rows) step": "step"},
+    "every row is the first": {"t.hyper + 6 * row": "t.hyper"},
+    "weight decay is dropped": {"__fmaf_rn(-h.lr, h.weight_decay, 1.0f)": "1.0f"},
+    "c2 is not under the root": {"__fsqrt_rn(h.c2)": "h.c2"},
+    "eps is inside": {"__fmaf_rn(__fsqrt_rn(v), __fsqrt_rn(h.c2), eps)": "__fsqrt_rn(v * h.c2 + eps)"},
+    "betas are swapped": {"1.0f - h.beta1, m)": "1.0f - h.beta2, m)"},
+    "moments have the type of p": {"numbers(t.exp_avg, t.moment_dtype)": "numbers(t.exp_avg, t.p_dtype)"},
+    "g has the type of p": {"numbers(t.g, t.g_dtype)": "numbers(t.g, t.p_dtype)"},
+    "a block works on the next tensor": {"blockIdx.x - table.first[item]": "blockIdx.x"},
+}
+CUDA_CLASSES = [
+    "the end of a tensor is a whole vector",
+    "misaligned tensors are taken for aligned",
+    "an unknown row is addressed",
+    "moments have the type of p",
+    "a block works on the next tensor",
+]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="emulated kernels only")
+@pytest.mark.parametrize("name", mutations(CUDA_MUTATIONS, always=CUDA_CLASSES))
+def test_a_broken_cuda_kernel_is_noticed(name, tmp_path, monkeypatch):
+    broken = mutant_cuda("adam_update.cu", CUDA_MUTATIONS[name], tmp_path)
+    monkeypatch.setattr(extension, "module", lambda device: broken)
+
+    def check_all():
+        test_tensors_that_begin_anywhere(torch.bfloat16, "cuda")
+        everything("cuda")
+        check(inputs(2001, dtype=torch.bfloat16, moments=torch.float32, g=torch.bfloat16), backend="cuda")
+        test_many_tensors_at_a_time("cuda", monkeypatch)
+
+    assert noticed(check_all)
+
+
+MASTER_MUTATIONS = {
+    "a tie goes to even": {"(bits + 0x8000u) >> 16": "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16"},
+    "a master is truncated": {"(bits + 0x8000u) >> 16": "bits >> 16"},
+    "low is unsigned": {"std::int32_t{low}": "static_cast<std::uint16_t>(low)"},
+    "fp32 weights have low bits": {"if (!low) return p.write(i, x);": "if (!low && p.half) return p.write(i, x);"},
+    "low lies where p does": {"low + j) = rest": "low + i) = rest"},
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as above")
+@pytest.mark.parametrize("name", mutations(MASTER_MUTATIONS, always=["a tie goes to even"]))
+def test_a_broken_master_is_noticed(name, tmp_path, monkeypatch):
+    from tests import test_muon_update
+
+    broken = mutant_cuda("redline.h", MASTER_MUTATIONS[name], tmp_path)
+    monkeypatch.setattr(extension, "module", lambda device: broken)
+
+    def check_all():
+        everything("cuda")
+        test_muon_update.test_rows_apart(False, "rows apart", "cuda")
+
+    assert noticed(check_all)

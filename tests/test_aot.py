@@ -115,6 +115,22 @@ def test_lm_head_loss_multiplies_in_tensor_cores(kernels):
             assert got["LDG.E.128"] > 0 and got["STG.E.128"] > 0 and got["LDG"] - got["LDG.E.128"] <= 4, describe(k)
 
 
+def test_fp8_linear_multiplies_in_tensor_cores_what_one_pass_quantises(kernels):
+    """A pass reads 16 bytes at a time, but for the scale, and writes both copies so; bulk copies feed products and
+    store or add their results."""
+    of_linear = [k for k in kernels if k["op"] == "fp8_linear" and k["dtype"] == "bfloat16"]
+    order = ["_transpose_kernel", "_gemm_kernel", "_transpose_kernel", "_gemm_kernel", "_gemm_kernel"]
+    assert [k["kernel"] for k in of_linear] == order * (2 * len(BY_NAME["fp8_linear"].cases))
+    for i, k in enumerate(of_linear):
+        got, adds = k["instructions"], k["form"] == "sum" and i % len(order) == 4
+        if k["kernel"] == "_transpose_kernel":
+            assert got["LDG"] - got["LDG.E.128"] == 1 and got["STG"] == got["STG.E.128"] == 4, describe(k)
+            continue
+        assert got["QGMMA"] == 4 and got["UTMALDG"] >= 4 and "STG" not in got and "RED" not in got, describe(k)
+        assert ("UTMAREDG" in got, "UTMASTG" in got) == (adds, not adds), describe(k)
+        assert static.ctas_per_sm(90, k["registers"], k["num_warps"], k["shared_bytes"]) >= 1, describe(k)
+
+
 def test_rope_qk_norm_moves_16_bytes_at_a_time(kernels):
     """But for the statistics of a head, the channels and weights of its gate, and their gradients: a few numbers."""
     for k in kernels:

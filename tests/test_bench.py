@@ -27,6 +27,7 @@ from bench.peers import PEERS, Peer
 from bench.timing import MIN_ROUNDS, GraphSampler, HostSampler, Spread, interleave
 from core.stopping import Stopped
 from kernels.adam_update import adam_update
+from kernels.fp8_linear import fp8_linear
 from kernels.op import Backend
 from kernels.ops import BY_NAME
 from kernels.rms_norm import RMSNorm, rms_norm
@@ -225,6 +226,7 @@ def test_every_reference_and_kernel_passes_its_own_check():
         "rope_qk_norm": (1, 16, 2, 2, 16),
         "embedding": (40, 12, 32),
         "linear": (32, 32, 48),
+        "fp8_linear": (32, 32, 48),
         "relu2_mlp": (32, 32, 64),
         "attention": (1, 24, 2, 1, 16, 7),
         "polar_express": (2, 32, 32),
@@ -343,6 +345,17 @@ def test_peers_are_for_ops_and_forms_that_exist():
     for name, peers in PEERS.items():
         for peer in peers.values():
             assert set(peer.forms) <= BY_NAME[name].forms.keys()
+
+
+@pytest.mark.parametrize("form", ["plain", "sum"])
+def test_nanochats_fp8_layer_computes_what_ours_does(form):
+    """Through PyTorch's own product in fp8, which runs on a CPU; as the bench checks it, but not compiled."""
+    op = like(fp8_linear, (32, 48, 64))
+    item = ops.op_item(op, "quickstart", form, torch.bfloat16, False)
+    with torch.compiler.set_stance("force_eager"), item.open() as programs:
+        assert programs.check("nanochat") is None
+        programs._functions["nanochat"] = lambda **args: 1.04 * op.backends["ref"](**args)
+        assert "is off by" in programs.check("nanochat")
 
 
 # rows ---------------------------------------------------------------------

@@ -108,7 +108,8 @@ def peak_bytes(work):
 @pytest.mark.skipif(DEVICE == "cuda", reason="the profile is of the CPU's allocator")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_predicted_memory_of_the_update_is_what_the_triton_kernels_need(dtype, monkeypatch):
-    """Beyond weights, sums and state: Polar Express of the MLPs' matrices. Nothing is launched: memory is PyTorch's."""
+    """Beyond weights, sums and state: what Polar Express starts from, and its work on the MLPs' matrices. Nothing is
+    launched: memory is PyTorch's."""
     for module in (muon_update, adam_update, polar_express):
         monkeypatch.setattr(module, "launch", lambda *args, **options: None)
     monkeypatch.setattr(polar_express, "launch_persistent", lambda *args, **options: None)

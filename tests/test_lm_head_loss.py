@@ -13,8 +13,8 @@ from torch._dynamo.backends.common import aot_autograd
 
 import kernels.lm_head_loss as module
 from bench.law import error, fill_dynamo_tables, judge, judge_rows, poisoned_allocations, same_form
+from kernels import extension, gemm, sizes
 from kernels import fp8 as fp8_module
-from kernels import gemm, sizes
 from kernels.fp8 import E4M3, E4M3_MAX, E5M2, E5M2_MAX, Fp8Weight, empty_fp8
 from kernels.lm_head_loss import (
     LEAST_ROWS,
@@ -31,14 +31,15 @@ from kernels.lm_head_loss import (
 )
 from kernels.op import Device, Op, UserError
 from kernels.quantise_weight import quantise_weight
-from tests.harness import DEVICE, Failed, check_op, mutant
+from kernels.sizes import round_up
+from tests.harness import DEVICE, ORDERS, Failed, check_op, in_order, mutant, mutant_cuda, noticed
 from tests.mutations import Edit, mutations
-from tests.races import programs_in
 
 CAPS = {"tanh": tanh_cap(15.0), "sigmoid": Softcap(23.0, 5.0, 7.5), "none": None}
 DTYPES = (torch.bfloat16, torch.float32)
-BACKENDS = ("ref", "triton")
+BACKENDS = ("ref", "triton", "cuda")
 RESULTS = ("loss", "dx", "dw")
+every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)  # else the kernels alone
 
 
 def whole(x, w, targets, weights=None, *, softcap=None, reduction="mean", vocab_size=None, ignore_index=-1):
@@ -93,8 +94,6 @@ def check(args, op: Op = lm_head_loss, backend="triton", upstream=-1.7, **option
     like = evaluate(whole, args, upstream, **options)
     with poisoned_allocations():
         got = evaluate(op.backends[backend], args, upstream, **options)
-    with poisoned_allocations(), programs_in("reversed"):
-        again = evaluate(op.backends[backend], args, upstream, **options)
     same_form(like, got)
     for name in RESULTS:
         off = error(got[name], want[name])
@@ -103,8 +102,11 @@ def check(args, op: Op = lm_head_loss, backend="triton", upstream=-1.7, **option
         else:
             judge(name, [off], [error(like[name], want[name])], want[name].numel())
             judge_rows(name, got[name], like[name], want[name])
-        if not torch.equal(got[name], again[name]):
-            raise Failed(f"{name} differs between two runs")
+    for order in ORDERS if backend == "cuda" else ORDERS[:1]:
+        with poisoned_allocations(), in_order(backend, order):
+            again = evaluate(op.backends[backend], args, upstream, **options)
+        if any(not torch.equal(got[name], again[name]) for name in RESULTS):
+            raise Failed(f"a result differs between two runs, one with {order}")
     V = args["vocab_size"]
     if got["dw"][V:].any():
         raise Failed("padded columns have a gradient")
@@ -114,7 +116,7 @@ def check(args, op: Op = lm_head_loss, backend="triton", upstream=-1.7, **option
 # the law ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("K", [1, 3])
@@ -131,7 +133,7 @@ def small_chunks(monkeypatch):
     assert module.chunk_rows(40, 112, 32, 2) == 16
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("M", [1, 16, 17, 40])
 def test_chunks_of_rows(backend, M, monkeypatch):
     """The last one ragged: 16 rows in the kernel, 10 in the reference on a CPU."""
@@ -144,12 +146,20 @@ def test_chunks_of_rows(backend, M, monkeypatch):
 
 
 @pytest.mark.parametrize("V, padded", [(1, 1), (7, 7), (16, 16), (1000, 1024), (1025, 1040)])
-def test_vocabularies(V, padded):
+def test_vocabularies(V, padded, backend):
     for dtype in DTYPES:
-        check(case(M=20, V=V, padded=padded, dtype=dtype, ignored=1), softcap=CAPS["sigmoid"])
+        check(case(M=20, V=V, padded=padded, dtype=dtype, ignored=1), softcap=CAPS["sigmoid"], backend=backend)
 
 
 SHORT_TILES = {"BLOCK": 64, "num_warps": 1}  # of which a row of the tests has many, as real rows have of 2,048 columns
+
+
+def several_passes(monkeypatch):
+    """Rows of many tiles in Triton; in CUDA none stay in shared memory."""
+    monkeypatch.setattr(module, "_row_config", lambda V, dtype: SHORT_TILES)
+    monkeypatch.setattr(module, "MOST_SHARED", 0)
+
+
 TALL = {"at the limit": Softcap(module.FIXED_HEIGHT, 5.0, 7.5), "beyond it": Softcap(200.0, 5.0, 7.5)}
 
 
@@ -160,31 +170,32 @@ def test_real_rows_have_several_tiles():
 
 @pytest.mark.parametrize("cap", CAPS | TALL)
 @pytest.mark.parametrize("V, padded", [(151, 160), (128, 128), (64, 256), (20, 200)], ids=str)
-def test_rows_of_several_tiles(cap, V, padded, monkeypatch):
-    """The vocabulary ends within a tile, at its end, and tiles before the columns do."""
-    monkeypatch.setattr(module, "_row_config", lambda V, dtype: SHORT_TILES)
+def test_rows_of_several_tiles(cap, V, padded, monkeypatch, backend):
+    """The vocabulary ends within a tile, at its end, and tiles before the columns do. In CUDA rows are read twice."""
+    several_passes(monkeypatch)
     for dtype in DTYPES:
-        check(case(M=5, V=V, padded=padded, C=16, ignored=1, K=3, dtype=dtype), softcap=(CAPS | TALL)[cap])
+        args = case(M=5, V=V, padded=padded, C=16, ignored=1, K=3, dtype=dtype)
+        check(args, softcap=(CAPS | TALL)[cap], backend=backend)
 
 
-def test_rows_of_several_tiles_in_fp8(monkeypatch):
+def test_rows_of_several_tiles_in_fp8(monkeypatch, backend):
     args = case(M=9, V=601, padded=608, dtype=torch.bfloat16)
-    copy = copies(args["w"])[1]
-    want = evaluate(lm_head_loss.backends["triton"], args, 1.0, softcap=CAPS["tanh"], fp8=copy)
-    monkeypatch.setattr(module, "_row_config", lambda V, dtype: SHORT_TILES)
+    copy = copied(args["w"])
+    want = evaluate(lm_head_loss.backends[backend], args, 1.0, softcap=CAPS["tanh"], fp8=copy)
+    several_passes(monkeypatch)
     with poisoned_allocations():
-        got = evaluate(lm_head_loss.backends["triton"], args, 1.0, softcap=CAPS["tanh"], fp8=copy)
+        got = evaluate(lm_head_loss.backends[backend], args, 1.0, softcap=CAPS["tanh"], fp8=copy)
     assert all(error(got[name], want[name].double()) < 0.01 for name in RESULTS)
 
 
 @pytest.mark.parametrize("cap", CAPS | TALL)
 @pytest.mark.parametrize("K", [1, 3])
-def test_a_confident_row_keeps_its_small_loss(cap, K):
+def test_a_confident_row_keeps_its_small_loss(cap, K, backend):
     """Each within two roundings of a number near 1, as with a softmax whose largest term is 1."""
-    check_confident_rows(lm_head_loss, (CAPS | TALL)[cap], K)
+    check_confident_rows(lm_head_loss, (CAPS | TALL)[cap], K, backend)
 
 
-def check_confident_rows(op, softcap, K=1):
+def check_confident_rows(op, softcap, K=1, backend="triton"):
     M, V, C = 24, 101, 16
     x, w = torch.zeros(M, C, device=DEVICE), torch.zeros(112, C, device=DEVICE)
     x[:, 0], w[:V, 0], w[20:23, 0] = torch.linspace(8, 13, M), -9.0, -1.0  # three that count beside the target
@@ -197,13 +208,13 @@ def check_confident_rows(op, softcap, K=1):
     want = whole(**wide)
     assert want.min() < 1e-4 and want.max() < 0.1
     with torch.no_grad():
-        got = op.backends["triton"](**args, reduction="none")
+        got = op.backends[backend](**args, reduction="none")
     if not (off := (got - want).abs().max()) <= 2 * torch.finfo(torch.float32).eps:
         raise Failed(f"losses are off by {off:.2e}")
 
 
 @pytest.mark.parametrize("cap", CAPS | TALL)
-def test_extreme_logits(cap):
+def test_extreme_logits(cap, backend):
     """All terms as small as a softcap allows, all of them as large, and a target whose term is next to nothing."""
     softcap = (CAPS | TALL)[cap]
     for low, high in ((-1e3, -1e3), (1e3, 1e3), (-1e3, 1e3), (-60.0, 0.0)):
@@ -214,11 +225,11 @@ def test_extreme_logits(cap):
         wide = {**args, "x": args["x"].double(), "w": args["w"].double()}
         want = whole(**wide, softcap=softcap, reduction="none")
         with torch.no_grad():
-            got = lm_head_loss.backends["triton"](**args, softcap=softcap, reduction="none")
+            got = lm_head_loss.backends[backend](**args, softcap=softcap, reduction="none")
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_targets_that_lie_column_by_column(backend):
     """As torch.stack(shifted targets).T leaves them."""
     args = case(K=3)
@@ -229,15 +240,15 @@ def test_targets_that_lie_column_by_column(backend):
 
 
 @pytest.mark.parametrize("target", [101, 105, 500, -100])
-def test_a_target_that_does_not_exist_is_seen(target):
+def test_a_target_that_does_not_exist_is_seen(target, backend):
     """Nothing is written beside its row: the others have the gradients that they would have."""
     args = case(ignored=0)
     args["targets"][11] = target
-    got = evaluate(lm_head_loss.backends["triton"], args, 1.0, softcap=CAPS["tanh"], reduction="sum")
+    got = evaluate(lm_head_loss.backends[backend], args, 1.0, softcap=CAPS["tanh"], reduction="sum")
     assert got["loss"].isnan()
     right = {**args, "targets": args["targets"].clone()}
     right["targets"][11] = 0
-    want = evaluate(lm_head_loss.backends["triton"], right, 1.0, softcap=CAPS["tanh"], reduction="sum")
+    want = evaluate(lm_head_loss.backends[backend], right, 1.0, softcap=CAPS["tanh"], reduction="sum")
     others = torch.arange(37, device=DEVICE) != 11
     assert torch.equal(got["dx"][others], want["dx"][others])
     if DEVICE == "cpu":
@@ -245,7 +256,7 @@ def test_a_target_that_does_not_exist_is_seen(target):
             evaluate(lm_head_loss.backends["ref"], args, 1.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_without_gradients_none_are_made(backend, monkeypatch):
     args = case()
     want = evaluate(whole, args, 1.0)["loss"]
@@ -255,7 +266,7 @@ def test_without_gradients_none_are_made(backend, monkeypatch):
         torch.testing.assert_close(lm_head_loss.backends[backend](**args), want)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_confident_and_saturated(backend):
     args = case(scale=8.0, ignored=0, padded=101)
     z = args["x"] @ args["w"].T
@@ -266,7 +277,7 @@ def test_confident_and_saturated(backend):
         check(args, backend=backend, softcap=cap)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_the_upstream_gradient_is_not_rounded(backend):
     """With three accumulation steps it is 1/3, which bf16 misses by 0.1 %."""
     args = case(dtype=torch.bfloat16)
@@ -276,7 +287,7 @@ def test_the_upstream_gradient_is_not_rounded(backend):
     assert not torch.equal(third["dx"], one["dx"] * torch.tensor(1 / 3, device=DEVICE).bfloat16())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_nothing_counts(backend, reduction):
     for args in (case(ignored=37), case(M=0, ignored=0)):
@@ -284,7 +295,7 @@ def test_nothing_counts(backend, reduction):
         assert got["loss"] == 0 and not got["dx"].any() and not got["dw"].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_an_ignore_index_of_ones_own(backend):
     args = case()
     args["targets"][:5] = 50
@@ -294,7 +305,7 @@ def test_an_ignore_index_of_ones_own(backend):
     assert all(torch.equal(got[name], want[name]) for name in RESULTS)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("K", [1, 2])
 def test_losses_by_row(backend, K):
     args, options = case(K=K), {"softcap": CAPS["sigmoid"], "reduction": "none"}
@@ -308,7 +319,7 @@ def test_losses_by_row(backend, K):
         lm_head_loss.checked(backend)(**args, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_a_broken_input_is_seen(backend):
     """Not a number, in x or in w, reaches the loss and the gradients."""
     for name in ("x", "w"):
@@ -319,9 +330,9 @@ def test_a_broken_input_is_seen(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_inputs(dtype):
+def test_strided_inputs(dtype, backend):
     args = case(dtype=dtype)
-    want = evaluate(lm_head_loss.backends["triton"], args, 1.0)
+    want = evaluate(lm_head_loss.backends[backend], args, 1.0)
     gaps = {
         n: torch.full((len(args[n]), 41), torch.nan, dtype=dtype, device=DEVICE)[:, 3:35].copy_(args[n])
         for n in ("x", "w")
@@ -329,16 +340,16 @@ def test_strided_inputs(dtype):
     gaps |= {"targets": torch.stack((args["targets"],) * 2, dim=1)[:, 0]}
     options = {"vocab_size": args["vocab_size"]}
     x, w = gaps["x"].requires_grad_(), gaps["w"].requires_grad_()
-    loss = lm_head_loss.backends["triton"](x, w, gaps["targets"], **options)
+    loss = lm_head_loss.backends[backend](x, w, gaps["targets"], **options)
     got = torch.autograd.grad(loss, (x, w))
     assert torch.equal(got[0], want["dx"]) and torch.equal(got[1], want["dw"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_is_a_torch_op_and_compiles(dtype):
+def test_is_a_torch_op_and_compiles(dtype, backend):
     """opcheck, fullgraph and the rest of the harness, which takes the reference as its oracle."""
     args = case(dtype=dtype) | {"softcap": CAPS["tanh"]}
-    check_op(lm_head_loss, args, factor=2.0, opcheck=True, compiled=True)
+    check_op(lm_head_loss, args, factor=2.0, opcheck=True, compiled=True, backend=backend)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -393,7 +404,7 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("name", BAD)
 def test_bad_calls_are_refused(backend, name):
     change, says = BAD[name]
@@ -402,9 +413,150 @@ def test_bad_calls_are_refused(backend, name):
         lm_head_loss.checked(backend)(**{**case(), **change})
 
 
-def test_the_kernel_refuses_what_it_cannot_take():
+def test_the_kernel_refuses_what_it_cannot_take(backend):
     with pytest.raises(ValueError, match="multiple of 16, not 24"):
-        lm_head_loss.checked("triton")(**case(C=24))
+        lm_head_loss.checked(backend)(**case(C=24))
+
+
+# rows by CUDA ---------------------------------------------------------------
+
+KEPT = 226 * 1024  # bytes of the longest row that stays in shared memory where tests run
+
+
+def check_rows(V, dtype, out_dtype, cap, K=1, *, confident=False, grad=True):
+    """Losses and gradient of five rows of logits, whose padding and surroundings are NaN, held to the law against
+    autograd in fp32, and the same in every order of threads; returns both."""
+    M, g, columns = 5, torch.Generator().manual_seed(V), round_up(V, 16)
+    softcap, factor = (CAPS | TALL)[cap], torch.tensor(0.37, device=DEVICE)
+    targets = torch.randint(0, V, (M, K), generator=g).to(DEVICE)
+    targets[1], targets[2:, 0] = targets[1, 0], V - 1 - torch.arange(3, device=DEVICE).remainder(V)
+    weights = torch.rand(M, K, generator=g).to(DEVICE) - 0.2
+    weights[3, -1] = 0.0
+    values = 1.5 * torch.randn(M, V, generator=g).to(DEVICE)
+    if confident:  # in the middle of what a cap bends, where the others' gradients are small as well
+        values[torch.arange(M), targets[:, 0]] = 25.0
+    values = values.to(dtype)
+
+    def by_autograd(wide):
+        z = values.to(wide).requires_grad_()
+        y = z if softcap is None else softcap.height * torch.sigmoid((z + softcap.shift) / softcap.width)
+        losses = -(weights.to(wide) * torch.log_softmax(y, dim=-1).gather(1, targets)).sum(1)
+        return losses.detach(), torch.autograd.grad(losses.sum() * factor, z)[0]
+
+    (want, want_dz), (like, like_dz) = by_autograd(torch.float64), by_autograd(torch.float32)
+    results = []
+    for order in ("lowest first", *ORDERS):
+        around = torch.full((M + 2, columns), torch.nan, dtype=dtype, device=DEVICE)
+        z, losses = around[1:-1, :V].copy_(values), around.new_empty(M, dtype=torch.float32)
+        out = torch.ones(M + 2, columns + 16, device=DEVICE).to(out_dtype)
+        dz = (z if dtype == out_dtype else out[1:-1, :V]) if grad else None
+        with in_order("cuda", order):
+            limit = torch.finfo(out_dtype).max
+            module._rows(z, dz, losses, targets, weights, factor, limit, list(softcap or ()), V, True)
+        results.append((losses, torch.zeros_like(z) if dz is None else dz.clone()))
+        if not around[[0, -1]].isnan().all() or not (out[[0, -1]].float() == 1).all():
+            raise Failed("wrote beside the rows")
+        if grad and (z if dtype == out_dtype else out[1:-1]).as_strided((M, columns), dz.stride())[:, V:].float().any():
+            raise Failed("the padding of the gradient is not zeros")
+    for losses, dz in results:
+        if not torch.equal(losses, results[0][0]) or not torch.equal(dz.float(), results[0][1].float()):
+            raise Failed("a result depends on the order of threads")
+    judge("losses", [error(losses, want)], [error(like, want)], M)
+    if grad:
+        rounded = like_dz.to(out_dtype).float()
+        triples = {"dz": (dz.float(), rounded, want_dz)}
+        if (
+            out_dtype != torch.float32
+        ):  # whose error is that of exponents: gradients beside a target's are next to nothing
+            triples["dz of no target"] = tuple(t.scatter(1, targets, 0.0) for t in triples["dz"])
+        for name, (ours, theirs, oracle) in triples.items():
+            factor = 2.0 if out_dtype == torch.float32 else 1.25  # which rounds once
+            judge(name, [error(ours, oracle)], [error(theirs, oracle)], dz.numel(), factor)
+            judge_rows(name, ours, theirs, oracle)
+    return losses, dz
+
+
+INTO = ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, E5M2), (torch.float32, E5M2))
+
+
+@pytest.mark.parametrize("cap", CAPS | TALL)
+@pytest.mark.parametrize("dtype, out_dtype", INTO, ids=str)
+@pytest.mark.parametrize("V", [1, 15, 515, 2000, 9001])
+def test_rows_by_cuda(V, dtype, out_dtype, cap, cuda, monkeypatch):
+    """That stay in shared memory, that are read twice, and without a gradient: losses are the same to the last bit."""
+    for K in (1, 3):
+        kept = check_rows(V, dtype, out_dtype, cap, K)
+        monkeypatch.setattr(module, "MOST_SHARED", 0)
+        read_twice = check_rows(V, dtype, out_dtype, cap, K)
+        assert torch.equal(kept[0], read_twice[0])
+        assert torch.equal(kept[0], check_rows(V, dtype, out_dtype, cap, K, grad=False)[0])
+        monkeypatch.undo()
+    check_rows(V, dtype, out_dtype, cap, confident=True)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("dtype, out_dtype", INTO, ids=str)
+def test_rows_beyond_shared_memory(dtype, out_dtype, more, cuda):
+    """The longest that a block keeps, and the next."""
+    check_rows(KEPT // dtype.itemsize + more, dtype, out_dtype, "tanh")
+
+
+@pytest.mark.parametrize("dtype, out_dtype", INTO, ids=str)
+@pytest.mark.parametrize("cap", CAPS)
+def test_what_is_not_a_number_fills_its_row(cap, dtype, out_dtype, cuda):
+    check_not_a_number(cap, dtype, out_dtype)
+
+
+def check_not_a_number(cap, dtype, out_dtype):
+    z = torch.zeros(2, 1040, dtype=dtype, device=DEVICE)
+    z[1, 1000] = torch.nan
+    dz = z if dtype == out_dtype else torch.zeros(2, 1040, device=DEVICE).to(out_dtype)
+    losses, targets = torch.empty(2, device=DEVICE), torch.full((2, 1), 3, device=DEVICE)
+    weights, softcap, limit = torch.ones(2, 1, device=DEVICE), list(CAPS[cap] or ()), torch.finfo(out_dtype).max
+    module._rows(z, dz, losses, targets, weights, weights[0, 0], limit, softcap, 1040, True)
+    if not (losses.isnan().tolist() == [False, True] and dz[1].isnan().all() and not dz[0].isnan().any()):
+        raise Failed("NaN is lost, or reaches another row")
+
+
+BAD_ROWS = {
+    "columns": ({"columns": 40}, "40 columns of 40; expected 1 or more, and with their padding a multiple of 16"),
+    "stride": ({"stride_z": 40}, "are 40 and 48 elements apart"),
+    "targets": ({"K": 17}, "K is 17; expected 1 to 16 targets"),
+    "dtype": ({"dtype": "float16"}, "dtype is float16"),
+    "place": ({"z": 8 + 2**20}, "expected multiples of 16 elements and of 16 bytes"),
+    "gradient": ({"out_dtype": "float32"}, "gradient of bfloat16 is float32"),
+}
+
+
+def test_rows_of_the_least_numbers(cuda):
+    """Of all finite ones: every term counts."""
+    z = torch.full((1, 48), torch.finfo(torch.float32).min, device=DEVICE)
+    losses, one, target = (
+        torch.empty(1, device=DEVICE),
+        torch.ones(1, 1, device=DEVICE),
+        torch.zeros(1, 1, device=DEVICE),
+    )
+    module._rows(z, z, losses, target.long(), one, one[0, 0], 1.0, [], 33, True)
+    assert losses.item() == pytest.approx(math.log(33)) and z[0, 1].item() == pytest.approx(1 / 33)
+
+
+def test_cuda_needs_what_its_products_need(monkeypatch):
+    """Of a bf16 weight's gradient, in Triton's interpreter."""
+    monkeypatch.setenv("REDLINE_EMULATE", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu = Device("cpu", "cpu", None)
+    assert "TRITON_INTERPRET" in lm_head_loss.obstacle("cuda", (8, 16, 32), torch.bfloat16, cpu)
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_are_refused(name, cuda):
+    change, says = BAD_ROWS[name]
+    sizes = {"vocab": 40, "columns": 48, "stride_z": 48, "stride_out": 48, "M": 2, "K": 1, "most_shared": 0, "limit": 1}
+    scales = {"gain": 1, "offset": 1, "height2": 1, "steep": 1, "cap": False, "fixed": False}
+    tensors = dict.fromkeys(("z", "out", "losses", "targets", "weights", "factor"), torch.empty(2, 48, device=DEVICE))
+    dtypes = {"dtype": torch.bfloat16, "out_dtype": torch.bfloat16}
+    with pytest.raises(ValueError, match=says):
+        extension.call("lm_head_loss_rows", tensors["z"], **tensors | sizes | scales | dtypes | change)
 
 
 # a sum of gradients --------------------------------------------------------
@@ -425,7 +577,7 @@ def micro_steps(function, dtype, steps=2, wide=False, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_a_sum_of_two_micro_steps(backend, dtype):
     want = micro_steps(lm_head_loss.checked("ref"), dtype, wide=True)
     like, got = (micro_steps(lm_head_loss.checked(b), dtype) for b in ("ref", backend))
@@ -436,19 +588,19 @@ def test_a_sum_of_two_micro_steps(backend, dtype):
     assert (got["dw"][101:] == 1).all()  # padded columns
 
 
-def test_the_kernel_adds_what_it_has_not_rounded():
+def test_the_kernel_adds_what_it_has_not_rounded(backend):
     """A step's dw in bf16 is off by 0.2 %, its products by less."""
     want = micro_steps(lm_head_loss.checked("ref"), torch.bfloat16, wide=True, steps=1)["dw"] - 1
-    ref, triton = (micro_steps(lm_head_loss.checked(b), torch.bfloat16, steps=1)["dw"] - 1 for b in BACKENDS)
+    ref, triton = (micro_steps(lm_head_loss.checked(b), torch.bfloat16, steps=1)["dw"] - 1 for b in ("ref", backend))
     assert error(triton, want) < 0.9 * error(ref, want)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("through", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_a_sum_compiles_as_one_graph(backend, through, fp8):
     dtype = torch.bfloat16 if fp8 else torch.float32
-    options = {"fp8": copies(case(dtype=dtype, K=3)["w"])[1]} if fp8 else {}
+    options = {"fp8": copied(case(dtype=dtype, K=3)["w"])} if fp8 else {}
     fill_dynamo_tables()
     torch.compiler.reset()
     function = lm_head_loss.checked(backend)
@@ -458,12 +610,12 @@ def test_a_sum_compiles_as_one_graph(backend, through, fp8):
         assert torch.equal(t, want[name]) if through == "aot_eager" else error(t, want[name].double()) < 0.01, name
 
 
-def test_a_sum_without_gradients_stays():
+@every_backend
+def test_a_sum_without_gradients_stays(backend):
     args, total = case(), torch.ones(112, 32, device=DEVICE)
     args["w"].requires_grad_()
     with torch.no_grad():
-        for backend in BACKENDS:
-            lm_head_loss.checked(backend)(**args, dw_sum=total)
+        lm_head_loss.checked(backend)(**args, dw_sum=total)
     assert (total == 1).all()
 
 
@@ -476,7 +628,7 @@ BAD_SUMS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("name", BAD_SUMS)
 def test_a_sum_that_does_not_fit_is_refused(backend, name):
     total, says = BAD_SUMS[name]
@@ -487,11 +639,10 @@ def test_a_sum_that_does_not_fit_is_refused(backend, name):
 # fp8 ----------------------------------------------------------------------
 
 
-def copies(w):
-    by_torch, by_triton = empty_fp8(w), empty_fp8(w)
-    quantise_weight.backends["ref"](w, *by_torch)
-    quantise_weight.backends["triton"](w, *by_triton)
-    return by_torch, by_triton
+def copied(w, backend="ref"):
+    copy = empty_fp8(w)
+    quantise_weight.backends[backend](w, *copy)
+    return copy
 
 
 def fp8_oracle(x, w, targets, *, softcap, vocab_size, upstream):
@@ -513,7 +664,7 @@ def fp8_oracle(x, w, targets, *, softcap, vocab_size, upstream):
     return {"loss": loss, "dx": dz @ wq, "dw": dw}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("M", [15, 37])
 @pytest.mark.parametrize("cap", ["tanh", "sigmoid"])
 def test_fp8_is_the_product_of_rounded_operands(backend, M, cap, monkeypatch):
@@ -521,7 +672,7 @@ def test_fp8_is_the_product_of_rounded_operands(backend, M, cap, monkeypatch):
     small_chunks(monkeypatch)
     monkeypatch.setattr(gemm, "PROGRAMS_WITHOUT_GPU", 2)
     args = case(M=M, dtype=torch.bfloat16)
-    copy = copies(args["w"])[BACKENDS.index(backend)]
+    copy = copied(args["w"], backend)
     want = fp8_oracle(**args, softcap=CAPS[cap], upstream=0.3)
     with poisoned_allocations():
         got = evaluate(lm_head_loss.backends[backend], args, 0.3, softcap=CAPS[cap], fp8=copy)
@@ -539,7 +690,7 @@ def test_scaled_mm_is_the_product_of_rounded_operands(M, monkeypatch):
     """What the kernel computes, through another product, which is given what cuBLAS takes."""
     small_chunks(monkeypatch)
     args = case(M=M, dtype=torch.bfloat16)
-    copy = copies(args["w"])[1]
+    copy = copied(args["w"])
     honest, calls = torch._scaled_mm, []
 
     def watched(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum, out):
@@ -570,7 +721,7 @@ def test_scaled_mm_is_the_kernel_otherwise():
     args = case(dtype=torch.bfloat16, K=3)
     want, got = (evaluate(lm_head_loss.checked(b), args, 0.3, softcap=CAPS["tanh"]) for b in ("triton", "scaled_mm"))
     assert all(torch.equal(got[name], want[name]) for name in RESULTS)
-    function, copy = lm_head_loss.checked("scaled_mm"), copies(args["w"])[1]
+    function, copy = lm_head_loss.checked("scaled_mm"), copied(args["w"])
     fill_dynamo_tables()
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -590,38 +741,39 @@ def test_what_scaled_mm_cannot_take():
     assert lm_head_loss.pick((32, 32, 48), torch.bfloat16, h100)[0] in ("triton", "ref")  # unmeasured
 
 
-def test_fp8_with_a_given_scale_of_x():
+def test_fp8_with_a_given_scale_of_x(backend):
     """A scale that is too large loses small numbers, one that is too small saturates; both are used as they are."""
     args = case(dtype=torch.bfloat16)
-    copy = copies(args["w"])[1]
+    copy = copied(args["w"])
     dynamic = args["x"].abs().max().float() / E4M3_MAX
     results = {}
-    for backend in BACKENDS:
+    for b in ("ref", backend):
         for factor in (1.0, 2.0**-3):
             options = {"fp8": copy, "softcap": CAPS["tanh"], "x_scale": dynamic * factor}
-            results[backend, factor] = evaluate(lm_head_loss.backends[backend], args, 1.0, **options)
-        same = evaluate(lm_head_loss.backends[backend], args, 1.0, fp8=copy, softcap=CAPS["tanh"])
-        assert torch.equal(results[backend, 1.0]["dx"], same["dx"])
-        assert error(results[backend, 2.0**-3]["dx"], same["dx"]) > 0.05
+            results[b, factor] = evaluate(lm_head_loss.backends[b], args, 1.0, **options)
+        same = evaluate(lm_head_loss.backends[b], args, 1.0, fp8=copy, softcap=CAPS["tanh"])
+        assert torch.equal(results[b, 1.0]["dx"], same["dx"])
+        assert error(results[b, 2.0**-3]["dx"], same["dx"]) > 0.05
     for factor in (1.0, 2.0**-3):
         for name in RESULTS:
-            assert error(results["triton", factor][name], results["ref", factor][name]) < 0.02, name
+            assert error(results[backend, factor][name], results["ref", factor][name]) < 0.02, name
 
 
-def test_fp8_with_weights_of_both_signs():
+@every_backend
+def test_fp8_with_weights_of_both_signs(backend):
     """No gradient saturates: the largest is that of the sum of their sizes."""
     args = case(K=2, dtype=torch.bfloat16, ignored=0)
     args["weights"][:, 1] = -0.9 * args["weights"][:, 0]
     exact = evaluate(whole, args, 1.0, wide=True, softcap=CAPS["tanh"], reduction="sum")
-    for backend, copy in zip(BACKENDS, copies(args["w"])):
-        got = evaluate(lm_head_loss.backends[backend], args, 1.0, softcap=CAPS["tanh"], fp8=copy, reduction="sum")
-        assert error(got["dx"], exact["dx"]) < 0.12 and error(got["dw"], exact["dw"]) < 0.12
+    options = {"softcap": CAPS["tanh"], "fp8": copied(args["w"], backend), "reduction": "sum"}
+    got = evaluate(lm_head_loss.backends[backend], args, 1.0, **options)
+    assert error(got["dx"], exact["dx"]) < 0.12 and error(got["dw"], exact["dw"]) < 0.12
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_fp8_compiles_as_one_graph(backend):
     args = case(dtype=torch.bfloat16)
-    copy = copies(args["w"])[1]
+    copy = copied(args["w"])
     function = lm_head_loss.backends[backend]
     fill_dynamo_tables()
     torch.compiler.reset()
@@ -631,16 +783,18 @@ def test_fp8_compiles_as_one_graph(backend):
     assert all(torch.equal(got[name], want[name]) for name in RESULTS)
 
 
-def test_fp8_losses_by_row_and_large_weights():
+def test_fp8_losses_by_row_and_large_weights(backend):
     args = case(K=3, dtype=torch.bfloat16)
     args["weights"] *= 1000
-    copy = copies(args["w"])[1]
+    copy = copied(args["w"])
     with torch.no_grad():
         ref, triton = (
-            lm_head_loss.backends[b](**args, fp8=copy, softcap=CAPS["tanh"], reduction="none") for b in BACKENDS
+            lm_head_loss.backends[b](**args, fp8=copy, softcap=CAPS["tanh"], reduction="none") for b in ("ref", backend)
         )
     torch.testing.assert_close(triton, ref, rtol=2e-3, atol=0.1)
-    ref, triton = (evaluate(lm_head_loss.backends[b], args, 1.0, fp8=copy, softcap=CAPS["tanh"]) for b in BACKENDS)
+    ref, triton = (
+        evaluate(lm_head_loss.backends[b], args, 1.0, fp8=copy, softcap=CAPS["tanh"]) for b in ("ref", backend)
+    )
     assert all(error(triton[name], ref[name]) < 0.02 and triton[name].isfinite().all() for name in RESULTS)
 
 
@@ -649,7 +803,7 @@ def test_an_older_gpu_is_told_that_it_has_no_fp8(monkeypatch):
     from kernels import op
 
     args = case(dtype=torch.bfloat16)
-    copy = copies(args["w"])[0]
+    copy = copied(args["w"])
     monkeypatch.setattr(op, "COMPILED_FOR", (8, 0))
     op.capability.cache_clear()
     try:
@@ -713,7 +867,9 @@ def test_memory_at_64k_rows_and_50304_columns(backend, fp8, C, monkeypatch):
     memory = Memory(x, w, targets, weights, scale, *q)
     with memory:
         if backend == "triton":
-            _, _, dx, dw = module._by_chunks(x, w, targets, weights, scale, [30.0, 0.0, 7.5], V, True, *q, None, False)
+            _, _, dx, dw = module._by_chunks(
+                x, w, targets, weights, scale, [30.0, 0.0, 7.5], V, True, *q, None, "triton"
+            )
         else:
             _, dx, dw = module._reference(x, w, targets, weights, scale, CAPS["tanh"], V, None, None, None, True)
     assert launched or backend == "ref"
@@ -922,6 +1078,84 @@ def test_a_broken_gemm_is_noticed(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[path.stem], "PROGRAMS_WITHOUT_GPU", 2)
     with pytest.raises(Failed):
         check(case(M=40, C=144, V=300, padded=304, dtype=torch.bfloat16), op=broken, softcap=CAPS["sigmoid"])
+
+
+# csrc/lm_head_loss.cu
+
+CUDA_MUTATIONS = {
+    "no barrier before the gradients of targets": {"__syncthreads();  // before it": "//"},
+    "a target's logit is read after the barriers": {
+        "if (target >= 0) z_t = to_float(z[target]);": "",
+        "const Term t = term<CAP>(z_t, p);\n        const float x_t": "if (target >= 0) z_t = to_float(z[target]);\n"
+        "        const Term t = term<CAP>(z_t, p);\n        const float x_t",
+    },
+    "padded columns count": {
+        "full = p.vocab / VEC": "full = (p.vocab + VEC - 1) / VEC",
+        "if (p.vocab % VEC && thread": "if (false && thread",
+    },
+    "the last columns are left out": {"if (p.vocab % VEC && thread": "if (false && thread"},
+    "columns beyond the last count": {"j < inside ? t.x : -INFINITE": "t.x"},
+    "the gradient of padded columns stays": {"g[j] = 0.0f;\n": ";\n"},
+    "the gradient of padded columns is not written": {"u < p.columns / WIDTH": "u < p.vocab / WIDTH"},
+    "a vector of a batch is left out": {"i < BATCH; ++i)\n            if (first + i * threads < full) add":
+                                        "i < BATCH - 1; ++i)\n            if (first + i * threads < full) add"},
+    "rows follow each other as those of z": {"row * p.stride_out": "row * p.stride_z"},
+    "the swizzle is that of writes alone": {"raw = kept[place<GROUP>(v)]": "raw = kept[v]"},
+    "half of the warp is waited for": {"__shfl_sync(FULL_WARP, weight": "__shfl_sync(0xffffu, weight"},
+    "the last of equal targets only": {"if (other == target) same": "if (k == thread) same"},
+    "weights are ones in the gradient": {"const float S = *sum_of_weights": "const float S = p.K"},
+    "weights are ones in the loss": {"weight * (loss * LN2)": "loss * LN2"},
+    "the softcap has no slope": {"g[i * VEC + j] *= sigma - sigma * sigma;": ";"},
+    "the softcap has no slope at targets": {"gradient *= t.sigma - t.sigma * t.sigma;": ";"},
+    "the slope is not divided by the width": {"S * (*p.factor * p.steep)": "S * *p.factor"},
+    "the shift is left out": {"__fmaf_rn(z, p.gain, p.offset)": "z * p.gain"},
+    "no terms are relative to the largest": {"larger = fmaxf(larger, x[j])": "larger = 0.0f"},
+    "the sum is not brought to the largest of all": {"power_of_two(relative<CAP>(top, largest))": "1.0f"},
+    "a difference of logarithms": {"CAP == Cap::fixed ? log2f(__fdiv_rn(total, e_t)) : log2f(total)": "log2f(total)"},
+    "sigmas of twelve bits": {"LEVELS = 65535.0f": "LEVELS = 4095.0f"},
+    "the cubic is a little off": {"0.69326097f": "0.68f"},
+    "the cubic's power of two is another": {"__float_as_uint(shifted) << 23": "__float_as_uint(shifted) << 22"},
+    "NaN is clamped away": {"x > limit ? limit : x < -limit ? -limit : x": "fminf(fmaxf(x, -limit), limit)"},
+    "gradients are truncated": {
+        "store(out + u * WIDTH, g);": "for (float& x : g) x = __uint_as_float(__float_as_uint(x) & "
+        "(sizeof(Out) == 2 ? 0xffff0000u : 0xffe00000u));\n            store(out + u * WIDTH, g);"
+    },
+    "every row is the first": {"row = blockIdx.x;": "row = 0 * blockIdx.x;"},
+}  # fmt: skip
+CUDA_CLASSES = [
+    "no barrier before the gradients of targets",
+    "a target's logit is read after the barriers",
+    "padded columns count",
+    "the swizzle is that of writes alone",
+    "half of the warp is waited for",
+    "sigmas of twelve bits",
+    "NaN is clamped away",
+]
+
+
+def stress_rows(monkeypatch):
+    for most in (module.MOST_SHARED, 0):
+        monkeypatch.setattr(module, "MOST_SHARED", most)
+        for dtype, out_dtype in INTO:
+            for cap in ("sigmoid", "none", "at the limit", "beyond it"):
+                check_rows(2003, dtype, out_dtype, cap, K=3)
+            check_not_a_number("tanh", dtype, out_dtype)
+    check_rows(20_001, torch.bfloat16, torch.bfloat16, "tanh")
+    for cap in CAPS | TALL:
+        check_confident_rows(lm_head_loss, (CAPS | TALL)[cap], backend="cuda")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as above")
+@pytest.mark.parametrize("name", mutations(CUDA_MUTATIONS, always=CUDA_CLASSES))
+def test_a_broken_cuda_kernel_is_noticed(name, tmp_path, monkeypatch, cuda):
+    broken = mutant_cuda("lm_head_loss.cu", CUDA_MUTATIONS[name], tmp_path)
+    monkeypatch.setattr("kernels.extension.module", lambda device: broken)
+    assert noticed(lambda: stress_rows(monkeypatch))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as above")
+def test_cuda_kernels_that_are_not_broken_pass(monkeypatch, cuda):
+    stress_rows(monkeypatch)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")

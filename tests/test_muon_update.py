@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels.muon_update as module
+from kernels import extension
 from kernels.master import join_master, split_master
 from kernels.muon_update import (
     BETA2,
@@ -21,7 +22,7 @@ from kernels.muon_update import (
     muon_momentum_cost,
 )
 from kernels.op import Backend
-from tests.harness import DEVICE, Failed, check_op, kept, mutant, randn, unharmed
+from tests.harness import DEVICE, Failed, backends_of, check_op, kept, mutant, mutant_cuda, noticed, randn, unharmed
 from tests.mutations import mutations
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -160,32 +161,46 @@ def check_apply(args, op=muon_apply, gap=0, master=False, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @BOTH
 @EVERY_SHAPE
-def test_momentum_agrees_with_float64(shape, transposed, dtype):
-    if transposed and min(shape[1:]) == 1 and not is_small(*shape[1:]) and dtype == torch.bfloat16:
+def test_momentum_agrees_with_float64(shape, transposed, dtype, backend):
+    whole = is_small(*shape[1:]) if backend == "triton" else shape[1] <= 256  # a program's, or a block's
+    if transposed and min(shape[1:]) == 1 and not whole and dtype == torch.bfloat16:
         pytest.skip("rows of one number are exactly 1 in PyTorch; u is rounded before its norm is known")
-    result = check_momentum(momentum_inputs(shape, transposed, dtype))
+    result = check_momentum(momentum_inputs(shape, transposed, dtype), backend=backend)
     assert result["x"].dtype == dtype and result["scale"].shape == (shape[0],)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @PER_ROW
 @EVERY_SHAPE
-def test_apply_agrees_with_float64(shape, per_row, dtype):
-    check_apply(apply_inputs(shape, per_row, dtype))
-    check_apply(apply_inputs(shape, per_row, dtype), master=True)
+def test_apply_agrees_with_float64(shape, per_row, dtype, backend):
+    check_apply(apply_inputs(shape, per_row, dtype), backend=backend)
+    check_apply(apply_inputs(shape, per_row, dtype), master=True, backend=backend)
 
 
 @pytest.mark.parametrize("layout", ["rows apart", "every other"])
 @BOTH
-def test_rows_apart(transposed, layout):
+def test_rows_apart(transposed, layout, backend):
     for shape in ((2, 20, 24), (2, 36, 140)):
-        check_momentum(momentum_inputs(shape, transposed), gap=32, layout=layout)
-        check_momentum(momentum_inputs(shape, transposed, torch.bfloat16, torch.bfloat16), gap=16)
+        check_momentum(momentum_inputs(shape, transposed), gap=32, layout=layout, backend=backend)
+        check_momentum(momentum_inputs(shape, transposed, torch.bfloat16, torch.bfloat16), gap=16, backend=backend)
         for master in (False, True):
-            check_apply(apply_inputs(shape, not transposed, torch.bfloat16), gap=32, layout=layout, master=master)
+            check_apply(
+                apply_inputs(shape, not transposed, torch.bfloat16),
+                gap=32,
+                layout=layout,
+                master=master,
+                backend=backend,
+            )
 
 
-def test_a_slice_of_a_bank():
+@BOTH
+def test_rows_that_begin_anywhere(transposed, backend):
+    """Sides of whole vectors, rows at no multiple of 16 bytes."""
+    check_momentum(momentum_inputs((2, 20, 24), transposed, torch.bfloat16), gap=3, backend=backend)
+    check_apply(apply_inputs((2, 20, 24), transposed), gap=3, master=True, backend=backend)
+
+
+def test_a_slice_of_a_bank(backend):
     """k of a packed bank with grouped heads: gaps between the matrices of every state, which are worked on where
     they are."""
     bank = {name: torch.randn(3, 40, 24, device=DEVICE) for name in ("g", "buf", "p", "x")}
@@ -193,18 +208,18 @@ def test_a_slice_of_a_bank():
     low = torch.zeros(3, 40, 24, dtype=torch.int16, device=DEVICE)
     high, low[:] = split_master(bank["p"])
     hyper, results = torch.tensor(HYPER, device=DEVICE), []
-    for backend in ("ref", "triton"):
+    for each in ("ref", backend):
         state = {name: t.clone() for name, t in {**bank, "high": high, "low": low}.items()}
         cut = {name: t.split((24, 8, 8), dim=1)[1] for name, t in state.items()}
         second = torch.zeros(3, 1, 24, device=DEVICE)
         # x and scale are parts of larger ones as well
         xs, scales = torch.zeros(5, 8, 24, dtype=torch.bfloat16, device=DEVICE), torch.zeros(5, device=DEVICE)
         x, scale = xs[1:4], scales[1:4]
-        muon_momentum.backends[backend](cut["g"], cut["buf"], x, scale, hyper, transposed=False)
+        muon_momentum.backends[each](cut["g"], cut["buf"], x, scale, hyper, transposed=False)
         assert not xs[0].any() and not xs[4].any() and not scales[0] and not scales[4] and scale.all()
         ones, second2 = torch.ones(3, device=DEVICE), torch.zeros(3, 1, 24, device=DEVICE)
-        muon_apply.backends[backend](cut["p"], cut["x"], second, ones, hyper)
-        muon_apply.backends[backend](cut["high"], cut["x"], second2, ones, hyper, low=cut["low"])
+        muon_apply.backends[each](cut["p"], cut["x"], second, ones, hyper)
+        muon_apply.backends[each](cut["high"], cut["x"], second2, ones, hyper, low=cut["low"])
         assert torch.equal(join_master(state["high"], state["low"]), state["p"]) and torch.equal(second, second2)
         results.append([state["buf"], state["p"], x.float(), scale, second])
         for name in ("buf", "p"):  # q and v are not touched
@@ -215,26 +230,26 @@ def test_a_slice_of_a_bank():
         assert rel_rms(got, want) < (3e-3 if got is results[1][2] else 1e-6)
 
 
-def test_many_blocks():
+def test_many_blocks(backend):
     """Columns over several programs, the last of which has less to do."""
-    check_momentum(momentum_inputs((1, 1060, 66), True))
-    check_apply(apply_inputs((1, 1060, 66), False))
+    check_momentum(momentum_inputs((1, 1060, 66), True), backend=backend)
+    check_apply(apply_inputs((1, 1060, 66), False), backend=backend)
 
 
-def test_longest_sides():
-    check_momentum(momentum_inputs((1, 2, MAX_SIDE), False))
-    check_apply(apply_inputs((1, 2, MAX_SIDE), True))
+def test_longest_sides(backend):
+    check_momentum(momentum_inputs((1, 2, MAX_SIDE), False), backend=backend)
+    check_apply(apply_inputs((1, 2, MAX_SIDE), True), backend=backend)
 
 
-def test_no_matrices():
+def test_no_matrices(backend):
     for transposed in (False, True):
-        result = check_momentum(momentum_inputs((0, 4, 6), transposed))
+        result = check_momentum(momentum_inputs((0, 4, 6), transposed), backend=backend)
         assert result["scale"].shape == (0,) and result["x"].shape == (0, 4, 6)
-        check_apply(apply_inputs((0, 4, 6), transposed))
+        check_apply(apply_inputs((0, 4, 6), transposed), backend=backend)
 
 
 @BOTH
-def test_matrices_more_than_two_billion_elements_apart(transposed):
+def test_matrices_more_than_two_billion_elements_apart(transposed, backend):
     """Memory that is only asked for, and touched in two matrices."""
     stride = 2**31 + 64
     shape = (2, 3, 16)
@@ -245,12 +260,12 @@ def test_matrices_more_than_two_billion_elements_apart(transposed):
     args, near = (direct(momentum_inputs(shape, transposed)) for _ in range(2))
     args |= {"g": far(args["g"]), "buf": far(args["buf"])}
     for a in (args, near):
-        muon_momentum.backends["triton"](**a)
+        muon_momentum.backends[backend](**a)
     assert all(torch.equal(args[name], near[name]) for name in ("x", "scale", "buf"))
     args, near = (direct(apply_inputs(shape, transposed)) for _ in range(2))
     args |= {"p": far(args["p"]), "x": far(args["x"])}
     for a in (args, near):
-        muon_apply.backends["triton"](**a)
+        muon_apply.backends[backend](**a)
     assert torch.equal(args["p"], near["p"]) and torch.equal(args["second"], near["second"])
 
 
@@ -259,18 +274,18 @@ def rel_rms(a, b):
     return ((a - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt()).item()
 
 
-def test_the_start_is_what_polar_express_makes_of_the_same_matrix():
+def test_the_start_is_what_polar_express_makes_of_the_same_matrix(backend):
     """scale x has rows of one length, and the Frobenius norm that Polar Express starts from."""
     for transposed in (False, True):
         args = direct(momentum_inputs((2, 24, 16), transposed))
-        muon_momentum.backends["triton"](**args)
+        muon_momentum.backends[backend](**args)
         start = args["x"] * args["scale"][:, None, None]
         rows = start.norm(dim=1 if transposed else 2)
         assert (rows / rows[:, :1] - 1).abs().max() < 1e-6
         assert (start.norm(dim=(1, 2)) - 1 / SAFETY).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("backend", muon_apply.backends)
+@pytest.mark.parametrize("backend", backends_of(muon_apply))
 @PER_ROW
 def test_a_master_is_the_fp32_run_bit_for_bit(per_row, backend):
     """Forty steps on weights of all sizes: the two halves stay the fp32 weight, and its nearest bf16 number."""
@@ -290,7 +305,7 @@ def test_a_master_is_the_fp32_run_bit_for_bit(per_row, backend):
 
 
 @BOTH
-@pytest.mark.parametrize("backend", muon_momentum.backends)
+@pytest.mark.parametrize("backend", backends_of(muon_momentum))
 def test_zero_gradient(transposed, backend):
     zero = torch.zeros(2, 6, 8, device=DEVICE)
     hyper = torch.tensor([0.1, 0.0, 0.9], device=DEVICE)
@@ -304,20 +319,20 @@ def test_zero_gradient(transposed, backend):
 
 
 @BOTH
-def test_rows_of_zeros_and_tiny_gradients(transposed):
+def test_rows_of_zeros_and_tiny_gradients(transposed, backend):
     args = momentum_inputs((2, 6, 8), transposed)
     args["g"][0, 2], args["buf"][0, 2], args["g"][1, :, 3], args["buf"][1, :, 3] = 0, 0, 0, 0
-    assert check_momentum(args)["x"].isfinite().all()
+    assert check_momentum(args, backend=backend)["x"].isfinite().all()
     for size in (1e-5, 1e-7, 1e-9):  # rows of about 1e-6, and well below
         tiny = args | {"g": args["g"] * size, "buf": args["buf"] * size}
-        check_momentum(tiny)
+        check_momentum(tiny, backend=backend)
     zeros = apply_inputs((2, 6, 8), transposed)
     zeros["x"][0], zeros["x"][1, 2], zeros["x"][1, :, 3] = 0, 0, 0
-    check_apply(zeros)
+    check_apply(zeros, backend=backend)
 
 
 @PER_ROW
-def test_decay_is_cautious(per_row):
+def test_decay_is_cautious(per_row, backend):
     """A weight shrinks only where the step makes it smaller too, or does not move it."""
     args = apply_inputs((1, 5, 8), per_row, hyper=(0.0625, 0.5, 0.9))
     args["x"][0, 0] = 0
@@ -325,7 +340,7 @@ def test_decay_is_cautious(per_row):
     for p, decay in ((with_decay, 0.5), (without, 0.0)):
         hyper = torch.tensor([0.0625, decay, 0.9], device=DEVICE)
         second = args["second"].clone()
-        muon_apply.backends["triton"](p, args["x"], second, torch.full((1,), 2.0, device=DEVICE), hyper)
+        muon_apply.backends[backend](p, args["x"], second, torch.full((1,), 2.0, device=DEVICE), hyper)
     decays = args["x"] * args["p"] >= 0
     assert torch.equal(with_decay[~decays], without[~decays]) and decays.any() and not decays.all()
     lost = 0.0625 * 0.5 * 2.0
@@ -333,25 +348,26 @@ def test_decay_is_cautious(per_row):
 
 
 @BOTH
-def test_opcheck(transposed):
+def test_opcheck(transposed, backend):
     for dtype in DTYPES:
         m = direct(momentum_inputs((2, 5, 8), transposed, dtype))
         given = tuple(m[name] for name in ("g", "buf", "x", "scale", "hyper"))
-        torch.library.opcheck(module._muon_momentum, (*given, transposed, SAFETY))
+        torch.library.opcheck(module._muon_momentum, (*given, transposed, SAFETY, backend == "cuda"))
     for low in (None, torch.zeros(2, 5, 8, dtype=torch.int16, device=DEVICE)):
         a = direct(apply_inputs((2, 5, 8), transposed))
         p = a["p"] if low is None else a["p"].bfloat16()
-        torch.library.opcheck(module._muon_apply, (p, a["x"], a["second"], a["lr_scale"], a["hyper"], low, BETA2))
+        given = tuple(a[name] for name in ("x", "second", "lr_scale", "hyper"))
+        torch.library.opcheck(module._muon_apply, (p, *given, low, BETA2, backend == "cuda"))
 
 
 @BOTH
-def test_torch_compile(transposed):
+def test_torch_compile(transposed, backend):
     """Both ops in one graph that works on the same memory."""
 
     def step(g, buf, p, low, second, lr_scale, hyper):
         x, scale = torch.empty_like(buf), buf.new_empty(buf.size(0))
-        muon_momentum.backends["triton"](g, buf, x, scale, hyper, transposed=transposed)
-        muon_apply.backends["triton"](p, x, second, lr_scale, hyper, low=low)
+        muon_momentum.backends[backend](g, buf, x, scale, hyper, transposed=transposed)
+        muon_apply.backends[backend](p, x, second, lr_scale, hyper, low=low)
         return scale
 
     results = []
@@ -403,7 +419,7 @@ LOW = ONES.to(torch.int16)
         (muon_apply, bad_apply(hyper=torch.ones(3, device=DEVICE).double()), "hyper is"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("backend", muon_apply.backends)
+@pytest.mark.parametrize("backend", backends_of(muon_apply))
 def test_bad_calls_are_refused(backend, op, args, says):
     with pytest.raises(ValueError, match=says):
         op.checked(backend)(**args)
@@ -413,8 +429,9 @@ def test_the_kernels_refuse_longer_sides():
     wide = torch.ones(1, 1, MAX_SIDE + 1, device=DEVICE)
     args = direct(momentum_inputs((1, 1, 4), False)) | {"g": wide, "buf": wide.clone(), "x": wide.clone()}
     muon_momentum.checked("ref")(**args)
-    with pytest.raises(ValueError, match=f"takes sides of 1 to {MAX_SIDE}"):
-        muon_momentum.checked("triton")(**args)
+    for kernel in ("triton", "cuda"):
+        with pytest.raises(ValueError, match=f"takes sides of 1 to {MAX_SIDE}"):
+            muon_momentum.checked(kernel)(**args)
 
 
 def test_cost():
@@ -520,19 +537,23 @@ CLASSES = [
 ]
 
 
-def everything(momentum, apply):
+def everything(backend, momentum=muon_momentum, apply=muon_apply):
     for shape in ((2, 13, 20), (2, 16, 16), (1, 20, 13), (2, 36, 132)):
         for transposed in (False, True):
             dtype = torch.bfloat16 if shape[1] < 20 else torch.float32
-            check_momentum(momentum_inputs(shape, transposed, dtype), momentum, gap=32, layout="rows apart")
+            check_momentum(
+                momentum_inputs(shape, transposed, dtype), momentum, gap=32, layout="rows apart", backend=backend
+            )
             for master in (False, True):
-                check_apply(apply_inputs(shape, transposed), apply, gap=32, layout="rows apart", master=master)
+                check_apply(
+                    apply_inputs(shape, transposed), apply, gap=32, layout="rows apart", master=master, backend=backend
+                )
             small = momentum_inputs(shape, transposed)
-            check_momentum(small | {name: small[name] * 1e-7 for name in ("g", "buf")}, momentum)
-    test_many_blocks()
-    test_zero_gradient(False, "triton")
-    test_decay_is_cautious(False)
-    test_ties_go_away_from_zero_in_the_update(apply)
+            check_momentum(small | {name: small[name] * 1e-7 for name in ("g", "buf")}, momentum, backend=backend)
+    test_many_blocks(backend)
+    test_zero_gradient(False, backend)
+    test_decay_is_cautious(False, backend)
+    test_ties_go_away_from_zero_in_the_update(backend, apply)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")
@@ -543,7 +564,7 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
         monkeypatch.setattr(f"{__name__}.{op}", getattr(broken, op))
         monkeypatch.setitem(globals(), f"check_{op[5:]}", bound(globals()[f"check_{op[5:]}"], getattr(broken, op)))
     with pytest.raises((Failed, AssertionError)):
-        everything(broken.muon_momentum, broken.muon_apply)
+        everything("triton", broken.muon_momentum, broken.muon_apply)
 
 
 def bound(check, broken):
@@ -553,14 +574,114 @@ def bound(check, broken):
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")
 def test_a_copy_that_is_not_broken_passes(tmp_path):
     same = mutant(module, {"BETA2 = ": "BETA2  = "}, tmp_path)
-    everything(same.muon_momentum, same.muon_apply)
+    everything("triton", same.muon_momentum, same.muon_apply)
 
 
-def test_ties_go_away_from_zero_in_the_update(apply=muon_apply):
+def test_ties_go_away_from_zero_in_the_update(backend, apply=muon_apply):
     p = torch.tensor([1 + 2**-8, -(1 + 2**-8), 1 + 3 * 2**-8], device=DEVICE).expand(1, 2, 3).contiguous()
     high, low = split_master(p)
     hyper = torch.tensor([0.0, 0.5, 0.9], device=DEVICE)
     second = torch.zeros(1, 1, 3, device=DEVICE)
-    apply.backends["triton"](high, torch.ones_like(p), second, torch.ones(1, device=DEVICE), hyper, low=low)
+    apply.backends[backend](high, torch.ones_like(p), second, torch.ones(1, device=DEVICE), hyper, low=low)
     want, want_low = split_master(p)
     assert torch.equal(high, want) and torch.equal(low, want_low) and (low == -(2**15)).all()
+
+
+# csrc/muon_update.cu
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_banks_at_a_time(dtype, backend, monkeypatch):
+    """Of every shape, more than a launch takes, stored both ways: the bits of one call each, by one call into csrc."""
+
+    def calls():
+        shapes = [*SHAPES, (0, 4, 6), *((1, 24, 8 * i) for i in range(1, 12))]
+        momentum = [direct(momentum_inputs(s, i % 2 == 0, dtype, seed=i)) for i, s in enumerate(shapes)]
+        return momentum, [direct(apply_inputs(s, i % 2 == 0, dtype, seed=i)) for i, s in enumerate(shapes)]
+
+    singly, together, counted = calls(), calls(), []
+    for op, each in zip((muon_momentum, muon_apply), singly):
+        for arguments in each:
+            op.backends[backend](**arguments)
+    call = extension.call
+    monkeypatch.setattr(extension, "call", lambda *args, **options: counted.append(args) or call(*args, **options))
+    for op, every in zip((muon_momentum, muon_apply), together):
+        op.checked_many(backend)(every)
+    assert len(counted) == (2 if backend == "cuda" else 0)
+    for one, other in zip([*singly[0], *singly[1]], [*together[0], *together[1]], strict=True):
+        assert all(torch.equal(t, other[name]) for name, t in one.items() if torch.is_tensor(t))
+
+
+CUDA_MUTATIONS = {
+    "a matrix has one row more": {"if (at.k >= b.K) return;  // a whole": "if (at.k > b.K) return;  // a whole"},
+    "rows are those of the next matrix": {"r = static_cast<int>(row % b.R)": "r = static_cast<int>(row / b.K % b.R)"},
+    "u is that of the old buf": {
+        "u[i] = __fmaf_rn(__fsub_rn(grad[i], buf[i]), rest, buf[i]);\n    }": "u[i] = buf[i]; }"
+    },
+    "a row is not divided": {"u[i] *= inverse;": ""},
+    "rows share memory": {"rows + team.index * padded(b.C)": "rows"},
+    "columns beyond C": {"if (b.wide && c < b.C) f": "if (b.wide) f"},
+    "one column beyond C": {"if (c + i < b.C) f": "if (c + i <= b.C) f"},
+    "rows beyond a part": {"min(b.R, (at.part + 1) * COLUMN_ROWS)": "b.R"},
+    "no barrier before the squares are added": {
+        "squares[i];\n    __syncthreads();  // without it a thread adds": "squares[i];  // without it a thread adds"
+    },
+    "no barrier before columns are divided": {
+        "    __syncthreads();  // without it a thread divides": "    // without it a thread divides"
+    },
+    "a lane is left out": {"l < LANES; ++l": "l < LANES - 1; ++l"},
+    "parts are not added up": {"part < parts; ++part": "part < 1; ++part"},
+    "columns of many parts are not divided": {"b.by_columns && parts_of(b) > 1 ?": "false ?"},
+    "columns of one part are divided twice": {"b.by_columns && parts_of(b) > 1 ?": "b.by_columns ?"},
+    "a row of x has one length": {"fminf(s * 1e12f, 1.0f)": "1.0f"},
+    "safety is forgotten": {"safety * target * __fsqrt": "target * __fsqrt"},
+    "the mean is over the wrong side": {
+        "b.by_columns ? b.R : b.C);\n    float* second": "b.by_columns ? b.C : b.R);\n    float* second"
+    },
+    "second is not kept": {"1.0f - beta2, second[i]);": "1.0f - beta2, 0.0f * second[i]);"},
+    "the norm is not kept": {"* keep;": ";"},
+    "factors of rows are those of columns": {"b.by_columns ? c + i : r]": "b.by_columns ? r : c + i]"},
+    "decay where it disagrees": {">= 0.0f ? -decay : 0.0f": ">= 0.0f ? -decay : -decay"},
+    "decay is forgotten": {">= 0.0f ? -decay : 0.0f": ">= 0.0f ? 0.0f : 0.0f"},
+    "lr_scale is of the first matrix": {"b.lr_scale[k]": "b.lr_scale[0]"},
+    "low has the strides of p": {"low = k * b.low_k + r * b.low_r + c": "low = at"},
+    "x has the strides of p": {"b.x.read(k * b.x_k + r * b.x_r + c, x)": "b.x.read(at, x)"},
+    "the end of a matrix is left out": {"min(all, begin + MAP / N)": "min(all, begin + MAP / N) - 1"},
+    "elements beyond the first vectors are left out": {
+        "i < min(all, begin + MAP / N); i += THREADS": "i < min(all, begin + THREADS); i += THREADS"
+    },
+    "strides are taken for aligned": {"t.C % VEC == 0 && by_16_bytes(": "t.C % VEC == 0; by_16_bytes("},
+    "odd sides are taken for aligned": {"t.C % VEC == 0 && by_16_bytes(": "by_16_bytes("},
+    "banks share their sums": {"next += floats(b);": ""},
+}
+CUDA_CLASSES = [
+    "rows share memory",
+    "one column beyond C",
+    "no barrier before the squares are added",
+    "no barrier before columns are divided",
+    "parts are not added up",
+    "second is not kept",
+    "lr_scale is of the first matrix",
+    "low has the strides of p",
+    "elements beyond the first vectors are left out",
+    "odd sides are taken for aligned",
+    "banks share their sums",
+]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="emulated kernels only")
+@pytest.mark.parametrize("name", mutations(CUDA_MUTATIONS, always=CUDA_CLASSES))
+def test_a_broken_cuda_kernel_is_noticed(name, tmp_path, monkeypatch):
+    broken = mutant_cuda("muon_update.cu", CUDA_MUTATIONS[name], tmp_path)
+    monkeypatch.setattr(extension, "module", lambda device: broken)
+
+    def check_all():
+        everything("cuda")
+        test_rows_apart(False, "rows apart", "cuda")
+        test_rows_that_begin_anywhere(False, "cuda")
+        check_momentum(momentum_inputs((1, 600, 24), True), backend="cuda")
+        check_momentum(momentum_inputs((2, 3, 1100), False), backend="cuda")
+        check_apply(apply_inputs((1, 90, 120), True), backend="cuda")
+        test_many_banks_at_a_time(torch.float32, "cuda", monkeypatch)
+
+    assert noticed(check_all)

@@ -16,18 +16,18 @@ from core.models.gpt2 import GPT
 from core.optim import (
     ADAM_GROUPS,
     Gradients,
+    Muon,
     MuonPart,
     Optimizer,
-    muon_shape,
 )
 from core.params import MuonView
-from kernels import adam_update, gemm, muon_update, polar_express
+from kernels import adam_update, extension, gemm, muon_update, polar_express
 from kernels.adam_update import ADAM_EPS, adam_hyper, adam_update_ref
 from kernels.dispatch import Backends
 from kernels.master import join_master, split_master
 from kernels.muon_update import BETA2
 from kernels.polar_express import COEFFICIENTS, SAFETY
-from tests.harness import DEVICE
+from tests.harness import CUDA, DEVICE, NO_CUDA
 
 
 def test_constants_are_the_published_ones():
@@ -82,7 +82,7 @@ def muon_step(p, g, buf, second, backend="ref", *, lr, wd, mu, transposed=False,
     turn = MuonView(transposed=transposed)
     factor = torch.full((p.size(0),), turn.lr_scale(p.shape), device=p.device)
     part = MuonPart(0, MuonView(), [(slice(0, p.size(0)), turn)], p, None, buf, second, factor)
-    muon_shape(backends, [part]).step([g], hyper, dtype=dtype, ns_steps=5)
+    Muon(backends, [part], compute_dtype=dtype, ns_steps=5).step([g], hyper)
 
 
 def by_arena(optimizer, grads):
@@ -95,7 +95,7 @@ def by_arena(optimizer, grads):
     return made
 
 
-@pytest.mark.parametrize("backend", ["ref", "triton"])
+@pytest.mark.parametrize("backend", ["ref", "triton", CUDA])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(16, 16), (24, 8), (8, 24)])
 def test_muon_matches_the_rule(shape, transposed, backend):
@@ -242,19 +242,19 @@ def weights_after(steps, dtype, backend):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels are compared on the CPU, in the interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_twenty_steps_with_triton_are_those_of_the_reference(dtype):
+def test_twenty_steps_with_kernels_are_those_of_the_reference(dtype, backend):
     exact = weights_after(20, torch.float64, "ref")
-    ref, triton = (weights_after(20, dtype, backend) for backend in ("ref", "triton"))
+    ref, ours = (weights_after(20, dtype, each) for each in ("ref", backend))
     start, _ = make(torch.float32, ONE_LAYER)
     begin = {n: p.data.double() for n, p in start.named_parameters()}
     for name, want in exact.items():
         moved = (want - begin[name]).norm()
-        errors = [((got[name] - want).norm() / moved).item() for got in (ref, triton)]
+        errors = [((got[name] - want).norm() / moved).item() for got in (ref, ours)]
         few = want.numel() < 16  # a draw rather than a mean
         assert errors[1] <= (5 if few else 2) * errors[0] + 1e-6, (name, errors)
 
 
-@pytest.mark.parametrize("backend", ["ref", "triton"])
+@pytest.mark.parametrize("backend", ["ref", "triton", CUDA])
 def test_the_optimizer_is_the_rules_parameter_by_parameter(backend):
     """Three steps with changing hyperparameters, grouped key/value heads, against the rules in float64 applied by
     hand."""
@@ -413,7 +413,7 @@ def snapshot(model, optimizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["ref", "triton"])
+@pytest.mark.parametrize("backend", ["ref", "triton", CUDA])
 def test_warming_up_changes_nothing(dtype, backend):
     """Not even of an optimizer that goes on from a checkpoint."""
     model, optimizer = make(dtype, ONE_LAYER, backend, ns_steps=1)
@@ -475,3 +475,19 @@ def test_launches_of_a_step_do_not_grow_with_depth(monkeypatch):
     assert counts[0]["_gemm_kernel"] == 30 and counts[0]["_small_kernel"] == 1
     assert counts[0]["_adam_update_kernel"] == 4  # both embeddings, the head, everything small
     assert counts[0] == counts[1] and counts[0].total() == 50
+
+
+@pytest.mark.skipif(NO_CUDA is not None or DEVICE == "cuda", reason="counts emulated launches")
+def test_csrc_takes_all_tensors_of_a_step_together(monkeypatch):
+    """Of the gpt2 preset, narrower: one call for momentum, one for the update of matrices, one for AdamW."""
+    calls = []
+    monkeypatch.setattr(extension, "call", lambda function, *args, **arguments: calls.append((function, arguments)))
+    cfg = dataclasses.replace(preset("gpt2", "cuda").model, depth=12, d_model=128, d_head=64, vocab_size=256)
+    model = GPT(cfg)
+    chosen = "muon_momentum=cuda,muon_apply=cuda,adam_update=cuda"
+    backends = Backends(chosen, device=torch.device("cpu"), dtype=torch.bfloat16)
+    optimizer = Optimizer(model, lrs=LRS, weight_decay=0.1, ns_steps=1, compute_dtype=torch.bfloat16, backends=backends)
+    gradients = [torch.empty(arena.shape) for arena in optimizer.arenas]
+    optimizer.step(gradients, step=0, lr_mult=1.0, momentum=0.9, decay_mult=1.0)
+    assert [function for function, _ in calls] == ["muon_momentum", "muon_apply", "adam_update"]
+    assert len(calls[2][1]["tensors"]) == 4 and len(calls[0][1]["banks"]) >= 3

@@ -305,24 +305,29 @@ def test_micro_batches_do_not_change_the_losses(tiny, tmp_path, device_batch, fi
         assert losses(out)[step] == pytest.approx(loss, rel=1e-4)
 
 
-def test_triton_trains_like_the_reference(tiny, tmp_path, monkeypatch, capsys):
-    """Forward, backward and optimizer, with every op that has a Triton kernel on it (interpreted, on a CPU)."""
+def test_kernels_train_like_the_reference(tiny, tmp_path, monkeypatch, capsys, backend):
+    """Forward, backward and optimizer, with every op that has a Triton kernel on it (interpreted, on a CPU), or a CUDA
+    one (emulated)."""
     monkeypatch.setattr(
         train, "evaluate", lambda trainer, text, valset: 1.0
     )  # thousands of tokens: minutes in the interpreter
     options = ["--steps", "3", "--depth", "1", "--seq-len", "4", "--total-batch-size", "32", "--sample-tokens", "0"]
     ref = run(tiny, tmp_path / "ref", *options, "--kernels", "ref")
     capsys.readouterr()
-    fast = run(tiny, tmp_path / "fast", *options, "--kernels", "triton")
+    fast = run(tiny, tmp_path / "fast", *options, "--kernels", backend)
     text = capsys.readouterr().out
-    assert re.search(r"rms_norm +M=32 N=32 +float32 +triton +forced", text)
+    assert re.search(rf"rms_norm +M=32 N=32 +float32 +{backend} +forced", text)
     for step, loss in losses(ref).items():
         assert losses(fast)[step] == pytest.approx(loss, rel=1e-4)
     weights = final_tensors(ref), final_tensors(fast)
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])  # it was another code
     kernels = json.loads((fast / "summary.json").read_text())["kernels"]
-    assert {row["op"] for row in kernels["choices"]} == set(BY_NAME) - {"quantise_weight"}  # of --fp8-head
-    assert {row["backend"] for row in kernels["choices"] if row["op"] != "attention"} == {"triton"}
+    assert {row["op"] for row in kernels["choices"]} == set(BY_NAME) - {
+        "quantise_weight",
+        "fp8_linear",
+    }  # of --fp8-head; of no model yet
+    have = {row["op"]: row["backend"] for row in kernels["choices"]}
+    assert all(chosen == (backend if backend in BY_NAME[op].backends else "ref") for op, chosen in have.items())
     assert events(fast, "start")[0]["kernels"] == kernels
 
 
@@ -467,8 +472,8 @@ def test_resume_refuses_a_changed_corpus(tiny, tmp_path, corpus_dir):
     [
         (["--data", "no/such/folder"], "no/such/folder"),
         (["--device-batch-size", "5"], "one of"),
-        (["--kernels", "cuda"], "no op has a cuda backend"),
-        (["--kernels", "rms_norm=cuda"], "rms_norm has no cuda backend; rms_norm has ref, triton"),
+        (["--kernels", "rms_norm=scaled_mm"], "rms_norm has no scaled_mm backend"),
+        (["--kernels", "rms_norm=cublas"], "rms_norm has no cublas backend; rms_norm has ref, triton, cuda"),
         (["--kernels", "fast"], "unknown backend 'fast'"),
         (["--json"], "--dry-run"),
         (["--ns-steps", "6"], "--ns-steps is 6: expected 1 to 5"),
