@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels.op
 from bench.kernel_model import LIBRARY, traffic
+from csrc import build
 from kernels import gemm, lm_head_loss
 from kernels.ops import BY_NAME
 
@@ -41,6 +42,8 @@ MAIN = 90  # the capability that everything is compiled for
 LEAST = {
     ("rms_norm", "mix_fp8"): 89,
     ("lm_head_loss", "fp8"): 89,
+    ("fp8_linear", "plain"): 89,
+    ("fp8_linear", "sum"): 89,
     ("quantise_weight", "plain"): 89,
 }  # form of an op: least capability, Triton has no e4m3 below
 TENSOR = re.compile(r"(UTC)?[BDHIOQ]G?MMA")  # Ampere and sm_120 HMMA, QMMA; sm_90 HGMMA, QGMMA; sm_100 UTCHMMA, UTCQMMA
@@ -315,29 +318,56 @@ def compile_op(name: str, capability: int, file: Path, log: Path) -> None:
     file.write_text(json.dumps(with_instructions(found, capability)))
 
 
-def compile_cuda(source: Path, nvcc: str) -> list[dict[str, Any]]:
-    """The same facts of the kernels of a .cu file, for sm_90a."""
+def compile_cuda(source: Path, nvcc: build.Nvcc) -> list[dict[str, Any]]:
+    """The same facts of the kernels of a .cu file, for sm_90a, by the kernels' names.
+
+    A case is nvcc's release. Unknown are what a launch adds of shared memory, and without __launch_bounds__ the warps.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "out.cubin"
-        options = ["-arch", "sm_90a", "-cubin", "-Xptxas", "-v", "-keep", "-keep-dir", folder, "-o", cubin]
-        log = subprocess.run([nvcc, *options, source], capture_output=True, text=True, check=True).stderr
+        compiler = [f"-ccbin={found}"] if (found := build.host_compiler()) else []
+        options = [*build.CUDA_FLAGS, *compiler, "-arch=sm_90a", "-cubin", "-Xptxas=-v", "-keep", "-keep-dir", folder]
+        done = subprocess.run([nvcc.path, *options, "-o", cubin, source], capture_output=True, text=True)
+        if done.returncode:
+            raise build.BuildError(f"nvcc: {(done.stderr + done.stdout).strip()}")
         ptx = "".join(file.read_text() for file in Path(folder).glob("*.ptx"))
         code = sections(cubin.read_bytes())
     sass = dict(zip(code, disassemble(list(code.values()), MAIN)))
+    logs = {part.split("'")[0]: part for part in done.stderr.split("Compiling entry function '")[1:]}
+    where = {"op": f"csrc/{source.name}", "capability": MAIN, "case": f"nvcc {nvcc.release}", "form": "", "dtype": ""}
     rows = []
-    for part in log.split("Compiling entry function '")[1:]:
-        name = part.split("'")[0]
-        threads = re.search(rf"\.entry {re.escape(name)}\([^)]*\)[^{{]*\.maxntid (\d+)(?:, *(\d+), *(\d+))?", ptx)
-        size = [int(n or 1) for n in threads.groups()] if threads else [0, 1, 1]
-        shared = re.search(r"(\d+) bytes smem", part)
-        where = {"op": f"csrc/{source.name}", "capability": 90, "case": "", "form": "", "dtype": "", "variant": 0}
+    for name, log in logs.items():
+        entry = rf"\.entry {re.escape(name)}\([^)]*\)[^{{]*"
+        threads = re.search(entry + r"\.(?:maxntid|reqntid) (\d+)(?:, *(\d+))?(?:, *(\d+))?", ptx)
+        shared = re.search(r"(\d+) bytes smem", log)
         sizes = {
-            "num_warps": -(-size[0] * size[1] * size[2] // 32),  # of __launch_bounds__, 0 without
-            "shared_bytes": int(shared[1]) if shared else 0,  # what a launch adds is not in it
+            "num_warps": -(-math.prod(int(n or 1) for n in threads.groups()) // 32) if threads else 0,
+            "shared_bytes": int(shared[1]) if shared else 0,
             "tensor_memory": 0,
         }
-        rows.append(where | {"kernel": name} | sizes | read_log(name, part) | read_sass(sass[name]))
-    return rows
+        rows.append(where | sizes | read_log(name, log) | read_sass(sass[name]))
+    names = demangled(list(logs))
+    # one name may stand for two kernels, of two namespaces
+    order = sorted(range(len(rows)), key=lambda i: (names[i], list(logs)[i]))
+    return [{"kernel": names[i], "variant": n} | rows[i] for n, i in enumerate(order)]
+
+
+def demangled(symbols: Sequence[str]) -> list[str]:
+    """Kernels as their source calls them, such as forward<bf16, 8, true>: no namespaces, parameters or return type."""
+    text = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    return [short_name(name) for name in text.splitlines()]
+
+
+def short_name(signature: str) -> str:
+    """`void redline::(anonymous namespace)::forward<__nv_bfloat16, 8>(float*)` is forward<bf16, 8>."""
+    name = signature.replace("(anonymous namespace)::", "").replace("> >", ">>")
+    for long, short in (("__nv_bfloat16", "bf16"), ("__nv_fp8_e4m3", "e4m3"), ("__nv_fp8_e5m2", "e5m2")):
+        name = name.replace(long, short)
+    name = re.sub(r"\b(?:\w+::)+(?=\w)", "", name)
+    depths = itertools.accumulate({"<": 1, ">": -1}.get(c, 0) for c in name)
+    end = next((i for i, (c, depth) in enumerate(zip(name, depths)) if c == "(" and not depth), len(name))
+    head, bracket, arguments = name[:end].partition("<")
+    return head.split(" ")[-1] + bracket + arguments  # templates have their return type in front
 
 
 def main(argv: list[str]) -> None:

@@ -1,7 +1,8 @@
 """Other libraries' kernels for the same work, measured beside ours where they are installed, else listed as absent.
 
 Each is wrapped to take an op's inputs and return its outputs. A library's gain of RMSNorm is left out, or ones without
-a gradient where it cannot be. QuACK's linear cross-entropy has no softcap: it is no peer of lm_head_loss.
+a gradient where it cannot be. QuACK's linear cross-entropy has no softcap: it is no peer of lm_head_loss. Peers of
+fp8_linear round the weight themselves, forward as they do in training, and leave the fp8 copy among its inputs alone.
 """
 
 import importlib.util
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FP8_ERROR = 0.03  # relative RMS: on a CPU, emulated, it is 0.012 for dx and less for the others
 
 
@@ -60,20 +62,83 @@ def _quack_rms_norm(form: str, inputs: dict[str, Any]) -> Callable[..., Any]:
     return lambda x, x0: RMSNorm(*rmsnorm(x, residual=x0, eps=EPS, prenorm=True))
 
 
-def _torchao_mlp(form: str, inputs: dict[str, Any]) -> Callable[..., Any]:
-    """Float8 linear layers with tensorwise dynamic scales, compiled, as torchao recommends them."""
+def _torchao_layers(**sizes: tuple[int, int]) -> Callable[..., Tensor]:
+    """(name, x, w) -> x w^T by torchao's float8 layer of that name and features; scales are tensorwise, dynamic."""
     from torch.func import functional_call
     from torchao.float8 import convert_to_float8_training
 
-    C, F = inputs["x"].size(-1), inputs["up"].size(0)
     with torch.device("meta"):
-        layers = {"up": torch.nn.Linear(C, F, bias=False), "down": torch.nn.Linear(F, C, bias=False)}
-        mlp = convert_to_float8_training(torch.nn.ModuleDict(layers))
+        layers = {name: torch.nn.Linear(*features, bias=False) for name, features in sizes.items()}
+        converted = convert_to_float8_training(torch.nn.ModuleDict(layers))
+    return lambda name, x, w: functional_call(converted[name], {"weight": w}, (x,))
+
+
+def _torchao_linear(form: str, inputs: dict[str, Any]) -> Callable[..., Any]:
+    """Compiled, as torchao recommends it. A sum takes the gradient that is made in w's dtype."""
+    from kernels.gemm import summed
+
+    N, K = inputs["w"].shape
+    linear = _torchao_layers(linear=(K, N))
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def call(x: Tensor, w: Tensor, fp8: Any, dw_sum: Tensor | None = None) -> Tensor:
+        return linear("linear", x, summed(w, dw_sum))
+
+    return call
+
+
+def _tensorwise(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """t in fp8 and the inverse of what it was multiplied by, as nanochat scales."""
+    limit = torch.finfo(dtype).max
+    scale = (limit / t.abs().amax().double().clamp_min(1e-12)).float()
+    return (t.float() * scale).clamp(-limit, limit).to(dtype), 1 / scale
+
+
+class _NanochatLinear(torch.autograd.Function):
+    """nanochat's fp8 layer as the facts of 92d63d4 give it: three products by cuBLAS, x and w kept in fp8, and copies
+    of w, dy and x in the layouts that the products of backward take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        (q_x, x_scale), (q_w, w_scale) = _tensorwise(x, E4M3), _tensorwise(w, E4M3)
+        ctx.save_for_backward(q_x, x_scale, q_w, w_scale)
+        return torch._scaled_mm(q_x, q_w.t(), scale_a=x_scale, scale_b=w_scale, out_dtype=x.dtype, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (dy,) = grads
+        q_x, x_scale, q_w, w_scale = ctx.saved_tensors
+        q, scale = _tensorwise(dy.contiguous(), E5M2)
+
+        def product(a: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+            columns = b.t().contiguous().t()
+            return torch._scaled_mm(
+                a, columns, scale_a=scale, scale_b=b_scale, out_dtype=dy.dtype, use_fast_accum=False
+            )
+
+        return product(q, q_w, w_scale), product(q.t().contiguous(), q_x, x_scale)
+
+
+def _nanochat_linear(form: str, inputs: dict[str, Any]) -> Callable[..., Any]:
+    """Compiled, as nanochat's models are. A sum takes the gradient in bf16, as autograd adds it there."""
+    from kernels.gemm import summed
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def call(x: Tensor, w: Tensor, fp8: Any, dw_sum: Tensor | None = None) -> Tensor:
+        y: Tensor = _NanochatLinear.apply(x, summed(w, dw_sum))
+        return y
+
+    return call
+
+
+def _torchao_mlp(form: str, inputs: dict[str, Any]) -> Callable[..., Any]:
+    """Compiled float8 linear layers, as torchao recommends them."""
+    C, F = inputs["x"].size(-1), inputs["up"].size(0)
+    linear = _torchao_layers(up=(C, F), down=(F, C))
 
     @torch.compile(fullgraph=True, dynamic=False)
     def call(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        post = functional_call(mlp["up"], {"weight": up}, (x,)).relu().square()
-        return functional_call(mlp["down"], {"weight": down.mT}, (post,))
+        return linear("down", linear("up", x, up).relu().square(), down.mT)
 
     return call
 
@@ -96,5 +161,9 @@ PEERS: dict[str, dict[str, Peer]] = {
         "quack": Peer("quack", "quack-kernels", ("plain", "add"), _quack_rms_norm),
     },
     "lm_head_loss": {"liger": Peer("liger_kernel", "liger-kernel", ("mean",), _liger_lm_head_loss)},
+    "fp8_linear": {
+        "torchao": Peer("torchao", "torchao", ("plain", "sum"), _torchao_linear, bound=FP8_ERROR),
+        "nanochat": Peer("torch", "nanochat's fp8 layer", ("plain", "sum"), _nanochat_linear, bound=FP8_ERROR),
+    },
     "relu2_mlp": {"torchao fp8": Peer("torchao", "torchao", ("plain",), _torchao_mlp, bound=FP8_ERROR)},
 }

@@ -10,6 +10,9 @@ needs, with what `bench/kernel_model.py` predicts, the share of the roofline tha
           new or gone, or one does not compile; other counters and improvements are reported. 2 on wrong usage
 --update  makes that file again, with the reason on top of the earlier ones
 
+Lines of csrc/ name the release of nvcc that compiled them, since counters differ between releases; one that has no
+lines in the baseline yet is not compared, and --update adds its lines beside the others'.
+
 Facts are cached by the source they come from, below the folder of --cache-dir.
 """
 
@@ -19,11 +22,11 @@ import datetime
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +39,7 @@ from bench import aot
 from bench.kernel_model import LIBRARY, predict, tiles
 from bench.projection.machine import FLOPS, FP32_FLOPS, HBM
 from core.config import DataConfig
+from csrc import build
 from kernels.ops import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,25 +191,33 @@ def compiled_facts(files: Mapping[Task, Path], root: Path) -> tuple[list[Row], d
     return [row for task in files for row in found[task]], errors
 
 
-def cuda_facts(root: Path = ROOT, *, folder: Path | None = None) -> tuple[list[Row], dict[str, str], str | None]:
-    """The same of the kernels in csrc/*.cu for sm_90a, and what to say if there is no nvcc."""
-    sources, nvcc = sorted((root / "csrc").glob("*.cu")), shutil.which("nvcc")
-    if not sources or not nvcc:
-        return [], {}, f"{len(sources)} files csrc/*.cu were not compiled: no nvcc on PATH" if sources else None
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    found, errors = [], {}
-    for source in sources:
-        parts = [source, *sorted((root / "csrc").rglob("*.*h"))]
-        file = cache_name(folder or cache_folder(), root, f"{source.name}-sm_90a", parts, version)
+def cuda_facts(nvcc: build.Nvcc, root: Path = ROOT, *, folder: Path | None = None) -> tuple[list[Row], dict[str, str]]:
+    """The same of the kernels in csrc/*.cu, for sm_90a."""
+    sources, headers = build.cuda_files(root / "csrc"), build.headers(root / "csrc")
+
+    def compiled(source: Path) -> list[Row] | str:
+        versions = nvcc.version, build.CUDA_FLAGS
+        file = cache_name(
+            folder or cache_folder(), root, f"{source.name}-sm_{aot.MAIN}a", (source, *headers), *versions
+        )
         if (rows := load(file)) is None:
             try:
                 rows = aot.compile_cuda(source, nvcc)
-            except subprocess.CalledProcessError as error:
-                errors[f"sm_90 / csrc/{source.name}"] = f"nvcc: {error.stderr.strip()}"
-                continue
+            except build.BuildError as error:
+                return str(error)
             store(file, json.dumps({"kernels": rows}))
-        found += rows
-    return found, errors, None
+        return rows
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = dict(zip(sources, pool.map(compiled, sources)))
+    errors = {f"sm_{aot.MAIN} / csrc/{file.name}": why for file, why in results.items() if isinstance(why, str)}
+    return [row for rows in results.values() if isinstance(rows, list) for row in rows], errors
+
+
+def release_of(key: str) -> str | None:
+    """Such as nvcc 13.0, which stands in place of a case where a line is of csrc/; None for other lines."""
+    parts = key.split(" / ")
+    return parts[2] if len(parts) > 2 and parts[1].startswith("csrc/") else None
 
 
 # rows: what the baseline keeps of a kernel
@@ -236,6 +248,11 @@ def row(kernel: Row) -> Row:
     return {name: n for name, n in made.items() if n}
 
 
+def count(row: Row, name: str) -> int:
+    """What a row leaves out is zero; of launches, one."""
+    return row.get(name, 1 if name == "launches" else 0)
+
+
 def table(kernels: Sequence[Row]) -> dict[str, Row]:
     """GPU / op / case / form / dtype / kernel: its row.
 
@@ -253,8 +270,8 @@ def table(kernels: Sequence[Row]) -> dict[str, Row]:
             known.append(k["variant"])
         number = known.index(k["variant"])
         name = f"{key} #{number + 1}" if number else key
-        launches = rows[name]["launches"] + 1 if name in rows else 1
-        rows[name] = row(k) | {"launches": launches}
+        launches = count(rows[name], "launches") + 1 if name in rows else 1
+        rows[name] = row(k) | ({"launches": launches} if launches > 1 else {})
     return dict(sorted(rows.items()))
 
 
@@ -310,20 +327,31 @@ def op_of(key: str) -> str:
 
 def compare(old: dict[str, Row], new: dict[str, Row], errors: dict[str, str]) -> list[Change]:
     """The worst first, one for each kernel that changed."""
-    changes = [Change("broken", 0, key, f"does not compile: {why.splitlines()[-1]}") for key, why in errors.items()]
+    changes = [Change("broken", 0, key, f"does not compile: {gist(why)}") for key, why in errors.items()]
     lost = tuple(f"{key} / " for key in errors)
     changes += [
         Change("gone", 0, key, "was not compiled") for key in old.keys() - new.keys() if not key.startswith(lost)
     ]
     changes += [Change("new", 0, key, "has no baseline") for key in new.keys() - old.keys()]
-    changes += [difference(key, old[key], new[key]) for key in old.keys() & new.keys() if old[key] != new[key]]
+    changes += [difference(key, old[key], new[key]) for key in old.keys() & new.keys() if moved(old[key], new[key])]
     return sorted(changes, key=lambda change: (KINDS.index(change.kind), change.rank, change.key))
+
+
+def gist(why: str) -> str:
+    """The line of a compiler's message that says what is wrong: nvcc's last one counts errors."""
+    lines = why.splitlines()
+    return next((line.strip() for line in lines if "error:" in line), lines[-1])
+
+
+def moved(old: Row, new: Row) -> list[str]:
+    """The counters that differ."""
+    return sorted(name for name in old.keys() | new.keys() if count(old, name) != count(new, name))
 
 
 def difference(key: str, old: Row, new: Row) -> Change:
     parts = []
-    for name in sorted(name for name in old.keys() | new.keys() if old.get(name, 0) != new.get(name, 0)):
-        before, now, family = old.get(name, 0), new.get(name, 0), name.split()[0]
+    for name in moved(old, new):
+        before, now, family = count(old, name), count(new, name), name.split()[0]
         kind = "moved" if family not in HARD else "worse" if (now > before) == HARD[family] else "better"
         rank = list(HARD).index(family) if family in HARD else len(HARD)
         parts.append((KINDS.index(kind), rank, f"{name} {before} → {now}"))
@@ -362,7 +390,8 @@ def write_baseline(file: Path, baseline: dict[str, Any]) -> None:
     reasons = [json.dumps(reason, ensure_ascii=False) for reason in baseline["reasons"]]
     parts = [f'{{\n"triton": "{baseline["triton"]}",\n"reasons": [\n' + ",\n".join(reasons) + "\n]"]
     for name in ("roofline", "kernels"):
-        lines = [f"{json.dumps(key)}: {json.dumps(line)}" for key, line in sorted(baseline[name].items())]
+        rows = sorted(baseline[name].items())
+        lines = [f"{json.dumps(key)}: {json.dumps(line, separators=(',', ':'))}" for key, line in rows]
         parts.append(f'"{name}": {{\n' + ",\n".join(lines) + "\n}")
     store(file, ",\n".join(parts) + "\n}\n")
 
@@ -400,13 +429,19 @@ def main(argv: list[str], *, root: Path = ROOT, baselines: Path = ROOT / "bench"
         have = ", ".join(sorted(f.stem.removeprefix("triton-") for f in baselines.glob("triton-*.json"))) or "none"
         print(f"no baseline for Triton {triton.__version__} (there are: {have}); {command} makes one")
         return 1
-    folder, note = cache_folder(args.cache_dir), None
+    folder, found = cache_folder(args.cache_dir), None if args.ops else build.find_nvcc()
     kernels, errors = facts(args.ops, folder=folder, root=root)
-    if not args.ops:
-        more, failed, note = cuda_facts(root, folder=folder)
+    nvcc, why = None, "there is no nvcc"
+    if found:
+        try:
+            nvcc = build.Nvcc.of(found)
+        except build.BuildError as error:  # too old
+            why = str(error)
+    if nvcc:
+        more, failed = cuda_facts(nvcc, root, folder=folder)
         kernels, errors = kernels + more, errors | failed
-    if note:
-        print(note)
+    elif not args.ops and (left := build.cuda_files(root / "csrc")):
+        print(f"{len(left)} files csrc/*.cu were not compiled: {why}")
     if not (args.check or args.update):
         show(kernels)
     if not args.check:
@@ -423,8 +458,15 @@ def main(argv: list[str], *, root: Path = ROOT, baselines: Path = ROOT / "bench"
 
     def asked(key: str) -> bool:
         """Whether this run compiled what that line of the baseline is of."""
-        return op_of(key) in args.ops if args.ops else not (note and op_of(key).startswith("csrc/"))
+        if args.ops:
+            return op_of(key) in args.ops
+        return release_of(key) in (None, release)
 
+    release = nvcc and f"nvcc {nvcc.release}"
+    releases = {known for key in baseline["kernels"] if (known := release_of(key))}
+    if args.check and release and releases and release not in releases:
+        kernels = [k for k in kernels if not k["op"].startswith("csrc/")]
+        print(f"csrc/*.cu: {file.name} has lines of {', '.join(sorted(releases))}, this is {release}: not compared")
     made = {"kernels": table(kernels), "roofline": roofline(kernels)}
     known = {name: {key: line for key, line in baseline[name].items() if asked(key)} for name in made}
     changes = compare(known["kernels"], made["kernels"], errors) + least_times(known["roofline"], made["roofline"])

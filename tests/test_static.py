@@ -1,7 +1,6 @@
 """The check of compiled kernels: red on what got worse, quiet on what may move, compiled once."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import triton
 
 from bench import aot, static
 from bench.kernel_model import predict
+from csrc import build
 from kernels.ops import BY_NAME
 from tests.mutations import Edit, edited
 
@@ -447,49 +447,116 @@ def test_a_compiler_that_dies_is_an_error(checkout):
 
 # csrc
 
-CUDA = """
-extern "C" __global__ void __launch_bounds__(256) copy(const float4* x, float4* y) { y[threadIdx.x] = x[threadIdx.x]; }
-extern "C" __global__ void __launch_bounds__(128) turn(const float* x, float* y) {
-    __shared__ float tile[32][33];
+COPY = """
+#include "turn.h"
+#include <vector>
+enum class Way { here, there };
+namespace redline { namespace {
+template <class T, int kWarps, bool kTurned, Way kWay>
+__global__ void __launch_bounds__(32 * kWarps) copy(const T* x, T* y) requires(kWarps > 0) { turn(x, y); }
+__global__ void plain(int* x, void (*)(int)) { *x = 1; }
+}}
+namespace other { __global__ void plain(int* x, void (*)(int)) { *x = 2; } }
+extern "C" __global__ void __launch_bounds__(256) wide(const float4* x, float4* y) { y[threadIdx.x] = x[threadIdx.x]; }
+void launch() {
+    std::vector<float> host(1);
+    redline::copy<float, 4, true, Way::there><<<1, dim3(32, 4)>>>(nullptr, nullptr);
+    redline::copy<__nv_bfloat16, 4, false, Way::here><<<1, dim3(32, 4)>>>(nullptr, nullptr);
+    redline::plain<<<1, 1>>>(nullptr, nullptr);
+}
+"""
+TURN = """
+#include <cuda_bf16.h>
+template <class T> __device__ void turn(const T* x, T* y) {
+    __shared__ T tile[32][33];
     tile[threadIdx.y][threadIdx.x] = x[threadIdx.y * 32 + threadIdx.x];
     __syncthreads();
     y[threadIdx.y * 32 + threadIdx.x] = tile[threadIdx.x][threadIdx.y];
 }
 """
+NVCC = build.find_nvcc()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 
 
 @pytest.fixture
 def csrc(tmp_path):
     (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "copy.cu").write_text(CUDA)
+    (tmp_path / "csrc" / "copy.cu").write_text(COPY)
+    (tmp_path / "csrc" / "turn.h").write_text(TURN)
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "aot.py").write_text("")
     return tmp_path
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on PATH")
+@needs_nvcc
 def test_cuda_kernels_have_the_same_facts(csrc):
-    found, errors, note = static.cuda_facts(csrc, folder=csrc / "cache")
+    """Templates with C++20, host code, a header, kernels without a public name; in the order of names."""
+    nvcc = build.Nvcc.of(NVCC)
+    found, errors = static.cuda_facts(nvcc, csrc, folder=csrc / "cache")
     rows = static.table(found)
-    assert not errors and note is None and list(rows) == ["sm_90 / csrc/copy.cu / copy", "sm_90 / csrc/copy.cu / turn"]
-    copy, turn = rows.values()
-    assert (copy["wide_loads"], copy["wide_stores"], copy["warps"], copy["occupancy"]) == (1, 1, 8, 1.0)
-    assert (turn["narrow_loads"], turn["narrow_stores"], turn["shared_bytes"], turn["barriers"]) == (
-        1,
-        1,
-        32 * 33 * 4,
-        1,
-    )
-    assert static.cuda_facts(csrc, folder=csrc / "cache")[0] == found
+    names = ["copy<bf16, 4, false, (Way)0>", "copy<float, 4, true, (Way)1>", "plain", "plain #2", "wide"]
+    assert not errors and list(rows) == [f"sm_90 / csrc/copy.cu / nvcc {nvcc.release} / {name}" for name in names]
+    assert [k["kernel"] for k in found] == [name.removesuffix(" #2") for name in names]
+    half, copy, plain, _, wide = rows.values()
+    assert (wide["wide_loads"], wide["wide_stores"], wide["warps"], wide["occupancy"]) == (1, 1, 8, 1.0)
+    assert (copy["narrow_loads"], copy["narrow_stores"], copy["barriers"], copy["warps"]) == (1, 1, 1, 4)
+    assert (copy["shared_bytes"], half["shared_bytes"]) == (32 * 33 * 4, 32 * 33 * 2)
+    assert "warps" not in plain and "occupancy" not in plain
+
+
+@needs_nvcc
+def test_facts_of_cuda_kernels_follow_their_sources(csrc, monkeypatch):
+    nvcc, compiled, honest = build.Nvcc.of(NVCC), [], aot.compile_cuda
+    monkeypatch.setattr(aot, "compile_cuda", lambda *args: compiled.append(1) or honest(*args))
+
+    def facts():
+        before = len(compiled)
+        return static.cuda_facts(nvcc, csrc, folder=csrc / "cache"), len(compiled) - before
+
+    first, calls = facts()
+    assert calls == 1 and facts() == (first, 0)
+    (csrc / "csrc" / "turn.h").write_text(TURN.replace("tile[32][33]", "tile[32][35]"))
+    (changed, _), calls = facts()
+    assert calls == 1 and changed != first[0]
     (csrc / "csrc" / "copy.cu").write_text("no C++")
-    assert "copy.cu" in static.cuda_facts(csrc, folder=csrc / "cache")[1]["sm_90 / csrc/copy.cu"]
+    for _ in range(2):
+        (_, errors), calls = facts()
+        assert calls == 1 and "copy.cu(1): error" in errors["sm_90 / csrc/copy.cu"]
+    assert "copy.cu(1): error" in static.compare({}, {}, errors)[0].text
 
 
 def test_without_nvcc_the_output_says_so(csrc, monkeypatch, command, capsys):
-    monkeypatch.setenv("PATH", os.devnull)
-    assert static.cuda_facts(csrc) == ([], {}, "1 files csrc/*.cu were not compiled: no nvcc on PATH")
-    command([launch()], "--update", "--reason", "first numbers")
-    assert "not compiled: no nvcc" in capsys.readouterr().out
+    """And lines of csrc/ stay in the baseline."""
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    cuda = launch(op="csrc/copy.cu", case="nvcc 13.0", form="", dtype="")
+    assert command([launch(), cuda], "--update", "--reason", "first numbers") == 0
+    capsys.readouterr()
+    assert command([launch()], "--check") == 0
+    assert "1 files csrc/*.cu were not compiled: there is no nvcc" in capsys.readouterr().out
+    command([launch(registers=41)], "--update", "--reason", "another")
+    assert command([launch(registers=41)], "--check") == 0
+    baseline = json.loads(static.baseline_file(csrc / "static").read_text())
+    assert [static.release_of(key) for key in baseline["kernels"]] == ["nvcc 13.0", None]
+
+
+def test_cuda_kernels_are_compared_within_a_release_of_nvcc(csrc, monkeypatch, command, capsys):
+    def compiled_by(release, spills):
+        nvcc = build.Nvcc(Path("nvcc"), release, release, build.ARCHITECTURES)
+        row = launch(op="csrc/copy.cu", case=f"nvcc {release}", form="", dtype="", spill_bytes=spills)
+        monkeypatch.setattr(build, "find_nvcc", lambda: nvcc.path)
+        monkeypatch.setattr(build.Nvcc, "of", lambda path: nvcc)
+        monkeypatch.setattr(static, "cuda_facts", lambda *args, **_: ([row], {}))
+
+    compiled_by("13.0", 0)
+    assert command([launch()], "--update", "--reason", "first numbers") == 0
+    compiled_by("12.8", 64)
+    capsys.readouterr()
+    assert command([launch()], "--check") == 0
+    assert "has lines of nvcc 13.0, this is nvcc 12.8: not compared" in capsys.readouterr().out
+    assert command([launch()], "--update", "--reason", "an earlier release") == 0
+    for release, spills, status in (("12.8", 64, 0), ("12.8", 65, 1), ("13.0", 0, 0), ("13.0", 64, 1)):
+        compiled_by(release, spills)
+        assert command([launch()], "--check") == status, (release, spills)
 
 
 # the real thing
@@ -529,7 +596,8 @@ def test_a_kernel_made_worse_is_caught(tmp_path, counter):
     """A changed source, compiled and compared with the committed baseline."""
     if not static.baseline_file(BASELINES).exists():
         pytest.skip(f"no baseline for Triton {triton.__version__}")
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("csrc", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "bench" / "projection").mkdir(parents=True)
     for name in ("__init__.py", "aot.py", "kernel_model.py", "projection/__init__.py", "projection/machine.py"):
         shutil.copy(ROOT / "bench" / name, tmp_path / "bench" / name)
