@@ -1,6 +1,7 @@
 """What a GPU has to say about this checkout, in one command: `python -m bench.gpu --minutes 15 --out DIR`.
 
 In this order, each part within its share of the time, training with at least half of it:
+  csrc       compiled, if it is not
   tests      of each op against float64, at odd shapes; an op whose tests fail or do not finish gets no numbers
   tune       configs of the ops that take most of a step (bench.tune); what wins is printed, the rest runs as committed
   ops        against the reference, torch.compile and the installed peers: the largest shape of each op first
@@ -54,6 +55,7 @@ from bench.projection.redline import redline
 from bench.suite import Item, Result, items, measure, row
 from core.machine import device_name
 from core.stopping import Stopped, UserError, one_sentence
+from kernels import extension
 from kernels.op import Op
 from kernels.ops import BY_NAME
 
@@ -111,6 +113,21 @@ class Bench:
             file.writelines(json.dumps(entry) + "\n" for entry in rows)
 
     # parts
+
+    def build(self) -> None:
+        """Compile csrc/ where it is not, so that its kernels are tested and measured too."""
+        if self.device != "cuda" or extension.missing() is None:
+            return
+        try:
+            status = self.child("-m", "csrc.build").wait(timeout=self.until(TESTS_END) - time.monotonic())
+        except subprocess.TimeoutExpired:
+            self.kill()
+            status = None
+        extension.missing.cache_clear()
+        if why := extension.missing():
+            tried = "did not finish" if status is None else f"ended with status {status}, see log.txt"
+            self.missing.append(f"kernels of csrc/, which {why} (python -m csrc.build {tried})")
+        self.say("csrc/ compiled" if not why else f"csrc/ {why}")
 
     def test(self) -> None:
         """Test all ops against float64, several files at a time."""
@@ -364,6 +381,7 @@ def main(argv: list[str]) -> int:
             else f"; code at {commit}, whose results cannot be stored (commit first; outside of git, --commit)"
         )
         bench.say(f"{device_name(torch.device(args.device))}, {args.minutes:g} minutes{note}")
+        bench.build()
         everything = by_importance([item for item in items() if item.op in BY_NAME])
         bench.test()
         bench.tune()

@@ -32,6 +32,27 @@ def trained(**changes):
 VALUE = {"polar_express": 0.2, "rms_norm": 0.1}
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_kernels_of_csrc_that_cannot_be_compiled_are_missing(status, tmp_path, monkeypatch):
+    """The compiler is another process, whose status and result count."""
+    built = tmp_path / "built"
+
+    def missing():
+        return None if built.exists() else "is not compiled"
+
+    missing.cache_clear = lambda: None
+    monkeypatch.setattr(gpu.extension, "missing", missing)
+    program = f"open({str(built)!r}, 'w').close()" if not status else "raise SystemExit(1)"
+    bench = gpu.Bench(1, tmp_path, "cuda")
+    child = bench.child
+    monkeypatch.setattr(bench, "child", lambda *args: child("-c", program))
+    bench.build()
+    assert [("status 1" in text and "csrc/, which is not compiled" in text) for text in bench.missing] == [
+        True
+    ] * status
+    bench.close()
+
+
 def test_the_four_answers():
     rows = [entry(), entry(backend="ref", us=300.0), entry(backend="liger", us=90.0)]
     rows += [entry("polar_express", us=50.0, roofline_fraction=0.9), entry("polar_express", "ref", 100.0)]
