@@ -47,7 +47,7 @@ using Banks = Table<Bank, MOST>;
 __host__ __device__ inline int sides(const Bank& b) { return b.by_columns ? b.C : b.R; }
 __host__ __device__ inline int parts_of(const Bank& b) { return (b.R + COLUMN_ROWS - 1) / COLUMN_ROWS; }
 
-inline int team_of(const Bank& b) { return b.C <= SHORT_ROW ? 32 : THREADS; }
+__host__ __device__ inline int team_of(const Bank& b) { return b.C <= SHORT_ROW ? 32 : THREADS; }
 
 // rows -----------------------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(THREADS) momentum_rows(const __grid_constant__
     SHARED(float, scratch, 32);
     const int item = banks.item();
     const Bank& b = banks.items[item];
-    const Team team(b.C <= SHORT_ROW ? 32 : THREADS);
+    const Team team(team_of(b));
     const Row at(b, team, blockIdx.x - banks.first[item]);
     if (at.k >= b.K) return;  // a whole team, and where the team is the block, it has a row
     float* row = rows + team.index * padded(b.C);
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(THREADS) squares_of_rows(const __grid_constant
     SHARED(float, scratch, 32);
     const int item = banks.item();
     const Bank& b = banks.items[item];
-    const Team team(b.C <= SHORT_ROW ? 32 : THREADS);
+    const Team team(team_of(b));
     const Row at(b, team, blockIdx.x - banks.first[item]);
     if (at.k >= b.K) return;
     const std::int64_t begin = at.k * b.x_k + at.r * b.x_r;
@@ -153,19 +153,19 @@ struct Columns {
     }
 };
 
-// Adds up the squares that the threads of a column found, and writes the block's part; inverse has 1 / r of
-// what it found.
-__device__ void write_part(const Bank& b, const Columns& at, const float (&squares)[VEC], float* tile, float* inverse) {
+// Adds up the squares that the threads of a column found, and writes the block's part. The first COLUMNS threads get the
+// sum of theirs.
+__device__ float write_part(const Bank& b, const Columns& at, const float (&squares)[VEC], float* tile) {
     const int lane = threadIdx.x / (COLUMNS / VEC), group = threadIdx.x % (COLUMNS / VEC);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) tile[lane * COLUMNS + group * VEC + i] = squares[i];
     __syncthreads();  // without it a thread adds what another has not written yet
-    if (threadIdx.x >= COLUMNS) return;
     float total = 0.0f;
+    if (threadIdx.x >= COLUMNS) return total;
     for (int l = 0; l < LANES; ++l) total += tile[l * COLUMNS + threadIdx.x];
-    inverse[threadIdx.x] = inverse_norm(total);
     const int c = at.c + threadIdx.x;
     if (c < b.C) b.parts[(std::int64_t{at.k} * parts_of(b) + at.part) * b.C + c] = total;
+    return total;
 }
 
 // Calls f<N>(r, c, i) for the block's elements that this thread has, N at a time: those at (r, c), of which the first is
@@ -200,8 +200,9 @@ __global__ void __launch_bounds__(THREADS) momentum_columns(const __grid_constan
 #pragma unroll
         for (int i = 0; i < N; ++i) squares[first + i] += u[i] * u[i];
     });
-    write_part(b, at, squares, tile, inverse);
+    const float total = write_part(b, at, squares, tile);
     if (!whole) return;
+    if (threadIdx.x < COLUMNS) inverse[threadIdx.x] = inverse_norm(total);
     __syncthreads();  // without it a thread divides by what another has not added up yet
     each_of_columns(b, at, [&]<int N>(int r, int c, int) {  // each thread reads the buf that it wrote itself
         float grad[N], u[N];
@@ -215,7 +216,6 @@ __global__ void __launch_bounds__(THREADS) momentum_columns(const __grid_constan
 
 __global__ void __launch_bounds__(THREADS) squares_of_columns(const __grid_constant__ Banks banks) {
     SHARED(float, tile, LANES * COLUMNS);
-    SHARED(float, inverse, COLUMNS);
     const int item = banks.item();
     const Bank& b = banks.items[item];
     const Columns at(b, blockIdx.x - banks.first[item]);
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(THREADS) squares_of_columns(const __grid_const
 #pragma unroll
         for (int i = 0; i < N; ++i) squares[first + i] += x[i] * x[i];
     });
-    write_part(b, at, squares, tile, inverse);
+    write_part(b, at, squares, tile);
 }
 
 // one block a matrix ---------------------------------------------------------------------------------------------------

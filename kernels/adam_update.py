@@ -205,33 +205,21 @@ def _adam_update_many(calls: Sequence[dict[str, Any]]) -> None:
 
 
 def _launch_all(calls: Sequence[dict[str, Any]]) -> None:
-    groups: dict[float, list[dict[str, Any]]] = {}
-    for arguments in calls:
-        groups.setdefault(arguments.get("eps", ADAM_EPS), []).append(arguments)
-    for eps, group in groups.items():
+    for eps, group in extension.grouped(calls, "eps", ADAM_EPS).items():
         first = group[0]["p"]
-        tensors = [_adam_tensors(extension.module(first.device), **arguments) for arguments in group]
+        tensors = [_adam_tensors(extension.module(first.device), arguments) for arguments in group]
         extension.call("adam_update", first, tensors=tensors, eps=eps)
 
 
-def _adam_tensors(
-    module: Any,
-    p: Tensor,
-    g: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    hyper: Tensor,
-    low: Tensor | None = None,
-    row: Tensor | None = None,
-    eps: float = ADAM_EPS,
-) -> Any:
-    tensors = {"p": p, "low": low, "g": g, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "hyper": hyper, "row": row}
-    dtypes = {"p_dtype": p, "g_dtype": g, "moment_dtype": exp_avg}
+def _adam_tensors(module: Any, arguments: dict[str, Any]) -> Any:
+    """The arguments of one call as csrc's AdamTensors."""
+    tensors = ("p", "low", "g", "exp_avg", "exp_avg_sq", "hyper", "row")
+    dtypes = {"p_dtype": "p", "g_dtype": "g", "moment_dtype": "exp_avg"}
     return module.AdamTensors(
-        **{name: extension.pointer(t) for name, t in tensors.items()},
-        **{name: dtype_name(t.dtype) for name, t in dtypes.items()},
-        n=p.numel(),
-        rows=hyper.numel() // 6,
+        **{name: extension.pointer(arguments.get(name)) for name in tensors},
+        **{name: dtype_name(arguments[of].dtype) for name, of in dtypes.items()},
+        n=arguments["p"].numel(),
+        rows=arguments["hyper"].numel() // 6,
     )
 
 

@@ -88,6 +88,14 @@ def call(function: str, on: Tensor, /, **arguments: Any) -> None:
     getattr(module(on.device), function)(device=device, stream=stream, **numbers)
 
 
+def grouped(calls: Sequence[dict[str, Any]], name: str, default: float) -> dict[float, list[dict[str, Any]]]:
+    """Calls by the number that one of their arguments is, for what takes it once for all."""
+    groups: dict[float, list[dict[str, Any]]] = {}
+    for arguments in calls:
+        groups.setdefault(arguments.get(name, default), []).append(arguments)
+    return groups
+
+
 def written(calls: Sequence[Mapping[str, Any]], *names: str) -> None:
     """Tells autograd that those arguments of the calls were written, as a torch op does by itself."""
     tensors = [arguments[name] for arguments in calls for name in names if arguments.get(name) is not None]

@@ -496,16 +496,16 @@ def _rows(
         "steep": height / width if softcap else 1.0,
     }  # fmt: skip
     # up to where the next row begins: the products that follow may read that far on a CPU, and find zeros
-    sizes = {"vocab": vocab_size, "columns": z.stride(0), "stride_z": z.stride(0), "stride_out": out.stride(0)}
+    layout = {"vocab": vocab_size, "columns": z.stride(0), "stride_z": z.stride(0), "stride_out": out.stride(0)}
     if cuda:
         extension.call(
             "lm_head_loss_rows", z, dtype=z.dtype, out_dtype=out.dtype, z=z, out=dz, losses=losses, targets=targets,
             weights=weights, factor=factor, M=M, K=K, limit=limit, cap=cap, fixed=fixed, most_shared=MOST_SHARED,
-            **sizes, **scales,
+            **layout, **scales,
         )  # fmt: skip
         return
     launch(
-        _row_kernel, (M,), z, out, losses, targets, weights, factor, **sizes, **scales, limit=limit,
+        _row_kernel, (M,), z, out, losses, targets, weights, factor, **layout, **scales, limit=limit,
         K=K, TARGETS=triton.next_power_of_2(K), CAP=cap, FIXED=fixed, GRAD=dz is not None, PTX=not interpreted(),
         **_row_config(V, out.dtype),
     )  # fmt: skip

@@ -490,11 +490,8 @@ def _muon_apply_many(calls: Sequence[dict[str, Any]]) -> None:
 
 def _run_banks(function: str, constant: str, default: float, calls: Sequence[dict[str, Any]]) -> None:
     """Calls csrc's function of that name on all banks whose constant is the same."""
-    groups: dict[float, list[dict[str, Any]]] = {}
-    for arguments in calls:
-        if arguments["x"].size(0):
-            groups.setdefault(arguments.get(constant, default), []).append(arguments)
-    for value, group in groups.items():
+    calls = [arguments for arguments in calls if arguments["x"].size(0)]
+    for value, group in extension.grouped(calls, constant, default).items():
         first = group[0]["x"]
         module = extension.module(first.device)
         banks = [_bank(module, {k: v for k, v in arguments.items() if k != constant}) for arguments in group]
