@@ -261,13 +261,7 @@ def _fresh(value: Any, requires_grad: bool) -> Any:
 def mutant(module: ModuleType, edits: dict[str, str] | Sequence[Edit], folder: Path) -> ModuleType:
     """A copy of an op's file with edits, imported under a name of its own. A dict replaces each text by another."""
     text = Path(module.__file__).read_text()
-    if isinstance(edits, dict):
-        for old, new in edits.items():
-            if old not in text:
-                raise NoSuchMutation(f"{module.__name__} has no {old!r}")
-            text = text.replace(old, new)
-    else:
-        text = edited(text, edits)
+    text = replaced(text, edits, module.__name__) if isinstance(edits, dict) else edited(text, edits)
     name = f"mutant_{abs(hash(text)):x}"
     path = folder / f"{name}.py"
     path.write_text(text.replace('"redline::', f'"{name}::'))
@@ -277,18 +271,27 @@ def mutant(module: ModuleType, edits: dict[str, str] | Sequence[Edit], folder: P
     return copy
 
 
-def mutant_cuda(file: str, edits: dict[str, str], folder: Path) -> ModuleType:
-    """The emulated module of csrc/ with each text of one of its files replaced by another."""
-    sources = folder / "csrc"
-    if not sources.exists():
-        shutil.copytree(build.CSRC, sources, ignore=shutil.ignore_patterns("_cuda*", "__pycache__"))
-    text = (build.CSRC / file).read_text()
+def replaced(text: str, edits: dict[str, str], name: str) -> str:
+    """The text of that name with each text replaced by another. NoSuchMutation where one is not there."""
     for old, new in edits.items():
         if old not in text:
-            raise NoSuchMutation(f"csrc/{file} has no {old!r}")
+            raise NoSuchMutation(f"{name} has no {old!r}")
         text = text.replace(old, new)
-    (sources / file).write_text(text)
-    return build.load(build.build_emulated(extension.cache_folder(), sources=sources), "_emulated")
+    return text
+
+
+def edited_csrc(file: str, edits: dict[str, str], folder: Path) -> Path:
+    """A copy of csrc/'s sources with edits in one file."""
+    sources = folder / "csrc"
+    shutil.copytree(build.CSRC, sources, ignore=shutil.ignore_patterns("_cuda*", "__pycache__"))
+    (sources / file).write_text(replaced((sources / file).read_text(), edits, f"csrc/{file}"))
+    return sources
+
+
+def mutant_cuda(file: str, edits: dict[str, str], folder: Path) -> ModuleType:
+    """The emulated module of csrc/ with edits in one file."""
+    path = build.build_emulated(extension.cache_folder(), sources=edited_csrc(file, edits, folder))
+    return build.load(path, "_emulated")
 
 
 def noticed(check: Callable[[], Any]) -> bool:

@@ -14,7 +14,7 @@ from kernels import extension
 from kernels.fp8 import E4M3, E4M3_MAX, E5M2, E5M2_MAX
 from kernels.master import join_master, split_master
 from kernels.op import Device
-from tests.harness import ORDERS, noticed
+from tests.harness import ORDERS, edited_csrc, noticed, replaced
 from tests.mutations import mutations
 
 ALL_ORDERS = ("lowest first", *ORDERS)
@@ -356,11 +356,8 @@ MUTATIONS = {
 )
 def test_a_broken_header_is_noticed(name, tmp_path):
     sources = write_sources(tmp_path / "csrc")
-    text = (sources / "redline.h").read_text()
-    for old, new in MUTATIONS[name].items():
-        assert old in text
-        text = text.replace(old, new)
-    (sources / "redline.h").write_text(text)
+    header = sources / "redline.h"
+    header.write_text(replaced(header.read_text(), MUTATIONS[name], header.name))
     broken = build.load(build.build_emulated(extension.cache_folder(), sources=sources), "_emulated")
 
     def check():
@@ -439,11 +436,7 @@ def test_no_kernel_reaches_beyond_its_tensors(breaks, tmp_path):
     """A process for all: torch loads once. breaks: a file with a bound too far, for which it must fail."""
     sources = build.CSRC
     if breaks:
-        sources = tmp_path / "csrc"
-        shutil.copytree(build.CSRC, sources, ignore=shutil.ignore_patterns("_cuda*", "__pycache__"))
-        text = (sources / breaks).read_text()
-        assert "if (row >= p.M) return;" in text
-        (sources / breaks).write_text(text.replace("if (row >= p.M) return;", "if (row > p.M) return;"))
+        sources = edited_csrc(breaks, {"if (row >= p.M) return;": "if (row > p.M) return;"}, tmp_path)
     path = build.build_emulated(extension.cache_folder(), sources=sources, sanitize="address")
     status, text = python(EVERY_KERNEL, path)
     if breaks:
