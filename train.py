@@ -48,6 +48,7 @@ from core.evals.bits_per_byte import (
     validation_whole,
 )
 from core.evals.core_metric import CoreScore, GPTScorer, ScoringStopped, Task, core_score, fetch_tasks, read_examples
+from core.fp8 import Recipe
 from core.generate import sample_texts
 from core.machine import choose_dtype
 from core.models.gpt2 import GPT, choose_ops
@@ -120,13 +121,20 @@ def show_plan(cfg: Config) -> None:
     """The plan of a --dry-run, for a device that need not be there."""
     rank, world_size = communication.rank_and_size()
     device_type = cfg.device or machine.choose_device_type(None)
-    dtype = choose_dtype(cfg.precision, device_type)
+    dtype = compute_dtype(cfg, device_type)
     if cfg.resume and cfg.resume != AUTO:  # the text may have yielded fewer tokens than were asked for
         vocab_size = State.read(checkpoint.find(cfg.resume)).model["vocab_size"]
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
     plan = make_plan(cfg, device_type=device_type, world_size=world_size, compute_dtype=dtype)
     if rank == 0:
         print(json.dumps(dataclasses.asdict(plan)) if cfg.json else report.render(report.plan_table(plan)))
+
+
+def compute_dtype(cfg: Config, device_type: str) -> torch.dtype:
+    """What the run computes in; UserError where the GPU has not what is asked for."""
+    if cfg.fp8_head:
+        machine.check_fp8("--fp8-head", "leave it out", device_type)
+    return choose_dtype(cfg.precision, device_type)
 
 
 # build --------------------------------------------------------------------
@@ -157,7 +165,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
     """Everything up to the first step, in the order that tells bad input soonest. Writes nothing into the run's
     folder."""
     cfg, world, saved = run.cfg, run.world, run.saved
-    dtype = choose_dtype(cfg.precision, world.device.type)
+    dtype = compute_dtype(cfg, world.device.type)
 
     def plan_for(vocab_size: int) -> tuple[Config, Plan]:
         real = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
@@ -168,7 +176,8 @@ def build(run: Run) -> tuple[Text, Trainer]:
     # plan: fail early on bad sizes or kernels. A resumed run has the vocabulary that its text yielded, which may be
     # smaller than the one that was asked for, and every law reads sizes off that
     real, plan = plan_for(saved.model["vocab_size"] if saved else cfg.model.vocab_size)
-    choose_ops(real.model, Backends(cfg.kernels, device=world.device, dtype=dtype), plan.device_batch_size)
+    recipe = Recipe.of(cfg)
+    choose_ops(real.model, Backends(cfg.kernels, device=world.device, dtype=dtype), plan.device_batch_size, recipe)
     run.check_horizon(plan)
 
     # text and tokens; a text may be too small for as many tokens as were asked for
@@ -184,7 +193,7 @@ def build(run: Run) -> tuple[Text, Trainer]:
     torch.manual_seed(cfg.seed)  # nothing draws from it in training; a resumed run restores it all the same
     backends = Backends(cfg.kernels, device=world.device, dtype=dtype)
     with world.device:
-        model = GPT(real.model, backends, plan.device_batch_size, fp8_head=cfg.fp8_head)
+        model = GPT(real.model, backends, plan.device_batch_size, fp8_head=cfg.fp8_head, recipe=recipe)
     model.init_weights(cfg.seed)
     optimizer = Optimizer(
         model,
@@ -279,7 +288,7 @@ def announce(run: Run, text: Text, trainer: Trainer, command: str = "") -> tuple
         notes.append(
             f"the text yields {text.tokenizer.vocab_size} of {cfg.model.vocab_size} tokens; the model has that many"
         )
-    precision = str(trainer.optimizer.compute_dtype).removeprefix("torch.")
+    precision = "fp8" if trainer.model.in_fp8 else str(trainer.optimizer.compute_dtype).removeprefix("torch.")
     if world.device.type == "cpu" and precision == "float32" and machine.cpu_has_bf16():
         notes.append("this CPU multiplies bf16 in hardware: --precision bf16 is faster")
     notes += run.open_log(plan)
@@ -307,6 +316,7 @@ def announce(run: Run, text: Text, trainer: Trainer, command: str = "") -> tuple
         "git": machine.git_state(),
         "precision": precision,
         "compiled": trainer.forward is not trainer.model,
+        "fp8": list(plan.fp8),
         "kernels": trainer.optimizer.backends.facts(),
         "data": f"{text.train.name}: {len(text.train):,} documents to train on, {len(text.val):,} to validate",
     }
@@ -333,6 +343,8 @@ def warm_up(run: Run, trainer: Trainer, setup: dict[str, Any]) -> None:
     try:
         trainer.forward(inputs, targets).backward()
         trainer.gradients.zero()
+        if trainer.model.in_fp8 is not None:
+            trainer.model.in_fp8.forget()
         trainer.optimizer.warm_up(trainer.gradients.sums, record=records)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         reason = str(error.inner_exception).splitlines()[0]
@@ -373,8 +385,8 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
             pauses = looks or saves or last or (len(profiled) > 0 and step in (profiled.start, profiled.stop))
 
             # log: losses lag by a step on a GPU, but all are known before anything else happens than training
-            for done, loss, stops in losses.take(flush=pauses):
-                log.step(done, loss)
+            for done, loss, stops, saturated in losses.take(flush=pauses):
+                log.step(done, loss, saturated)
                 if not math.isfinite(loss):
                     raise run.failed(done, f"the loss is {loss}")
                 stopping |= stops
@@ -423,8 +435,8 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
                 if plan.world_size > 1:  # the others are in the step's reduction and cannot join a save
                     raise
                 clock.stop()
-                for done, loss, _ in losses.take(flush=True):
-                    log.step(done, loss)
+                for done, loss, _, saturated in losses.take(flush=True):
+                    log.step(done, loss, saturated)
                 save(step, evaluated=looks or again)
                 raise run.went_wrong(step, error) from error
 
@@ -460,8 +472,7 @@ def fault_ahead(trainer: Trainer, step: int) -> UserError | None:
 
 
 def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
-    """One optimizer step. Returns (2,): its loss, and more than 0 where a process has to stop; means over ranks, on the
-    device."""
+    """One optimizer step. Returns its outcome as LaggingLoss takes it: means over ranks, on the device."""
     cfg, plan, world = trainer.cfg, trainer.plan, trainer.world
     # data: prepared ahead by the loader's thread, on its way to the device
     try:
@@ -477,6 +488,9 @@ def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
     # ranks: the flag rides with the gradients, so that all stop at the same step
     stops = stop.signum > 0 or fault_ahead(trainer, step + 1) is not None
     outcome = torch.stack((loss_sum, torch.full_like(loss_sum, stops)))
+    if trainer.model.in_fp8 is not None:  # the next step's scales follow from what all ranks saw in this one
+        saturated = trainer.model.in_fp8.next_step(communication.all_max)
+        outcome = outcome if saturated is None else torch.cat((outcome, saturated[None].float()))
     if world.world_size > 1:
         trainer.gradients.average(lambda grads: communication.average_([*grads, outcome]))
     # update, with hyperparameters that are functions of the step alone: a resumed run needs no scheduler state

@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels.op
 from bench.kernel_model import LIBRARY, traffic
+from bench.law import named
 from csrc import build
 from kernels import gemm, lm_head_loss
 from kernels.ops import BY_NAME
@@ -41,11 +42,15 @@ from kernels.ops import BY_NAME
 MAIN = 90  # the capability that everything is compiled for
 LEAST = {
     ("rms_norm", "mix_fp8"): 89,
+    ("rms_norm", "mix3_fp8"): 89,
     ("lm_head_loss", "fp8"): 89,
     ("fp8_linear", "plain"): 89,
-    ("fp8_linear", "sum"): 89,
+    ("fp8_linear", "delayed"): 89,
+    ("fp8_mlp", "sum"): 89,
     ("quantise_weight", "plain"): 89,
 }  # form of an op: least capability, Triton has no e4m3 below
+# forms whose kernels are all among those of the op's others, or of fp8_mlp
+KNOWN = {("fp8_linear", "sum"), ("fp8_linear", "given"), ("fp8_linear", "transposed"), ("fp8_mlp", "plain")}
 TENSOR = re.compile(r"(UTC)?[BDHIOQ]G?MMA")  # Ampere and sm_120 HMMA, QMMA; sm_90 HGMMA, QGMMA; sm_100 UTCHMMA, UTCQMMA
 BULK = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED")
 ACCESSES = ("LDG", "LDGSTS", "STG")  # .E.128 is counted beside them, for 16 bytes or more
@@ -62,8 +67,9 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def no_products(seen: list[dict[str, Any]]):
-    """Matrix products of real sizes would take minutes on a CPU, and nobody reads them here. Notes their sizes."""
-    honest_product = gemm.add_product
+    """Matrix products of real sizes would take minutes on a CPU, and nobody reads them here, nor largest sizes. Notes
+    both by what they cost."""
+    honest_product, honest_norm = gemm.add_product, torch.linalg.vector_norm
     honest, users = (torch.Tensor.__matmul__, torch.mm), (gemm, lm_head_loss)
 
     def add_product(a, b, total, add=True):
@@ -74,13 +80,19 @@ def no_products(seen: list[dict[str, Any]]):
         seen.append({"kernel": LIBRARY, "product": (*sizes, a.itemsize)})
         return a.new_empty(*a.shape[:-1], b.size(-1)) if out is None else out
 
+    def vector_norm(t, *, ord, dim=None):
+        seen.append({"kernel": LIBRARY, "bytes": t.nbytes})
+        return t.new_empty(t.shape[: t.dim() - len(dim)] if dim else ())
+
     torch.Tensor.__matmul__ = torch.mm = mm
+    torch.linalg.vector_norm = vector_norm
     for module in users:
         module.add_product = add_product
     try:
         yield
     finally:
         torch.Tensor.__matmul__, torch.mm = honest
+        torch.linalg.vector_norm = honest_norm
         for module in users:
             module.add_product = honest_product
 
@@ -280,11 +292,11 @@ def launches(
     def make(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, requires_grad=dtype.is_floating_point)
 
+    inputs = op.forms[form](make, *shape)  # whose copies in fp8 are not the op's work
     with compile_only(capability) as compiled, no_products(compiled):
-        outputs = op.backends["triton"](**op.forms[form](make, *shape))
-        outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t is not None]
+        outputs = op.backends["triton"](**inputs)
         forward = len(compiled)
-        wanted = [t for t in outputs if t.requires_grad]
+        wanted = [t for t in named(outputs).values() if t.requires_grad]
         if wanted:
             torch.autograd.backward(wanted, [torch.empty_like(t) for t in wanted])
     return [facts | {"backward": i >= forward} for i, facts in enumerate(compiled)]
@@ -302,7 +314,8 @@ def cases(op: kernels.op.Op, capability: int) -> list[tuple[str, torch.dtype]]:
 
 
 def forms(op: kernels.op.Op, capability: int) -> list[str]:
-    return [form for form in op.forms if capability >= LEAST.get((op.name, form), 0)]
+    """Those to compile: that the GPU has the types for, with kernels of their own."""
+    return [f for f in op.forms if capability >= LEAST.get((op.name, f), 0) and (op.name, f) not in KNOWN]
 
 
 def compile_op(name: str, capability: int, file: Path, log: Path) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints: a folder `step_000123` that is whole or not there.
 
-    model-00001-of-00001.safetensors   every tensor: model.<parameter>, optim.<parameter>.<state>, rng.*
+    model-00001-of-00001.safetensors   every tensor: model.<parameter>, optim.<parameter>.<state>, fp8.*, rng.*
     model.safetensors.index.json       written by torch.distributed.checkpoint's Hugging Face writer
     state.json                         everything that is not a tensor: `core.run.State`; the SHA-256 of every file
     tokenizer.*                        so that a checkpoint can be evaluated on its own
@@ -304,9 +304,11 @@ def load_training(folder: Path, model: GPT, optimizer_state: dict[str, Tensor]) 
     model.refresh_copies()
 
 
-def training_tensors(model: torch.nn.Module, optimizer_state: dict[str, Tensor]) -> dict[str, Tensor]:
+def training_tensors(model: GPT, optimizer_state: dict[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of a run by checkpoint name; they share storage with the run's."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    if model.in_fp8 is not None:
+        tensors |= {f"fp8.{name}": t for name, t in model.in_fp8.state().items()}
     return tensors | {f"optim.{name}": t for name, t in optimizer_state.items()}
 
 

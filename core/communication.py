@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -171,6 +171,22 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def all_max(values: Tensor) -> Tensor:
+    """Maxima over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+class Outcome(NamedTuple):
+    """What a step came to."""
+
+    step: int
+    loss: float
+    stops: bool  # a process has to stop
+    saturated: int | None  # sites in fp8 whose largest size exceeded the scale's range; None: no scale is delayed
+
+
 class LaggingLoss:
     """Reads each step's loss one step late on a GPU, so that reading it never waits for the step just launched.
 
@@ -182,7 +198,8 @@ class LaggingLoss:
         self._pending: deque[tuple[int, Tensor, Any]] = deque()
 
     def put(self, step: int, outcome: Tensor) -> None:
-        """outcome: (2,) loss, and more than 0 when a process shall stop; means over ranks."""
+        """outcome: (2,) or (3,), loss, more than 0 when a process shall stop, sites saturated in fp8; means over
+        ranks."""
         event = None
         if outcome.is_cuda:
             pinned = torch.empty_like(outcome, device="cpu", pin_memory=True)  # a copy to pageable memory would wait
@@ -191,15 +208,15 @@ class LaggingLoss:
             event.record()
         self._pending.append((step, outcome, event))
 
-    def take(self, *, flush: bool = False) -> list[tuple[int, float, bool]]:
-        """(step, loss, stop) of the steps that may be read now; all of them with `flush`, and when one says stop."""
-        done = []
+    def take(self, *, flush: bool = False) -> list[Outcome]:
+        """Of the steps that may be read now; all of them with `flush`, and when one says stop."""
+        done: list[Outcome] = []
         while self._pending and (flush or self._pending[0][2] is None or len(self._pending) > 1):
             step, outcome, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            loss, stop = outcome.tolist()
-            done.append((step, loss, stop > 0))
+            loss, stop, *saturated = outcome.tolist()
+            done.append(Outcome(step, loss, stop > 0, round(saturated[0]) if saturated else None))
             flush |= stop > 0
         return done
 

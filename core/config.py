@@ -170,11 +170,15 @@ class Config:
 
     device: Literal["cpu", "cuda"] | None = option(None, resumable=True)
     """Where to run; unset: cuda if there is one."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """Compute type; unset: bf16 on GPUs that have it, else fp32."""
+    precision: Literal["fp32", "bf16", "fp8"] | None = None
+    """Compute type; unset: bf16 on GPUs that have it, else fp32. fp8: bf16, and the layers' large matrices multiply in
+    fp8 where they are trained (GPUs of capability 8.9 and newer; on a CPU the roundings are computed, slowly)."""
+    fp8_scales: Literal["delayed", "dynamic"] = "delayed"
+    """With --precision fp8, scales follow from earlier steps, or from each tensor itself, which costs passes."""
+    fp8_bf16_ends: int = option(0, 0)
+    """With --precision fp8, layers at each end of the model whose matrices stay in bf16."""
     fp8_head: bool = False
-    """Train the output projection in fp8 (GPUs of capability 8.9 and newer; on a CPU its roundings are computed,
-    slowly)."""
+    """Train the output projection in fp8 (the same GPUs), at any precision."""
     kernels: str = option("auto", resumable=True)
     """Backend of the ops: auto, ref, triton, cuda, or op=backend pairs separated by commas."""
     compile: Annotated[bool | None, tyro.conf.arg(constructor=bool)] = option(None, resumable=True)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from core.stopping import UserError
+from kernels.fp8 import FP8_CAPABILITY
 
 UNCOUNTED_STEPS = 11  # steps 0..10 warm caches and compilers; the training clock leaves them out, as nanochat's does
 
@@ -47,13 +48,28 @@ def gpu_has_bf16() -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
+def gpu_has_fp8() -> bool:
+    """Whether the GPU has fp8; True when planning without a GPU."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= FP8_CAPABILITY
+
+
+def check_fp8(option: str, remedy: str, device_type: str) -> None:
+    """UserError where the option asks a GPU for fp8 that has none."""
+    if device_type == "cuda" and not gpu_has_fp8():
+        least = ".".join(map(str, FP8_CAPABILITY))
+        raise UserError(f"{option}: this GPU is older than compute capability {least}; {remedy}")
+
+
 def choose_dtype(precision: str | None, device_type: str) -> torch.dtype:
-    """Compute type: as requested; unset: bf16 on GPUs of compute capability 8.0 and newer, else fp32."""
+    """Compute type: as requested; unset: bf16 on GPUs of compute capability 8.0 and newer, else fp32. UserError where
+    the GPU lacks what is requested."""
     if precision is None:
         return torch.bfloat16 if device_type == "cuda" and gpu_has_bf16() else torch.float32
     if precision == "bf16" and device_type == "cuda" and not gpu_has_bf16():
         raise UserError("--precision bf16: this GPU is older than compute capability 8.0; use --precision fp32")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    if precision == "fp8":
+        check_fp8("--precision fp8", "use --precision bf16", device_type)
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def device_name(device: torch.device) -> str:

@@ -292,7 +292,7 @@ class Optimizer:
             states = {"exp_avg": part.exp_avg, "exp_avg_sq": part.exp_avg_sq, "low": part.low, "row": part.row}
             calls.append({"p": part.p, "g": gradients[part.arena], "hyper": h[0] if part.row is None else h, **states})
         self._adam_update(calls)
-        # the head's fp8 copy, where there is one, is of the weights before this step
+        # copies in fp8, where there are some, are of the weights before this step
         self._model.refresh_copies()
 
     def _set_hyper(self, values: list[float]) -> None:

@@ -8,7 +8,7 @@ all of them.
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from core import schedule
 from core.config import Config, ModelConfig, check_ranges
 from core.data.loader import check_batch, divisors
-from core.models.gpt2 import COUNTED, GPT, SCALING, dims, flops_per_token, parameter_table
+from core.fp8 import Recipe
+from core.models.gpt2 import COUNTED, GPT, SCALING, dims, flops_per_token, fp8_choices, parameter_table
 from core.optim import learning_rates
 from core.params import Table, arenas, num_params, state_bytes, weight_bytes
 from core.stopping import UserError
@@ -53,6 +54,7 @@ class Plan:
     lr: dict[str, float]
     weight_decay: float
     memory_bytes: dict[str, int]
+    fp8: tuple[str, ...]  # which matrices of the layers multiply in fp8, and why the others do not
 
 
 def scaling_params(cfg: ModelConfig) -> int:
@@ -85,8 +87,10 @@ def make_plan(
 
     # 2. rows a forward pass: as asked, else what divides and fits
     def memory(device_batch: int) -> dict[str, int]:
-        options = {"fp8_head": cfg.fp8_head, "graph_optimizer": cfg.graph_optimizer}
-        return predict_memory(cfg.model, device_batch, compute_dtype, device_type, **options)
+        return predict_memory(
+            cfg.model, device_batch, compute_dtype, device_type,
+            fp8_head=cfg.fp8_head, recipe=Recipe.of(cfg), graph_optimizer=cfg.graph_optimizer,
+        )  # fmt: skip
 
     device_batch = _device_batch(cfg, rows // world_size, device_type, lambda n: memory(n)["total"])
     check_batch(batch, cfg.model.seq_len, device_batch, **sizes)
@@ -123,7 +127,25 @@ def make_plan(
         lr=learning_rates(cfg.optim, dims(cfg.model).d_model, batch),
         weight_decay=decay,
         memory_bytes=memory(device_batch),
+        fp8=_fp8(cfg),
     )
+
+
+def _fp8(cfg: Config) -> tuple[str, ...]:
+    """A line for each kind of matrix; none of a run that is not in fp8. UserError where nothing would be."""
+    recipe = Recipe.of(cfg)
+    if recipe is None:
+        if Recipe(cfg.fp8_scales, cfg.fp8_bf16_ends) != Recipe():
+            raise UserError("--fp8-scales and --fp8-bf16-ends are of --precision fp8: give it too, or leave them out")
+        return ()
+    found = fp8_choices(cfg.model, recipe)
+    if not any(choice.converts for choice in found):
+        first = found[0]
+        raise UserError(
+            f"--precision fp8: no matrix of the layers converts ({first.kind} {first.shape}: {first.reason}); use "
+            "--precision bf16, or a wider or deeper model"
+        )
+    return tuple(map(str, found))
 
 
 def smaller_device_batch(plan: Plan) -> int | None:
@@ -155,10 +177,11 @@ def predict_memory(
     device_type: str,
     *,
     fp8_head: bool = False,
+    recipe: Recipe | None = None,
     graph_optimizer: bool = False,
 ) -> dict[str, int]:
-    """Bytes per process at the peak: weights, gradients (their fp32 sums), optimizer state, activations kept for
-    backward, loss, and what the optimizer's temporaries need besides.
+    """Bytes per process at the peak: weights, gradients (their fp32 sums), optimizer state, copies of weights in fp8,
+    activations kept for backward, loss, and what the optimizer's temporaries need besides.
 
     The loss is at its peak when all activations are there. Temporaries come when both are gone, so only what they need
     more counts, unless a CUDA graph of the update keeps their memory. Backward adds gradients of weights to their sums
@@ -170,12 +193,16 @@ def predict_memory(
         "weights": weight_bytes(table, dtype),
         "gradients": sum(p.numel for p in table) * 4,
         "optimizer": state_bytes(table, dtype),
-        "activations": activation_bytes(cfg, device_batch, dtype, device_type),
-        # with the gradient of the last hidden state; copies of the head in fp8
-        "loss": reference_bytes(tokens, d.d_model, d.padded_vocab, device_type)
-        + tokens * d.d_model * dtype.itemsize
-        + 2 * fp8_head * d.padded_vocab * d.d_model,
+        "activations": activation_bytes(cfg, device_batch, dtype, device_type, recipe),
+        # with the gradient of the last hidden state
+        "loss": reference_bytes(tokens, d.d_model, d.padded_vocab, device_type) + tokens * d.d_model * dtype.itemsize,
     }
+    if recipe or fp8_head:
+        chosen = fp8_choices(cfg, recipe) if recipe else []
+        # of all layers, also where the first and last stay in bf16
+        converting = {choice.kind for choice in chosen if choice.converts}
+        banks = sum(p.numel for p in table if p.name.partition(".")[0] in converting)
+        memory["fp8 weights"] = 2 * (banks + fp8_head * d.padded_vocab * d.d_model)
     free = 0 if graph_optimizer else memory["activations"] + memory["loss"]
     memory["update"] = max(_update_bytes(table, dtype) - free, 0)
     return memory | {"total": sum(memory.values())}
@@ -203,17 +230,22 @@ class _KernelsOfGPU:
             return op.backends["sdpa"]
         return op.backends.get("triton", op.backends["ref"])
 
+    def choose_many(self, op: Op, problems: Sequence[Any]) -> Callable[..., Any]:
+        return op.checked_many("triton")
 
-def activation_bytes(cfg: ModelConfig, rows: int, dtype: torch.dtype, device_type: str) -> int:
+
+def activation_bytes(
+    cfg: ModelConfig, rows: int, dtype: torch.dtype, device_type: str, recipe: Recipe | None = None
+) -> int:
     """Bytes that autograd keeps of `rows` rows between forward and backward.
 
     They grow linearly from two rows on (one row has fewer copies: more of its views are contiguous)."""
-    first, second = (_count_saved(cfg, min(rows, n), dtype, device_type) for n in (2, 3))
+    first, second = (_count_saved(cfg, min(rows, n), dtype, device_type, recipe) for n in (2, 3))
     return first + max(rows - 2, 0) * (second - first)
 
 
 @functools.cache
-def _count_saved(cfg: ModelConfig, rows: int, dtype: torch.dtype, device_type: str) -> int:
+def _count_saved(cfg: ModelConfig, rows: int, dtype: torch.dtype, device_type: str, recipe: Recipe | None) -> int:
     """Runs the model's forward on tensors without storage and counts what is saved for backward: on a CPU by the
     references, on a GPU by the Triton kernels and by attention that needs no mask in memory (dense masks are a third of
     what 24 layers of one row of 2048 tokens keep on a CPU)."""
@@ -225,7 +257,7 @@ def _count_saved(cfg: ModelConfig, rows: int, dtype: torch.dtype, device_type: s
         return t
 
     with FakeTensorMode():
-        model = GPT(cfg, _KernelsOfGPU() if device_type == "cuda" else None, rows)
+        model = GPT(cfg, _KernelsOfGPU() if device_type == "cuda" else None, rows, recipe=recipe)
         for row in model.table:
             p = model.get_parameter(row.name)
             p.data = p.data.to(row.dtype(dtype))

@@ -199,12 +199,13 @@ class RunLog:
         """Forgets step times: what follows is not training."""
         self._times.clear()
 
-    def step(self, step: int, loss: float) -> None:
-        """Logs one finished step (its loss as the mean over its tokens, nats)."""
+    def step(self, step: int, loss: float, saturated: int | None = None) -> None:
+        """Logs one finished step (its loss as the mean over its tokens, nats); saturated: sites in fp8."""
         self._times.append((step, time.perf_counter()))
         rates = self._rates()
-        self.event("step", step, loss=loss if math.isfinite(loss) else str(loss), **rates)
-        status = f"loss {loss:.4f}"
+        fp8 = {} if saturated is None else {"fp8_saturated": saturated}
+        self.event("step", step, loss=loss if math.isfinite(loss) else str(loss), **rates, **fp8)
+        status = f"loss {loss:.4f}" + (f"  {saturated} saturated" if saturated else "")
         if rates:
             speed = f"MFU {100 * rates['mfu']:.1f} %" if "mfu" in rates else f"{rates['gflop_per_s']:.0f} GFLOP/s"
             left = (self.plan.steps - step - 1) * self.plan.total_batch_size / rates["tok_per_s"]
@@ -251,6 +252,8 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("learning rates", ", ".join(f"{name} {lr:.4g}" for name, lr in plan.lr.items()))
     table.add_row("weight decay of matrices", f"{plan.weight_decay:.4g}")
     parts = ", ".join(f"{k} {human(v, 'B')}" for k, v in plan.memory_bytes.items() if k != "total")
+    for i, line in enumerate(plan.fp8):
+        table.add_row("" if i else "products of the layers", line)
     table.add_row("predicted memory of tensors, per process", f"{human(plan.memory_bytes['total'], 'B')} ({parts})")
     return table
 
@@ -416,6 +419,8 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
     lines.append(f"| waiting for data | {s['data_wait_s']:.1f} s |")
     lines.append(f"| training FLOPs | {human(s['flops'], 'FLOP')} |")
     lines.append(f"| peak memory | {human(s['peak_memory_bytes'], 'B')} |")
+    if clipped := [e["fp8_saturated"] for e in events if "fp8_saturated" in e]:
+        lines.append(f"| tensors that exceeded their range in fp8 | {sum(clipped):,} in {len(clipped):,} steps |")
     if s["energy_j"] is not None:
         lines.append(f"| energy of the GPUs over the training time | {s['energy_j'] / 3.6e6:.4g} kWh |")
     if s["cost_dollars"] is not None:

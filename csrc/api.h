@@ -12,9 +12,8 @@ using Pointer = std::uintptr_t;
 // rms_norm.cu
 void rms_norm_forward(
     int device, Pointer stream, const std::string& dtype, Pointer x, Pointer x0, Pointer x1, Pointer a, Pointer b,
-    Pointer scale, Pointer y, Pointer h, Pointer rstd, Pointer y_fp8, Pointer row_amax, Pointer first,
-    std::int64_t stride_x, std::int64_t stride_x0, std::int64_t stride_x1, std::int64_t M, int N, int padded_first,
-    float eps);
+    Pointer scale, Pointer y, Pointer h, Pointer rstd, Pointer q, Pointer first, std::int64_t stride_x,
+    std::int64_t stride_x0, std::int64_t stride_x1, std::int64_t M, int N, int padded_first, float eps);
 void rms_norm_backward(
     int device, Pointer stream, const std::string& dtype, Pointer dy, Pointer dh, Pointer dfirst, Pointer dx0_in,
     Pointer x, Pointer x0, Pointer x1, Pointer a, Pointer b, Pointer rstd, Pointer dx, Pointer dx0, Pointer da,
@@ -32,12 +31,14 @@ void lm_head_loss_rows(
 // quantise_weight.cu
 void quantise_weight(
     int device, Pointer stream, const std::string& dtype, Pointer w, Pointer q, Pointer q_t, Pointer scale,
-    Pointer largest, std::int64_t R, std::int64_t C, std::int64_t columns_t, std::int64_t stride_w,
-    std::int64_t stride_q, std::int64_t stride_t, float tiny);
-int quantise_weight_parts();  // numbers in largest
+    Pointer largest, std::int64_t n, std::int64_t R, std::int64_t C, std::int64_t columns_t, std::int64_t matrix_w,
+    std::int64_t stride_w, std::int64_t matrix_q, std::int64_t stride_q, std::int64_t matrix_t, std::int64_t stride_t,
+    float tiny);
+std::int64_t quantise_weight_parts(std::int64_t n);  // numbers in largest
 void fp8_transpose(
     int device, Pointer stream, const std::string& dtype, const std::string& q_dtype, Pointer x, Pointer q, Pointer q_t,
-    Pointer scale, std::int64_t R, std::int64_t C, std::int64_t columns_t, std::int64_t stride_x, std::int64_t stride_q,
+    Pointer scale, Pointer amax, std::int64_t n, std::int64_t R, std::int64_t C, std::int64_t columns_t,
+    std::int64_t matrix_x, std::int64_t stride_x, std::int64_t matrix_q, std::int64_t stride_q, std::int64_t matrix_t,
     std::int64_t stride_t);
 
 // adam_update.cu

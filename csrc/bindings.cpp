@@ -9,8 +9,8 @@ using namespace py::literals;
 
 PYBIND11_MODULE(REDLINE_MODULE, m) {
     m.def("rms_norm_forward", &rms_norm_forward, py::kw_only(), "device"_a, "stream"_a, "dtype"_a, "x"_a, "x0"_a, "x1"_a,
-          "a"_a, "b"_a, "scale"_a, "y"_a, "h"_a, "rstd"_a, "y_fp8"_a, "row_amax"_a, "first"_a, "stride_x"_a,
-          "stride_x0"_a, "stride_x1"_a, "M"_a, "N"_a, "padded_first"_a, "eps"_a);
+          "a"_a, "b"_a, "scale"_a, "y"_a, "h"_a, "rstd"_a, "q"_a, "first"_a, "stride_x"_a, "stride_x0"_a,
+          "stride_x1"_a, "M"_a, "N"_a, "padded_first"_a, "eps"_a);
     m.def("rms_norm_backward", &rms_norm_backward, py::kw_only(), "device"_a, "stream"_a, "dtype"_a, "dy"_a, "dh"_a,
           "dfirst"_a, "dx0_in"_a, "x"_a, "x0"_a, "x1"_a, "a"_a, "b"_a, "rstd"_a, "dx"_a, "dx0"_a, "da"_a, "db"_a,
           "stride_dy"_a, "stride_dh"_a, "stride_dfirst"_a, "stride_dx0_in"_a, "stride_x"_a, "stride_x0"_a,
@@ -21,10 +21,12 @@ PYBIND11_MODULE(REDLINE_MODULE, m) {
           "vocab"_a, "columns"_a, "K"_a, "gain"_a, "offset"_a, "height2"_a, "steep"_a, "limit"_a, "cap"_a, "fixed"_a,
           "most_shared"_a);
     m.def("quantise_weight", &quantise_weight, py::kw_only(), "device"_a, "stream"_a, "dtype"_a, "w"_a, "q"_a, "q_t"_a,
-          "scale"_a, "largest"_a, "R"_a, "C"_a, "columns_t"_a, "stride_w"_a, "stride_q"_a, "stride_t"_a, "tiny"_a);
-    m.def("quantise_weight_parts", &quantise_weight_parts);
+          "scale"_a, "largest"_a, "n"_a, "R"_a, "C"_a, "columns_t"_a, "matrix_w"_a, "stride_w"_a, "matrix_q"_a,
+          "stride_q"_a, "matrix_t"_a, "stride_t"_a, "tiny"_a);
+    m.def("quantise_weight_parts", &quantise_weight_parts, "n"_a);
     m.def("fp8_transpose", &fp8_transpose, py::kw_only(), "device"_a, "stream"_a, "dtype"_a, "q_dtype"_a, "x"_a,
-          "q"_a, "q_t"_a, "scale"_a, "R"_a, "C"_a, "columns_t"_a, "stride_x"_a, "stride_q"_a, "stride_t"_a);
+          "q"_a, "q_t"_a, "scale"_a, "amax"_a, "n"_a, "R"_a, "C"_a, "columns_t"_a, "matrix_x"_a, "stride_x"_a,
+          "matrix_q"_a, "stride_q"_a, "matrix_t"_a, "stride_t"_a);
     // types of this module alone: a mutant's module may be loaded beside it
     py::class_<AdamTensors>(m, "AdamTensors", py::module_local())
         .def(py::init<Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, std::string, std::string,

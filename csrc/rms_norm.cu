@@ -42,10 +42,9 @@ template <typename T>
 struct Forward {
     const T *x, *x0, *x1;
     const float *a, *b, *scale;
-    T *y, *h;
+    T *y, *h;  // y is null where q, which is then stored instead, is not
     float* rstd;
-    e4m3* y_fp8;
-    float* row_amax;
+    e4m3* q;
     T* first;
     std::int64_t stride_x, stride_x0, stride_x1, M;
     int N, padded_first, team;
@@ -85,27 +84,20 @@ __global__ void __launch_bounds__(MOST_THREADS, (BLOCKS<T, VEC>)) forward(const 
     const float rstd = __frcp_rn(__fsqrt_rn(__fdiv_rn(team.sum(squares, scratch), static_cast<float>(p.N)) + p.eps));
     if (team.rank == 0) p.rstd[row] = rstd;
     const float inverse = p.scale ? __frcp_rn(*p.scale) : 0.0f;
-    float amax = 0.0f;
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
         const int column = (i * team.threads + team.rank) * VEC;
         if (column >= p.N) continue;
 #pragma unroll
         for (int j = 0; j < VEC; ++j) h[i][j] *= rstd;
-        store(p.y + row * p.N + column, h[i]);
+        if (p.y) store(p.y + row * p.N + column, h[i]);
         if (column < p.padded_first) store(p.first + row * p.padded_first + column, h[i]);
-        if (!p.scale) continue;
-        round_all<T>(h[i]);  // the fp8 copy is one of the rounded y
+        if (!p.q) continue;
+        round_all<T>(h[i]);  // q is made from the rounded y
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) {
-            amax = fmaxf(amax, h[i][j] == h[i][j] ? fabsf(h[i][j]) : INFINITE);
-            h[i][j] *= inverse;
-        }
-        store(p.y_fp8 + row * p.N + column, h[i]);
+        for (int j = 0; j < VEC; ++j) h[i][j] *= inverse;
+        store(p.q + row * p.N + column, h[i]);
     }
-    if (!p.scale) return;
-    amax = team.threads == 32 ? warp_reduce<Largest>(amax) : block_reduce<Largest>(amax, scratch);
-    if (team.rank == 0) p.row_amax[row] = amax;
 }
 
 template <typename T>
@@ -226,12 +218,11 @@ void check(const char* name, std::int64_t M, int N, Pointers... needed) {
 
 void rms_norm_forward(
     int device, Pointer stream, const std::string& dtype, Pointer x, Pointer x0, Pointer x1, Pointer a, Pointer b,
-    Pointer scale, Pointer y, Pointer h, Pointer rstd, Pointer y_fp8, Pointer row_amax, Pointer first,
-    std::int64_t stride_x, std::int64_t stride_x0, std::int64_t stride_x1, std::int64_t M, int N, int padded_first,
-    float eps) {
-    check("rms_norm_forward", M, N, x, y, rstd);
+    Pointer scale, Pointer y, Pointer h, Pointer rstd, Pointer q, Pointer first, std::int64_t stride_x,
+    std::int64_t stride_x0, std::int64_t stride_x1, std::int64_t M, int N, int padded_first, float eps) {
+    check("rms_norm_forward", M, N, x, rstd);
     require(!x0 == !h && (x0 || !(x1 || a || b)), "rms_norm_forward: x1, a, b and h come with x0, and h with it");
-    require(!scale == !y_fp8 && !scale == !row_amax, "rms_norm_forward: scale, y_fp8 and row_amax come together");
+    require(!scale == !q && !q == !!y, "rms_norm_forward: scale and q come together, else y does");
     require(!first == !padded_first, "rms_norm_forward: padded_first is ", padded_first, ", and first ",
             first ? "is" : "is not", " there");
     with_type(dtype, [&](auto number) {
@@ -241,10 +232,10 @@ void rms_norm_forward(
             reinterpret_cast<const T*>(x), reinterpret_cast<const T*>(x0), reinterpret_cast<const T*>(x1),
             reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), reinterpret_cast<const float*>(scale),
             reinterpret_cast<T*>(y), reinterpret_cast<T*>(h), reinterpret_cast<float*>(rstd),
-            reinterpret_cast<e4m3*>(y_fp8), reinterpret_cast<float*>(row_amax), reinterpret_cast<T*>(first),
-            stride_x, stride_x0, stride_x1, M, N, padded_first, shape.team, eps};
+            reinterpret_cast<e4m3*>(q), reinterpret_cast<T*>(first), stride_x, stride_x0, stride_x1, M, N, padded_first,
+            shape.team, eps};
         const std::int64_t bytes = sizeof(T);
-        const bool wide = N % WIDE<T> == 0 && by_16_bytes(x, x0, x1, y, h, y_fp8, first, stride_x * bytes,
+        const bool wide = N % WIDE<T> == 0 && by_16_bytes(x, x0, x1, y, h, q, first, stride_x * bytes,
                                                           stride_x0 * bytes, stride_x1 * bytes, padded_first * bytes);
         auto kernel = x0 ? (wide ? forward<T, WIDE<T>, true> : forward<T, 1, true>)
                          : (wide ? forward<T, WIDE<T>, false> : forward<T, 1, false>);

@@ -108,11 +108,11 @@ class Backends:
         return op.checked(self._choice(op, shape, dtype or self.dtype).backend)
 
     def choose_many(
-        self, op: Op, problems: Sequence[tuple[Shape, torch.dtype]]
+        self, op: Op, problems: Sequence[tuple[Shape, torch.dtype | None]]
     ) -> Callable[[Sequence[dict[str, Any]]], None]:
-        """One function for several calls, each on its shape in its dtype, of an op that works in place. It takes the
-        keyword arguments of each; those of one backend that can run in common launches."""
-        backends = [self._choice(op, shape, dtype).backend for shape, dtype in problems]
+        """One function for several calls, each on its shape in its dtype (None: the model's), of an op that works in
+        place. It takes the keyword arguments of each; those of one backend that can run in common launches."""
+        backends = [self._choice(op, shape, dtype or self.dtype).backend for shape, dtype in problems]
         functions = {name: op.checked_many(name) for name in dict.fromkeys(backends)}
 
         def call(calls: Sequence[dict[str, Any]]) -> None:

@@ -273,7 +273,7 @@ def _finish(acc, m, n, out_desc, alpha, ACCUMULATE: tl.constexpr, BULK: tl.const
         out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
-@triton.jit(do_not_specialize=["M", "K", "group"])
+@triton.jit(do_not_specialize=["M", "K", "group"], do_not_specialize_on_alignment=["alpha_ptr", "other_alpha_ptr"])
 def _gemm_kernel(
     a_ptr, b_ptr, out_ptr, alpha_ptr, other_alpha_ptr, M, N, K, stride_a, stride_b, stride_out, group,
     TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, SCALED: tl.constexpr, IMPRECISE: tl.constexpr,
@@ -339,7 +339,7 @@ def gemm(
         raise ValueError(
             f"gemm: out is {describe(out)}; expected float32 that begins at a multiple of 16 bytes, to add to"
         )
-    precise = a.dtype == E5M2  # a gradient
+    precise = E5M2 in (a.dtype, b.dtype)  # a gradient
     config = _config(M, N, a.dtype, precise, capability(a.device), num_programs(a.device, M * N))
     per_sm, tile = config.pop("per_sm"), (config["BLOCK_M"], config["BLOCK_N"])
     tiles = triton.cdiv(M, tile[0]) * triton.cdiv(N, tile[1])

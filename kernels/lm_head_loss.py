@@ -51,7 +51,7 @@ from kernels.fp8 import (
     E5M2_MAX,
     ROW_MULTIPLE,
     TINY_SCALE,
-    Fp8Weight,
+    Fp8Tensor,
     aligned_empty,
     amax_scale,
     check_capability,
@@ -270,7 +270,7 @@ def _prepared(
     reduction: str,
     vocab_size: int | None,
     ignore_index: int,
-    fp8: Fp8Weight | None,
+    fp8: Fp8Tensor | None,
     x_scale: Tensor | None,
 ) -> Prepared:
     """The arguments in one form: targets and weights (M, K), where an ignored target is 0 with weight 0, the factor of
@@ -302,7 +302,7 @@ def lm_head_loss_ref(
     reduction: str = "mean",
     vocab_size: int | None = None,
     ignore_index: int = -1,
-    fp8: Fp8Weight | None = None,
+    fp8: Fp8Tensor | None = None,
     x_scale: Tensor | None = None,
     dw_sum: Tensor | None = None,
 ) -> Tensor:
@@ -533,7 +533,7 @@ class _Fp8Products:
     """The three products of a chunk in fp8: scales of x, w and dz, and room for the operands of `rows` rows."""
 
     def __init__(
-        self, x: Tensor, w: Fp8Weight, scales: tuple[Tensor, Tensor, Tensor], rows: int, need_grad: bool, cuda: bool
+        self, x: Tensor, w: Fp8Tensor, scales: tuple[Tensor, Tensor, Tensor], rows: int, need_grad: bool, cuda: bool
     ) -> None:
         (C, V), self.w, self.cuda = w.q_t.shape, w, cuda
         self.x_scale, self.w_scale, self.g_scale = scales
@@ -612,7 +612,7 @@ def _by_chunks(
         scales = x_scale, w_scale, g_scale * scale
         by_cublas = backend != "triton" and _scaled_mm_limits((M, C, V), x.dtype) is None
         fp8_products = _ScaledMmProducts if by_cublas else _Fp8Products
-        products = fp8_products(x, Fp8Weight(q, q_t, w_scale), scales, rows, need_grad, cuda)
+        products = fp8_products(x, Fp8Tensor(q, q_t, w_scale), scales, rows, need_grad, cuda)
     z_all = aligned_empty(x, rows, V, x.dtype)
     for chunk in chunks(M, rows):
         part, z = x[chunk], z_all[: chunk.stop - chunk.start]
@@ -737,7 +737,7 @@ def _lm_head_loss_triton(
     reduction: str = "mean",
     vocab_size: int | None = None,
     ignore_index: int = -1,
-    fp8: Fp8Weight | None = None,
+    fp8: Fp8Tensor | None = None,
     x_scale: Tensor | None = None,
     dw_sum: Tensor | None = None,
     backend: str = "triton",
@@ -786,7 +786,7 @@ def _check(
     reduction: str = "mean",
     vocab_size: int | None = None,
     ignore_index: int = -1,
-    fp8: Fp8Weight | None = None,
+    fp8: Fp8Tensor | None = None,
     x_scale: Tensor | None = None,
     dw_sum: Tensor | None = None,
 ) -> Problem:

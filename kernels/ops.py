@@ -4,6 +4,7 @@ from kernels.adam_update import adam_update
 from kernels.attention import attention
 from kernels.embedding import embedding
 from kernels.fp8_linear import fp8_linear
+from kernels.fp8_mlp import fp8_mlp
 from kernels.linear import linear
 from kernels.lm_head_loss import lm_head_loss
 from kernels.muon_update import muon_apply, muon_momentum
@@ -22,6 +23,7 @@ OPS: tuple[Op, ...] = (
     linear,
     fp8_linear,
     relu2_mlp,
+    fp8_mlp,
     lm_head_loss,
     quantise_weight,
     polar_express,

@@ -3,7 +3,7 @@
     pre = x up^T,   post = relu(pre)^2,   y = post down                       [So et al. 2021, Primer, section 4]
 
 Shapes    x, y (..., C); up, down (F, C), both stored with the channels last. M is the product of the leading sizes of x
-Dtypes    bf16 or fp32, all the same
+Dtypes    bf16 or fp32, all the same; in fp8 it is `fp8_mlp`
 Rounding  products are summed in fp32; ReLU and square in fp32; post is rounded once, y once (by torch.mm)
 Backward  dpre = 2 sqrt(post) (dy down^T), since relu(pre) = sqrt(post);
           dx = dpre up,  dup = dpre^T x,  ddown = post^T dy.  dpre is rounded once; the root of the rounded post has
@@ -11,14 +11,11 @@ Backward  dpre = 2 sqrt(post) (dy down^T), since relu(pre) = sqrt(post);
           gradient to it, unrounded (the reference in bf16: rounded), and the weight has no gradient
 Saves     x and post: pre reaches memory in neither direction
 Kernels   one persistent GEMM a b^T whose epilogue squares (forward) or scales by 2 sqrt(post) (backward); gradients
-          that are added to sums are `kernels.gemm.add_product`; the other products are torch.mm. `_relu2_up` also
-          stores post in e4m3 and transposed, post ~ post_fp8 * scale, and one max |post| per program, from the same
-          registers; no op calls it yet
+          that are added to sums are `kernels.gemm.add_product`; the other products are torch.mm
 cublas    the backend of that name makes all products by torch.mm, with plain PyTorch between them, which torch.compile
           fuses: pre is rounded, dpre once, and the same is saved
-Limits    in the kernel rows of C and of F elements are multiples of 16 bytes: 8 in bf16, 4 in fp32, 16 for an fp8 copy,
-          which also needs M to be a multiple of 16. Where post overflows to inf, so does dx; an infinite dy gives NaN
-          for units that are off
+Limits    in the kernel rows of C and of F elements are multiples of 16 bytes: 8 in bf16, 4 in fp32. Where post
+          overflows to inf, so does dx; an infinite dy gives NaN for units that are off
 Bound     arithmetic: `relu2_mlp_cost`
 """
 
@@ -32,7 +29,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import sizes
-from kernels.fp8 import E4M3, E4M3_MAX
 from kernels.gemm import (
     check_sum,
     for_descriptor,
@@ -51,7 +47,6 @@ from kernels.op import (
     Problem,
     Shape,
     capability,
-    check_number,
     describe,
     dtype_name,
     needs_cuda,
@@ -74,7 +69,7 @@ def relu2_mlp_ref(
 # Triton
 
 
-def _config(dtype: torch.dtype, arch: tuple[int, int], copies: bool, backward: bool) -> dict[str, int]:
+def _config(dtype: torch.dtype, arch: tuple[int, int], backward: bool) -> dict[str, int]:
     """Tile sizes, warps, stages, and whether the next tile's loads begin before a tile is stored (FLATTEN). Not
     measured on a GPU yet.
 
@@ -86,40 +81,27 @@ def _config(dtype: torch.dtype, arch: tuple[int, int], copies: bool, backward: b
         return plain | {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_stages": 2}
     if not has_large_shared_memory(arch):
         return plain | {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    if copies or arch == (8, 0):  # an fp8 copy and its transpose take registers
+    if arch == (8, 0):
         return plain | {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 3}
     wide = plain | {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "SPLIT": 2, "num_stages": 3}
     return wide | {"FLATTEN": True, "num_stages": 3 if backward else 4} if arch == (9, 0) else wide
 
 
 @triton.jit
-def _epilogue(
-    acc, m, n, amax, factor_desc, out_desc, fp8_desc, fp8_t_desc, scale, fp8_max,
-    BACKWARD: tl.constexpr, COPIES: tl.constexpr,
-):  # fmt: skip
-    """Stores one part of a tile at row m, column n; returns the running maximum of each row."""
+def _epilogue(acc, m, n, factor_desc, out_desc, BACKWARD: tl.constexpr):
+    """Stores one part of a tile at row m, column n."""
     if BACKWARD:
         acc = acc * (2.0 * tl.sqrt(factor_desc.load([m, n]).to(tl.float32)))
     else:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
         acc = acc * acc
-    out = acc.to(out_desc.dtype)
-    out_desc.store([m, n], out)
-    if COPIES:
-        wide = out.to(tl.float32)
-        amax = tl.maximum(amax, tl.max(tl.where(wide == wide, wide, float("inf")), axis=1))
-        wide = tl.minimum(wide * tl.div_rn(1.0, scale), fp8_max, propagate_nan=tl.PropagateNan.ALL)
-        narrow = wide.to(fp8_desc.dtype)
-        fp8_desc.store([m, n], narrow)
-        fp8_t_desc.store([n, m], narrow.T)
-    return amax
+    out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
 # M changes from call to call and enters no address: one kernel for all values of it
 @triton.jit(do_not_specialize=["M"])
 def _relu2_gemm_kernel(
-    a_ptr, b_ptr, factor_ptr, out_ptr, fp8_ptr, fp8_t_ptr, scale_ptr, amax_ptr, M, fp8_max,
-    N: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr, COPIES: tl.constexpr,
+    a_ptr, b_ptr, factor_ptr, out_ptr, M, N: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -132,56 +114,33 @@ def _relu2_gemm_kernel(
     a_desc = tl.make_tensor_descriptor(a_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
     b_desc = tl.make_tensor_descriptor(b_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
     out_desc = tl.make_tensor_descriptor(out_ptr, [M, N], [N, 1], [BLOCK_M, PART])
-    factor_desc, fp8_desc, fp8_t_desc, scale = out_desc, out_desc, out_desc, 1.0
+    factor_desc = out_desc
     if BACKWARD:
         factor_desc = tl.make_tensor_descriptor(factor_ptr, [M, N], [N, 1], [BLOCK_M, PART])
-    if COPIES:
-        fp8_desc = tl.make_tensor_descriptor(fp8_ptr, [M, N], [N, 1], [BLOCK_M, PART])
-        fp8_t_desc = tl.make_tensor_descriptor(fp8_t_ptr, [N, M], [M, 1], [PART, BLOCK_M])
-        scale = tl.load(scale_ptr)
     tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    amax = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         m, n = (tile // tiles_n) * BLOCK_M, (tile % tiles_n) * BLOCK_N
         acc = product(a_desc, b_desc, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K)
         if SPLIT == 2:
             left, right = halves(acc, BLOCK_M, PART)
-            amax = _epilogue(
-                left, m, n, amax, factor_desc, out_desc, fp8_desc, fp8_t_desc, scale, fp8_max, BACKWARD, COPIES
-            )
-            amax = _epilogue(
-                right, m, n + PART, amax, factor_desc, out_desc, fp8_desc, fp8_t_desc, scale, fp8_max, BACKWARD, COPIES
-            )
+            _epilogue(left, m, n, factor_desc, out_desc, BACKWARD)
+            _epilogue(right, m, n + PART, factor_desc, out_desc, BACKWARD)
         else:
-            amax = _epilogue(
-                acc, m, n, amax, factor_desc, out_desc, fp8_desc, fp8_t_desc, scale, fp8_max, BACKWARD, COPIES
-            )
-    if COPIES:
-        tl.store(amax_ptr + tl.program_id(0), tl.max(amax, axis=0))
+            _epilogue(acc, m, n, factor_desc, out_desc, BACKWARD)
 
 
-def _relu2_gemm(a: Tensor, b: Tensor, factor: Tensor | None, scale: Tensor | None) -> tuple[Tensor, ...]:
-    """relu(a b^T)^2, or with a factor 2 sqrt(factor) (a b^T), as (M, N).
-
-    With a scale also its e4m3 copy, the transpose of that copy, and amax (programs,).
-    """
+def _relu2_gemm(a: Tensor, b: Tensor, factor: Tensor | None) -> Tensor:
+    """relu(a b^T)^2, or with a factor 2 sqrt(factor) (a b^T), as (M, N)."""
     (M, K), N = a.shape, b.size(0)
-    config = _config(a.dtype, capability(a.device), copies=scale is not None, backward=factor is not None)
+    config = _config(a.dtype, capability(a.device), backward=factor is not None)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
     programs = num_programs(a.device, tiles)
     out = a.new_empty(M, N)
-    copies: list[Tensor] = []
-    if scale is not None:
-        copies = [a.new_empty(shape, dtype=E4M3) for shape in ((M, N), (N, M))]
-        copies.append(a.new_empty(programs, dtype=torch.float32))
-    fp8, fp8_t, amax = copies or (None, None, None)
     if tiles:
         launch_persistent(
-            _relu2_gemm_kernel, programs,
-            a, b, factor, out, fp8, fp8_t, scale, amax, M, E4M3_MAX,
-            N=N, K=K, BACKWARD=factor is not None, COPIES=bool(copies), **config,
-        )  # fmt: skip
-    return out, *copies
+            _relu2_gemm_kernel, programs, a, b, factor, out, M, N=N, K=K, BACKWARD=factor is not None, **config
+        )
+    return out
 
 
 # torch ops
@@ -195,7 +154,7 @@ def _rows(t: Tensor) -> Tensor:
 @torch.library.custom_op("redline::relu2_mlp_post", mutates_args=())
 def _post(x: Tensor, up: Tensor) -> Tensor:
     """The squared activation (M, F)."""
-    return _relu2_gemm(_rows(x), _rows(up), None, None)[0]
+    return _relu2_gemm(_rows(x), _rows(up), None)
 
 
 @_post.register_fake
@@ -206,7 +165,7 @@ def _(x, up):
 @torch.library.custom_op("redline::relu2_mlp_dpre", mutates_args=())
 def _dpre(dy: Tensor, down: Tensor, post: Tensor) -> Tensor:
     """Gradient (M, F) of what is squared."""
-    return _relu2_gemm(_rows(dy), _rows(down), post, None)[0]
+    return _relu2_gemm(_rows(dy), _rows(down), post)
 
 
 @_dpre.register_fake
@@ -264,17 +223,6 @@ def _relu2_mlp_cublas(
 ) -> Tensor:
     y: Tensor = _MLP.apply(x, up, down, dup_sum, ddown_sum, (_post_cublas, _dpre_cublas))
     return y
-
-
-def _relu2_up(x: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    """post (M, F) of x (M, C) and up (F, C), with its e4m3 copy for `scale` (one fp32 number), the copy transposed (F,
-    M), and amax per program. M and F are multiples of 16."""
-    if x.dim() != 2 or up.dim() != 2 or x.size(1) != up.size(1) or x.size(0) % 16 or up.size(0) % 16:
-        raise ValueError(
-            f"relu2_mlp: x {describe(x)}, up {describe(up)}; expected (M, C), (F, C), M and F multiples of 16"
-        )
-    check_number("relu2_mlp", "scale", scale, (torch.float32,), x.device)
-    return _relu2_gemm(_rows(x), _rows(up), None, scale)
 
 
 # cost

@@ -2,32 +2,38 @@
 
     h = a (x + x1) + b x0                        when x0 is given; x1 may be missing; a and b default to 1
     y = h rstd,  rstd = (mean_N(h^2) + eps)^-1/2                                    [Zhang & Sennrich 2019, eq. 4]
-    y_fp8 = e4m3(y (1 / scale)),  amax = max |y| when scale is given; y ~ y_fp8 * scale
+    q = e4m3(y (1 / scale)),  q_t = q^T when scale is given: y ~ scale q, for products in fp8
     first = the leading `first` channels of y, as a tensor of its own, when first > 0
 
 x and x0 alone are the residual add and norm. With x1, what a layer adds to the stream is summed in the pass that the
 next layer begins with: x + x1 is never stored.
 
-Shapes    x, x0, x1, h, y, y_fp8 (..., N); first (..., first); a, b, scale, amax: one element. M is the product of the
-          leading sizes
-Dtypes    x, x0, x1, h, y, first bf16 or fp32, all the same; a, b, scale, amax fp32
+Shapes    x, x0, x1, h, y (..., N); first (..., first); a, b, scale: one element. M is the product of the leading sizes.
+          q (M, N); q_t (N, M'), where M' is M rounded up to ROW_MULTIPLE: columns beyond M are zeros, which add nothing
+          to a sum over rows
+Dtypes    x, x0, x1, h, y, first bf16 or fp32, all the same; a, b, scale fp32
 Rounding  arithmetic in fp32. h is rounded to its dtype, once: x + x1 is not; y is the norm of the rounded h and rounded
-          once; y_fp8 is made from the rounded y and saturates at 448, the largest e4m3 number. amax is inf where y is
-          NaN
+          once; q is made from the rounded y and saturates at 448, the largest e4m3 number; NaN stays NaN. With
+          `norm_scale` nothing saturates, and scaling is exact
+Unread    with scale y is not stored: who multiplies by q does not read it. A placeholder carries its gradient dy, which
+          is an ordinary tensor; it holds one NaN for all elements, so that reading it by mistake is loud
 Backward  with dy the gradient of y plus, in its channels, that of first:
           g = dh + rstd (dy - xhat mean_N(dy xhat)),  xhat = h rstd:
-          dx = dx1 = a g,  dx0 = dx0_in + b g,  da = sum(g (x + x1)),  db = sum(g x0), each rounded once; y_fp8 and amax
-          have no gradient. da and db add one partial sum per program in a fixed order: bitwise repeatable, no atomics
+          dx = dx1 = a g,  dx0 = dx0_in + b g,  da = sum(g (x + x1)),  db = sum(g x0), each rounded once; q, q_t
+          and scale have none. da and db add one partial sum per program in a fixed order: bitwise repeatable, no
+          atomics
 Chain     with a or b, RMSNorm.x0 is x0 again, for whoever uses x0 next: dx0_in is the gradient that arrives there, so
           that the gradients of an x0 that every layer uses are summed without passes of their own. Where nobody uses
           it, nothing is read or added
 Saves     rstd (4 B a row) and h; with a or b instead the inputs x, x0 and x1, from which backward recomputes the
           rounded h
 Limits    1 <= N <= 16384 in the Triton kernel, 4096 in the CUDA one (csrc/rms_norm.cu); first <= 64. Rows may be any
-          stride apart; where the elements of a row are not adjacent, x is copied first
+          stride apart; where the elements of a row are not adjacent, x is copied first. One pass of the Triton kernel
+          writes both q and q_t up to N = 2048; else a second one transposes q
 Bound     memory: `rms_norm_cost`
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,7 +44,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import extension, sizes
-from kernels.fp8 import E4M3, E4M3_MAX, ROW_MULTIPLE, check_capability
+from kernels.fp8 import E4M3, E4M3_MAX, ROW_MULTIPLE, Fp8Tensor, check_capability, clamped, transpose
 from kernels.op import (
     DTYPES,
     Backend,
@@ -58,6 +64,7 @@ from kernels.tile import as_rows, launch
 
 EPS = torch.finfo(torch.float32).eps
 MAX_N = 16384
+AT_ONCE_N = 2048  # up to which one pass of the Triton kernel writes both copies in fp8
 CUDA_MAX_N = 4096
 MAX_FIRST = 64
 
@@ -65,12 +72,21 @@ MAX_FIRST = 64
 class RMSNorm(NamedTuple):
     """What rms_norm returns; None for what was not asked."""
 
-    y: Tensor
+    y: Tensor  # with scale a placeholder: see Unread
     h: Tensor | None = None
-    y_fp8: Tensor | None = None
-    amax: Tensor | None = None
+    fp8: Fp8Tensor | None = None  # q and q_t, and the scale that was given
     x0: Tensor | None = None  # x0 again: see Chain
     first: Tensor | None = None
+
+
+def norm_scale(N: int) -> float:
+    """The least power of two that is not below sqrt(N) / 448: a scale for normed rows of N channels.
+
+    |y| <= sqrt(N) in such a row, since sum(y^2) <= N; so |y| / scale <= 448, and nothing saturates. (What rounding adds
+    to y is less than half of a step of e4m3 there.) No amax and no history of one is needed, and dividing by a power of
+    two is exact.
+    """
+    return 2.0 ** math.ceil(math.log2(N) / 2 - math.log2(E4M3_MAX))
 
 
 # reference
@@ -99,13 +115,13 @@ def rms_norm_ref(
     chain = None if a is None and b is None else x0
     part = y[..., :first] if first else None
     if scale is None:
-        return RMSNorm(y, mixed, x0=chain, first=part)
-    wide_y = y.detach().to(torch.promote_types(y.dtype, torch.float32))
-    y_fp8 = (wide_y * (1 / scale)).clamp(-E4M3_MAX, E4M3_MAX)
+        return RMSNorm(y, mixed, None, chain, part)
+    q = (y.detach().to(wide(y.dtype)) * (1 / scale)).clamp(-E4M3_MAX, E4M3_MAX).reshape(-1, y.size(-1))
     if y.dtype != torch.float64:  # there it is the oracle of the rounded one
-        y_fp8 = y_fp8.to(E4M3)
-    amax = wide_y.abs().nan_to_num(nan=torch.inf).amax() if y.numel() else wide_y.new_zeros(())
-    return RMSNorm(y, mixed, y_fp8, amax, chain, part)
+        q = q.to(E4M3)
+    q_t = q.new_zeros(q.size(1), round_up(q.size(0), ROW_MULTIPLE))
+    q_t[:, : q.size(0)] = q.T
+    return RMSNorm(y + torch.nan, mixed, Fp8Tensor(q, q_t, scale), chain, part)  # unread, with the gradient of y
 
 
 # Triton
@@ -125,6 +141,20 @@ def _config(N: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]
         "BLOCK_TILES": max(1, 4 // block_m) if block_n <= 1024 else 1,
         "num_warps": min(16, max(1, block_n // 1024)),
     }
+
+
+def _fp8_config(N: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
+    """Of forward with scale where one pass writes both copies: ROW_MULTIPLE whole rows, in chunks of which a thread has
+    16 numbers, so that it writes 16 bytes of either copy. Not measured on a GPU yet.
+
+    Rows of up to 3 KiB leave room for two such programs on an SM, of which one loads while the other stores; 128
+    registers a thread are what that takes. Longer rows spill there, and have twice the threads; on sm_100 those of
+    3 KiB do.
+    """
+    most = 3072 if arch[0] == 9 else 2048
+    block_n = min(256 if N * dtype.itemsize <= most else 512, max(16, triton.next_power_of_2(N)))
+    warps = max(1, block_n // 32)
+    return {"BLOCK_M": ROW_MULTIPLE, "BLOCK_N": block_n, "BLOCK_TILES": 1, "num_warps": warps, "maxnreg": 128}
 
 
 def _mix_bwd_config(N: int, dtype: torch.dtype, arch: tuple[int, int]) -> dict[str, int]:
@@ -157,42 +187,65 @@ def _mix(x, x0, a_ptr, b_ptr, HAS_A: tl.constexpr, HAS_B: tl.constexpr):
 @triton.jit(do_not_specialize_on_alignment=["a_ptr", "b_ptr", "scale_ptr"])
 def _rms_norm_fwd_kernel(
     x_ptr, x0_ptr, x1_ptr, a_ptr, b_ptr, scale_ptr,
-    y_ptr, h_ptr, rstd_ptr, y_fp8_ptr, row_amax_ptr, first_ptr,
-    stride_x_row, stride_x0_row, stride_x1_row, M, eps, fp8_max,
+    y_ptr, h_ptr, rstd_ptr, q_ptr, q_t_ptr, first_ptr,
+    stride_x_row, stride_x0_row, stride_x1_row, M, eps, fp8_max, columns_t,
     N: tl.constexpr, PADDED_FIRST: tl.constexpr, MIX: tl.constexpr, HAS_X1: tl.constexpr, HAS_A: tl.constexpr,
-    HAS_B: tl.constexpr, QUANTISE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    HAS_B: tl.constexpr, QUANTISE: tl.constexpr, TRANSPOSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TILES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    offs_n = tl.arange(0, BLOCK_N)
+    """A tile is BLOCK_M whole rows, in CHUNKS of BLOCK_N columns, which stay in registers from the only read to the
+    last write.
+
+    QUANTISE: q is stored instead of y, and with TRANSPOSE q_t (N, columns_t) too. BLOCK_M is then ROW_MULTIPLE, so
+    that the programs together write columns_t columns, 16 bytes of a row each, those beyond M as zeros.
+    """
     for tile in range(BLOCK_TILES):
         offs_m = (tl.program_id(0).to(tl.int64) * BLOCK_TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        mask = mask_m[:, None] & (offs_n < N)[None, :]
-        offs_out = offs_m[:, None] * N + offs_n[None, :]
-        h = tl.load(x_ptr + offs_m[:, None] * stride_x_row + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        if MIX:
-            if HAS_X1:
-                offs_x1 = offs_m[:, None] * stride_x1_row + offs_n[None, :]
-                h += tl.load(x1_ptr + offs_x1, mask=mask, other=0.0).to(tl.float32)
-            offs_x0 = offs_m[:, None] * stride_x0_row + offs_n[None, :]
-            x0 = tl.load(x0_ptr + offs_x0, mask=mask, other=0.0).to(tl.float32)
-            stored = _mix(h, x0, a_ptr, b_ptr, HAS_A, HAS_B).to(h_ptr.dtype.element_ty)
-            tl.store(h_ptr + offs_out, stored, mask=mask)
-            h = stored.to(tl.float32)
-        rstd = 1.0 / tl.sqrt_rn(tl.sum(h * h, axis=1) / N + eps)  # (BLOCK_M,)
+        chunks = ()
+        for chunk in tl.static_range(CHUNKS):
+            offs_n = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask = mask_m[:, None] & (offs_n < N)[None, :]
+            offs_out = offs_m[:, None] * N + offs_n[None, :]
+            h = tl.load(x_ptr + offs_m[:, None] * stride_x_row + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+            if MIX:
+                if HAS_X1:
+                    offs_x1 = offs_m[:, None] * stride_x1_row + offs_n[None, :]
+                    h += tl.load(x1_ptr + offs_x1, mask=mask, other=0.0).to(tl.float32)
+                offs_x0 = offs_m[:, None] * stride_x0_row + offs_n[None, :]
+                x0 = tl.load(x0_ptr + offs_x0, mask=mask, other=0.0).to(tl.float32)
+                stored = _mix(h, x0, a_ptr, b_ptr, HAS_A, HAS_B).to(h_ptr.dtype.element_ty)
+                tl.store(h_ptr + offs_out, stored, mask=mask)
+                h = stored.to(tl.float32)
+            chunks = chunks + (h,)
+        squares = h * h
+        for chunk in tl.static_range(CHUNKS - 1):
+            squares += chunks[chunk] * chunks[chunk]
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=1) / N + eps)  # (BLOCK_M,)
         tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
-        y = (h * rstd[:, None]).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + offs_out, y, mask=mask)
-        if PADDED_FIRST:
-            # into rows of 16-byte multiples, filled: as wide as the store of y
-            offs_first = offs_m[:, None] * PADDED_FIRST + offs_n[None, :]
-            tl.store(first_ptr + offs_first, y, mask=mask & (offs_n < PADDED_FIRST)[None, :])
         if QUANTISE:
-            y = y.to(tl.float32)
-            size = tl.where(y == y, tl.abs(y), float("inf"))
-            tl.store(row_amax_ptr + offs_m, tl.max(size, axis=1), mask=mask_m)
-            y = tl.clamp(y * tl.div_rn(1.0, tl.load(scale_ptr)), -fp8_max, fp8_max, propagate_nan=tl.PropagateNan.ALL)
-            tl.store(y_fp8_ptr + offs_out, y.to(y_fp8_ptr.dtype.element_ty), mask=mask)
+            inverse = tl.div_rn(1.0, tl.load(scale_ptr))
+        for chunk in tl.static_range(CHUNKS):
+            offs_n = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask = mask_m[:, None] & (offs_n < N)[None, :]
+            offs_out = offs_m[:, None] * N + offs_n[None, :]
+            y = (chunks[chunk] * rstd[:, None]).to(y_ptr.dtype.element_ty)
+            if not QUANTISE:
+                tl.store(y_ptr + offs_out, y, mask=mask)
+            if PADDED_FIRST > chunk * BLOCK_N:
+                # into rows of 16-byte multiples, filled: as wide as the store of y
+                offs_first = offs_m[:, None] * PADDED_FIRST + offs_n[None, :]
+                tl.store(first_ptr + offs_first, y, mask=mask & (offs_n < PADDED_FIRST)[None, :])
+            if QUANTISE:
+                q = clamped(y.to(tl.float32) * inverse, fp8_max)
+                if TRANSPOSE:  # rows beyond M as zeros, which they are not if a factor is NaN or the scale 0
+                    q = tl.where(mask_m[:, None], q, 0.0)
+                q = q.to(q_ptr.dtype.element_ty)
+                tl.store(q_ptr + offs_out, q, mask=mask)
+                if TRANSPOSE:
+                    offs_t = offs_n[:, None].to(tl.int64) * columns_t + offs_m[None, :]
+                    mask_t = (offs_n < N)[:, None] & (offs_m < columns_t)[None, :]
+                    tl.store(q_t_ptr + offs_t, tl.trans(q), mask=mask_t)
 
 
 @triton.jit(do_not_specialize_on_alignment=["a_ptr", "b_ptr"])
@@ -260,11 +313,21 @@ def _rms_norm_bwd_kernel(
 # torch ops
 
 
-def _like(t: Tensor, wanted: bool, dtype: torch.dtype | None = None) -> Tensor:
+def _like(t: Tensor, wanted: bool) -> Tensor:
     """An uninitialised tensor like t; an empty one if it is not wanted, since a torch op cannot return None."""
     if not wanted:
         return t.new_empty(0)
-    return torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device)
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+def _copies(x: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised q (M, N) and q_t (N, M') of x; empty ones if they are not wanted."""
+    if not wanted:
+        return x.new_empty(0), x.new_empty(0)
+    M, N = x.numel() // x.size(-1), x.size(-1)
+    # what round_up does, of a size that may be a symbol
+    columns = (M + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
+    return x.new_empty(M, N, dtype=E4M3), x.new_empty(N, columns, dtype=E4M3)
 
 
 def _stride(rows: Tensor | None) -> int:
@@ -283,32 +346,35 @@ def _rms_norm_fwd(
     eps: float,
     cuda: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """By Triton or by CUDA: y, h (empty without x0), rstd (M,), y_fp8 (empty without scale), amax, and the first
-    channels in padded rows."""
+    """By Triton or by CUDA: y (empty with scale), h (empty without x0), rstd (M,), q and q_t (empty without scale), and
+    the first channels in padded rows."""
     if scale is not None:
         check_capability("rms_norm", x.device)
     rows, rows0, rows1 = as_rows(x), None if x0 is None else as_rows(x0), None if x1 is None else as_rows(x1)
     (M, N), fp8 = rows.shape, scale is not None
-    y, h, y_fp8 = _like(x, True), _like(x, x0 is not None), _like(x, fp8, E4M3)
-    rstd, row_amax = rows.new_empty(M, dtype=torch.float32), rows.new_empty(M if fp8 else 0, dtype=torch.float32)
+    y, h, rstd = _like(x, not fp8), _like(x, x0 is not None), rows.new_empty(M, dtype=torch.float32)
+    q, q_t = _copies(x, fp8)
     part = x.new_empty(*x.shape[:-1], round_up(first, ROW_MULTIPLE))
+    at_once = fp8 and not cuda and N <= AT_ONCE_N
     if M and cuda:
         extension.call(
-            "rms_norm_forward", rows, dtype=x.dtype, x=rows, x0=rows0, x1=rows1, a=a, b=b, scale=scale, y=y,
-            h=None if x0 is None else h, rstd=rstd, y_fp8=y_fp8 if fp8 else None, row_amax=row_amax if fp8 else None,
+            "rms_norm_forward", rows, dtype=x.dtype, x=rows, x0=rows0, x1=rows1, a=a, b=b, scale=scale,
+            y=None if fp8 else y, h=None if x0 is None else h, rstd=rstd, q=q if fp8 else None,
             first=part if first else None, stride_x=_stride(rows), stride_x0=_stride(rows0), stride_x1=_stride(rows1),
             M=M, N=N, padded_first=part.size(-1), eps=eps,
         )  # fmt: skip
     elif M:
-        config = _config(N, x.dtype, capability(x.device))
+        config = (_fp8_config if at_once else _config)(N, x.dtype, capability(x.device))
         launch(
             _rms_norm_fwd_kernel, (triton.cdiv(M, config["BLOCK_M"] * config["BLOCK_TILES"]),),
-            rows, rows0, rows1, a, b, scale, y, h, rstd, y_fp8, row_amax, part,
-            _stride(rows), _stride(rows0), _stride(rows1), M, eps, E4M3_MAX,
+            rows, rows0, rows1, a, b, scale, y, h, rstd, q, q_t, part,
+            _stride(rows), _stride(rows0), _stride(rows1), M, eps, E4M3_MAX, q_t.size(-1),
             N=N, PADDED_FIRST=part.size(-1), MIX=x0 is not None, HAS_X1=x1 is not None, HAS_A=a is not None,
-            HAS_B=b is not None, QUANTISE=fp8, **config,
+            HAS_B=b is not None, QUANTISE=fp8, TRANSPOSE=at_once, CHUNKS=triton.cdiv(N, config["BLOCK_N"]), **config,
         )  # fmt: skip
-    return y, h, rstd, y_fp8, row_amax.amax() if row_amax.numel() else rstd.new_zeros(()), part
+    if M and fp8 and not at_once:
+        transpose(q, None, q_t, None, cuda)
+    return y, h, rstd, q, q_t, part
 
 
 @_rms_norm_fwd.register_fake
@@ -316,8 +382,7 @@ def _(x, x0, x1, a, b, scale, first, eps, cuda):
     fp8 = scale is not None
     rstd = x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
     part = x.new_empty(*x.shape[:-1], round_up(first, ROW_MULTIPLE))
-    amax = x.new_empty((), dtype=torch.float32)
-    return _like(x, True), _like(x, x0 is not None), rstd, _like(x, fp8, E4M3), amax, part
+    return _like(x, not fp8), _like(x, x0 is not None), rstd, *_copies(x, fp8), part
 
 
 @torch.library.custom_op("redline::rms_norm_bwd", mutates_args=())
@@ -395,7 +460,7 @@ class _RMSNorm(torch.autograd.Function):
         eps: float,
         cuda: bool,
     ) -> tuple[Tensor | None, ...]:
-        y, h, rstd, y_fp8, amax, part = _rms_norm_fwd(x, x0, x1, a, b, scale, first, eps, cuda)
+        y, h, rstd, q, q_t, part = _rms_norm_fwd(x, x0, x1, a, b, scale, first, eps, cuda)
         ctx.set_materialize_grads(False)
         ctx.cuda = cuda
         part = part[..., :first] if first else None
@@ -405,18 +470,19 @@ class _RMSNorm(torch.autograd.Function):
             chain = x0.view_as(x0)
         else:
             ctx.save_for_backward(x if x0 is None else h, None, None, None, None, None, rstd)
+        h = None if x0 is None else h
         if scale is None:
-            return y, None if x0 is None else h, None, None, chain, part
-        ctx.mark_non_differentiable(y_fp8, amax)
-        return y, None if x0 is None else h, y_fp8, amax, chain, part
+            return y, h, None, None, chain, part
+        ctx.mark_non_differentiable(q, q_t)
+        return x.new_full((), torch.nan).expand(x.shape), h, q, q_t, chain, part
 
     @staticmethod
     def backward(  # pyrefly: ignore[bad-override]  # torch declares (ctx, *args)
         ctx: Any,
         dy: Tensor | None,
         dh: Tensor | None,
-        _fp8: Any,
-        _amax: Any,
+        _q: Any,
+        _q_t: Any,
         dx0_in: Tensor | None,
         dfirst: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
@@ -449,9 +515,12 @@ def _rms_norm_triton(
     eps: float = EPS,
     cuda: bool = False,
 ) -> RMSNorm:
-    y, h, y_fp8, amax, chain, part = _apply(x, x0, x1, a, b, scale, first, eps, cuda)  # pyrefly: ignore[not-callable]
+    y, h, q, q_t, chain, part = _apply(x, x0, x1, a, b, scale, first, eps, cuda)  # pyrefly: ignore[not-callable]
     assert y is not None
-    return RMSNorm(y, h, y_fp8, amax, chain, part)
+    if scale is None:
+        return RMSNorm(y, h, None, chain, part)
+    assert q is not None and q_t is not None
+    return RMSNorm(y, h, Fp8Tensor(q, q_t, scale), chain, part)
 
 
 def _rms_norm_cuda(x: Tensor, *args: Any, **options: Any) -> RMSNorm:
@@ -469,11 +538,15 @@ def rms_norm_cost(
     M, N = shape
     # tensors: x -> y | x x0 -> h y | x x0 x1 -> h y;  backward: dy h -> dx | dy dh h -> dx, which is dx0 too |
     # dy dh x x0 dx0_in -> dx dx0 | dy dh x x0 x1 dx0_in -> dx dx0
-    known = {"plain": (2, 3), "add": (4, 4), "mix": (4, 7), "mix_fp8": (4, 7), "mix3": (5, 8), "mix3_first": (5, 8)}
-    work = {"plain": (3, 7), "add": (4, 8), "mix": (6, 15), "mix_fp8": (9, 15), "mix3": (7, 16), "mix3_first": (7, 16)}
-    fp8_bytes = M * N if form == "mix_fp8" and not backward else 0
-    first_bytes = M * sizes.VE_GATE_CHANNELS * dtype.itemsize if form == "mix3_first" else 0
-    return work[form][backward] * M * N, known[form][backward] * M * N * dtype.itemsize + fp8_bytes + first_bytes
+    known = {"plain": (2, 3), "add": (4, 4), "mix": (4, 7), "mix3": (5, 8)}
+    work = {"plain": (3, 7), "add": (4, 8), "mix": (6, 15), "mix3": (7, 16)}
+    kind, _, more = form.partition("_")
+    flops, nbytes = work[kind][backward] * M * N, known[kind][backward] * M * N * dtype.itemsize
+    if form in ("mix3_first", "mix3_fp8"):
+        nbytes += M * sizes.VE_GATE_CHANNELS * dtype.itemsize
+    if more == "fp8" and not backward:  # scaled; q and q_t instead of y
+        flops, nbytes = flops + M * N, nbytes + (2 - dtype.itemsize) * M * N
+    return flops, nbytes
 
 
 # interface
@@ -533,6 +606,10 @@ rms_norm = Op(
         "mix": _inputs,
         "mix_fp8": lambda make, M, N: _inputs(make, M, N) | {"scale": make(dtype=torch.float32).detach().abs()},
         "mix3": lambda make, M, N: _inputs(make, M, N, "x1"),
+        "mix3_fp8": lambda make, M, N: (
+            _inputs(make, M, N, "x1", first=min(sizes.VE_GATE_CHANNELS, N))
+            | {"scale": make(dtype=torch.float32).detach().abs()}
+        ),
         "mix3_first": lambda make, M, N: _inputs(make, M, N, "x1", first=min(sizes.VE_GATE_CHANNELS, N)),
     },
     cost=rms_norm_cost,

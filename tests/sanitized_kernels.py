@@ -11,6 +11,7 @@ sys.path.insert(0, os.getcwd())
 
 import torch  # noqa: E402
 
+from bench.law import named  # noqa: E402
 from csrc import build  # noqa: E402
 from kernels import extension  # noqa: E402
 from kernels.ops import OPS  # noqa: E402
@@ -41,8 +42,7 @@ def main(path):
                     continue
                 for form in op.forms.values():
                     outputs = call(**form(lambda *size, dtype=dtype: make(*size, dtype=dtype), *shape))
-                    outputs = [t for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t is not None]
-                    wanted = [t for t in outputs if t.requires_grad]
+                    wanted = [t for t in named(outputs).values() if t.requires_grad]
                     if wanted:
                         torch.autograd.backward(wanted, [torch.randn_like(t) for t in wanted])
                     ran += 1

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bench import static
-from bench.aot import MAIN, environment
-from bench.kernel_model import LIBRARY
+from bench.aot import ATOMICS, MAIN, environment
+from bench.kernel_model import LIBRARY, tiles
 from kernels.op import interpreted
 from kernels.ops import BY_NAME
 
@@ -72,6 +72,21 @@ def test_rms_norm_moves_16_bytes_at_a_time(kernels):
         assert (got["LDG.E.128"], got["STG.E.128"]) == (reads * per_tensor, writes * per_tensor), describe(k)
 
 
+def test_rms_norm_writes_two_fp8_copies_in_one_pass(kernels):
+    """A thread has 16 numbers of a chunk of its rows: 16 bytes of either copy. Beside them it writes h and, of the
+    first chunk, the first channels; no y. Alone are a, b, scale and rstd. Programs of up to 8 warps share an SM."""
+    reads = {"mix_fp8": 2, "mix3_fp8": 3}
+    passes = [k for k in kernels if k["op"] == "rms_norm" and k["form"] in reads and "fwd" in k["kernel"]]
+    assert len(passes) == 2 * (len(BY_NAME["rms_norm"].cases) + 1)
+    for k in passes:
+        got, chunks, width = k["instructions"], k["arguments"]["CHUNKS"], 2 if k["dtype"] == "bfloat16" else 4
+        assert got["LDG.E.128"] == chunks * width * reads[k["form"]], describe(k)
+        assert got["STG.E.128"] == chunks * (width + 2) + width * (k["form"] == "mix3_fp8"), describe(k)
+        assert got["LDG"] - got["LDG.E.128"] == 2 * chunks + 1 and got["STG"] - got["STG.E.128"] == 1, describe(k)
+        ctas = static.ctas_per_sm(90, k["registers"], k["num_warps"], k["shared_bytes"])
+        assert ctas >= (2 if k["num_warps"] <= 8 else 1), describe(k)
+
+
 def test_relu2_mlp_multiplies_in_tensor_cores_fed_by_bulk_copies(kernels):
     """One loop over K whose body is BLOCK_K / 16 warp-group products, tiles loaded and stored in bulk, none by
     threads."""
@@ -117,18 +132,65 @@ def test_lm_head_loss_multiplies_in_tensor_cores(kernels):
 
 def test_fp8_linear_multiplies_in_tensor_cores_what_one_pass_quantises(kernels):
     """A pass reads 16 bytes at a time, but for the scale, and writes both copies so; bulk copies feed products and
-    store or add their results."""
-    of_linear = [k for k in kernels if k["op"] == "fp8_linear" and k["dtype"] == "bfloat16"]
-    order = ["_transpose_kernel", "_gemm_kernel", "_transpose_kernel", "_gemm_kernel", "_gemm_kernel"]
-    assert [k["kernel"] for k in of_linear] == order * (2 * len(BY_NAME["fp8_linear"].cases))
-    for i, k in enumerate(of_linear):
-        got, adds = k["instructions"], k["form"] == "sum" and i % len(order) == 4
-        if k["kernel"] == "_transpose_kernel":
-            assert got["LDG"] - got["LDG.E.128"] == 1 and got["STG"] == got["STG.E.128"] == 4, describe(k)
-            continue
-        assert got["QGMMA"] == 4 and got["UTMALDG"] >= 4 and "STG" not in got and "RED" not in got, describe(k)
-        assert ("UTMAREDG" in got, "UTMASTG" in got) == (adds, not adds), describe(k)
-        assert static.ctas_per_sm(90, k["registers"], k["num_warps"], k["shared_bytes"]) >= 1, describe(k)
+    store or add their results. What is given in fp8 takes no pass."""
+    quantised = ["_transpose_kernel", "_gemm_kernel", "_transpose_kernel", "_gemm_kernel", "_gemm_kernel"]
+    for case in BY_NAME["fp8_linear"].cases:
+        for form in BY_NAME["fp8_linear"].forms:
+            chosen = {"op": "fp8_linear", "case": case, "form": form, "dtype": "bfloat16"}
+            launches = [k for k in kernels if k.items() >= chosen.items()]
+            assert [k["kernel"] for k in launches] == quantised[1 if form == "given" else 0 :]
+            for k in launches:
+                passes_or_multiplies(k, adds=form != "plain" and k is launches[-1])
+
+
+def passes_or_multiplies(k, adds):
+    """Of a pass that quantises, or of a product in fp8, which adds to a sum or stores."""
+    got = k["instructions"]
+    if k["kernel"] == "_transpose_kernel":
+        assert got["LDG"] - got["LDG.E.128"] == 1 and got["STG"] == got["STG.E.128"] == 4, describe(k)
+        return
+    assert got["QGMMA"] == 4 and got["UTMALDG"] >= 4 and "STG" not in got and "RED" not in got, describe(k)
+    assert ("UTMAREDG" in got, "UTMASTG" in got) == (adds, not adds), describe(k)
+    assert static.ctas_per_sm(90, k["registers"], k["num_warps"], k["shared_bytes"]) >= 1, describe(k)
+
+
+def test_fp8_mlp_multiplies_in_tensor_cores_and_quantises_in_epilogues(kernels):
+    """One pass, over the upstream gradient. An epilogue stores halves of a tile in both layouts and raises one largest
+    size with one atomic."""
+    order = ["_fp8_relu2_kernel", "_gemm_kernel", "_transpose_kernel", "_fp8_relu2_kernel", *3 * ["_gemm_kernel"]]
+    for case in BY_NAME["fp8_mlp"].cases:
+        for form in BY_NAME["fp8_mlp"].forms:
+            chosen = {"op": "fp8_mlp", "case": case, "form": form, "dtype": "bfloat16"}
+            launches = [k for k in kernels if k.items() >= chosen.items()]
+            assert [k["kernel"] for k in launches] == order
+            for i, k in enumerate(launches):
+                passes_or_multiplies(k, adds=form == "sum" and i >= len(order) - 2)
+                if k["kernel"] == "_fp8_relu2_kernel":
+                    got = k["instructions"]
+                    # Triton makes a descriptor of each tensor with an atomic
+                    atomics = sum(got.get(name, 0) for name in ATOMICS)
+                    assert got["UTMASTG"] == 4 and atomics == 1 + 4 + k["arguments"]["BACKWARD"], describe(k)
+                    cut = tiles(k)
+                    M, C, F = k["shape"]
+                    a = k["arguments"]
+                    assert cut.tiles == -(-M // a["BLOCK_M"]) * -(-F // a["BLOCK_N"]) and k["itemsize"] == 1, describe(
+                        k
+                    )
+                    if (
+                        C > a["BLOCK_K"]
+                    ):  # a loop over K, and around it one with the epilogue: both layouts of both halves
+                        assert k["epilogue"] > 3 * k["loop"] and not k["flat"], describe(k)
+
+
+def test_a_pass_over_several_tiles_has_a_loop_that_the_model_counts(kernels):
+    """Its instructions are issued once for each tile: those of the loop are nearly all of a pass over one tile."""
+    passes = [k for k in kernels if k["kernel"] == "_transpose_kernel" and k["dtype"] == "bfloat16"]
+    (one,) = {k["length"] for k in passes if k["arguments"]["STEPS"] == 1 and not k["arguments"]["HAS_AMAX"] and
+              k["arguments"]["QUANTISE"]}  # fmt: skip
+    several = [k for k in passes if k["arguments"]["STEPS"] > 1]
+    assert {k["arguments"]["STEPS"] for k in several} >= {2, 8}
+    for k in several:
+        assert 0.8 * one < k["loop"] < k["length"] < 1.5 * one, describe(k)
 
 
 def test_rope_qk_norm_moves_16_bytes_at_a_time(kernels):
@@ -212,27 +274,29 @@ def test_this_process_interprets():
     assert interpreted() or torch.cuda.is_available()
 
 
-def test_fp8_copies_in_the_epilogue_of_relu2_mlp_fit():
-    """What no op calls for yet: post in bf16, in e4m3 and transposed, with amax, at the tracks' sizes."""
-    done = subprocess.run([sys.executable, "-c", COPIES], cwd=ROOT, env=environment(), capture_output=True, text=True)
+def test_launches_are_those_of_the_op_itself():
+    """With products of torch, and its passes for largest sizes; not what makes the inputs, such as copies in fp8."""
+    done = subprocess.run([sys.executable, "-c", LAUNCHES], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    compiled = json.loads(done.stdout)
-    assert len(compiled) == 4  # every size but the quickstart's
-    for facts in compiled:
-        assert facts["spill_bytes"] == 0 and not facts["serialized"] and facts["shared_bytes"] <= MAX_SHARED, facts
-        assert facts["instructions"]["HGMMA"] == 4 and facts["instructions"]["UTMASTG"] == 3, facts
+    found = json.loads(done.stdout)
+    transpose, gemm, fused, in_bf16 = "_transpose_kernel", "_gemm_kernel", "_fp8_relu2_kernel", "_relu2_gemm_kernel"
+    # scales of their own, of x and of dy
+    assert found["fp8_linear"] == [LIBRARY, transpose, gemm, LIBRARY, transpose, gemm, gemm]
+    assert found["fp8_mlp"] == [fused, gemm, transpose, fused, gemm, gemm, gemm]
+    assert found["relu2_mlp"] == [in_bf16, LIBRARY, in_bf16, *3 * [LIBRARY]]
+    assert found["quantise_weight"] == [LIBRARY, transpose]
 
 
-COPIES = """
+LAUNCHES = """
 import json, torch
-from bench.aot import compile_only, with_instructions
-from kernels.relu2_mlp import _relu2_up, relu2_mlp
+import kernels.op
+from bench.aot import launches
+from kernels.ops import BY_NAME
 
-with compile_only() as compiled:
-    for case, (M, C, F) in relu2_mlp.cases.items():
-        if case != "quickstart":
-            _relu2_up(*(torch.empty(n, C, dtype=torch.bfloat16) for n in (M, F)), torch.empty(()))
-print(json.dumps(with_instructions(compiled)))
+kernels.op.COMPILED_FOR = (9, 0)
+names = "fp8_linear", "fp8_mlp", "relu2_mlp", "quantise_weight"
+found = {name: launches(BY_NAME[name], (64, 64, 128), torch.bfloat16, "plain", 90) for name in names}
+print(json.dumps({name: [k["kernel"] for k in each] for name, each in found.items()}))
 """
 
 

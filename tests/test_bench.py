@@ -23,11 +23,13 @@ import pytest
 import torch
 
 from bench import compare, history, ops, roofline, suite
+from bench.law import error
 from bench.peers import PEERS, Peer
 from bench.timing import MIN_ROUNDS, GraphSampler, HostSampler, Spread, interleave
 from core.stopping import Stopped
 from kernels.adam_update import adam_update
 from kernels.fp8_linear import fp8_linear
+from kernels.fp8_mlp import fp8_mlp
 from kernels.op import Backend
 from kernels.ops import BY_NAME
 from kernels.rms_norm import RMSNorm, rms_norm
@@ -221,12 +223,13 @@ def test_every_reference_and_kernel_passes_its_own_check():
     """At small sizes, with the kernels in the interpreter: the gate is no stricter than the tests."""
     small = {
         "lm_head_loss": (12, 32, 40),
-        "quantise_weight": (40, 32),
+        "quantise_weight": (2, 40, 32),
         "rms_norm": (32, 64),
         "rope_qk_norm": (1, 16, 2, 2, 16),
         "embedding": (40, 12, 32),
         "linear": (32, 32, 48),
         "fp8_linear": (32, 32, 48),
+        "fp8_mlp": (48, 32, 64),
         "relu2_mlp": (32, 32, 64),
         "attention": (1, 24, 2, 1, 16, 7),
         "polar_express": (2, 32, 32),
@@ -348,14 +351,27 @@ def test_peers_are_for_ops_and_forms_that_exist():
 
 
 @pytest.mark.parametrize("form", ["plain", "sum"])
-def test_nanochats_fp8_layer_computes_what_ours_does(form):
+@pytest.mark.parametrize(
+    "op, shape", [(fp8_linear, (32, 48, 64)), (fp8_mlp, (256, 128, 512))], ids=["fp8_linear", "fp8_mlp"]
+)
+def test_nanochats_fp8_layers_compute_what_ours_do(op, shape, form):
     """Through PyTorch's own product in fp8, which runs on a CPU; as the bench checks it, but not compiled."""
-    op = like(fp8_linear, (32, 48, 64))
+    op = like(op, shape)
     item = ops.op_item(op, "quickstart", form, torch.bfloat16, False)
     with torch.compiler.set_stance("force_eager"), item.open() as programs:
         assert programs.check("nanochat") is None
         programs._functions["nanochat"] = lambda **args: 1.04 * op.backends["ref"](**args)
         assert "is off by" in programs.check("nanochat")
+
+
+def test_nanochats_fp8_mlp_has_a_relu():
+    """On numbers of mean 0, which half of its units do not pass: those of the bench nearly all do."""
+    inputs = {"x": torch.randn(64, 32), "up": torch.randn(128, 32), "down": torch.randn(128, 32)}
+    inputs = {name: t.bfloat16() for name, t in inputs.items()}
+    with torch.compiler.set_stance("force_eager"):
+        got = PEERS["fp8_mlp"]["nanochat"].make("plain", inputs)(**inputs, x_fp8=None, post=None)
+    x, up, down = (t.double() for t in inputs.values())
+    assert error(got, (x @ up.T).relu().square() @ down) < 0.15
 
 
 # rows ---------------------------------------------------------------------
@@ -432,6 +448,15 @@ def test_results_of_a_gpu_run_are_added(tmp_path, monkeypatch, capsys):
     assert "1.235e+05" in (tmp_path / "results" / "nvidia-h100-80gb-hbm3" / "README.md").read_text()
     with pytest.raises(ValueError, match="bench.gpu --out"):
         history.main(["--add", str(tmp_path / "results")])
+
+
+def test_the_newest_run_of_each_precision_is_shown():
+    runs = [
+        {"depth": 24, "precision": p, "kernels": "auto", "compiled": True, "fp8_head": p == "fp8", "tok_per_s": n}
+        for p, n in (("bfloat16", 1), ("fp8", 2), ("bfloat16", 3))
+    ]
+    assert sorted((run["precision"], run["tok_per_s"]) for run in history.newest(runs)) == [("bfloat16", 3), ("fp8", 2)]
+    assert "fp8" in history.train_cells(runs[1] | FACTS)
 
 
 # compare ------------------------------------------------------------------
@@ -644,11 +669,16 @@ def test_pytest_bench_reports_samples_to_pytest_benchmark(tmp_path):
     assert {"commit", "device", "tflops", "gb_per_s", "flops", "bytes", "shape"} <= info.keys()
 
 
-def test_a_training_step_is_measured_as_train_py_makes_it(tiny, cache_dir):
-    done = run_bench("-m", "bench.train_step", "quickstart", *tiny)
+@pytest.mark.parametrize("precision, options", [("float32", ()), ("fp8", ("--precision", "fp8"))])
+def test_a_training_step_is_measured_as_train_py_makes_it(tiny, cache_dir, precision, options):
+    done = run_bench("-m", "bench.train_step", "quickstart", *tiny, *options)
     assert done.returncode == 0, done.stderr
     entry = json.loads(done.stdout)
-    assert entry["depth"] == 2 and entry["tok_per_s"] == pytest.approx(512e3 / entry["step_ms"])
+    assert (
+        entry["precision"] == precision
+        and entry["depth"] == 2
+        and entry["tok_per_s"] == pytest.approx(512e3 / entry["step_ms"])
+    )
     assert len(entry["losses"]) == 4 + 6 * 2 + 2 and entry["losses"][-1] < entry["losses"][0]
     assert entry["peak_memory_gb"] > 0 and sum(entry["time_by_op"].values()) <= 1.001
     assert {choice["backend"] for choice in entry["backends"]} == {"ref"}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.law import named
 from kernels import dispatch, sizes, tile
 from kernels.dispatch import Backends, decide
 from kernels.op import Backend, Device, Measurement, Op, Problem, UserError, needs_gpu, needs_nothing, needs_triton
@@ -283,9 +284,10 @@ SMALL = {
     "embedding": (40, 12, 32),
     "linear": (12, 32, 48),
     "fp8_linear": (12, 32, 48),
+    "fp8_mlp": (5, 16, 32),
     "relu2_mlp": (12, 32, 64),
     "lm_head_loss": (12, 32, 48),
-    "quantise_weight": (48, 32),
+    "quantise_weight": (2, 48, 32),
     "polar_express": (2, 16, 16),
     "muon_momentum": (2, 16, 24),
     "muon_apply": (2, 16, 24),
@@ -306,8 +308,7 @@ def after(call, args):
     own = {k: t.detach().clone() if isinstance(t, torch.Tensor) else t for k, t in args.items()}
     with torch.no_grad():
         result = call(**own)
-    tensors = [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None]
-    return tensors + [t for t in own.values() if isinstance(t, torch.Tensor)]
+    return [*named(result).values(), *(t for t in own.values() if isinstance(t, torch.Tensor))]
 
 
 def same(some, others):

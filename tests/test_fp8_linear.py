@@ -10,10 +10,11 @@ import torch
 
 import kernels.fp8_linear as module
 from bench.law import FACTOR, error, fill_dynamo_tables, poisoned_allocations
-from kernels import fp8, gemm
-from kernels.fp8 import E4M3, E4M3_MAX, E5M2, E5M2_MAX, TINY_SCALE, amax_scale, fp8_copy
+from kernels import fp8, fp8_products, gemm
+from kernels.fp8 import E4M3, E4M3_MAX, E5M2, E5M2_MAX, TINY_SCALE, Site, amax_scale, fp8_copy, fp8_rows
 from kernels.fp8_linear import fp8_linear, fp8_linear_cost
 from kernels.op import Device, UserError
+from kernels.sizes import round_up
 from tests.harness import CUDA, DEVICE, LAYOUTS, Failed, check_op, mutant, randn
 from tests.mutations import mutations
 
@@ -49,7 +50,7 @@ def leaves(args):
 @FORMS
 def test_agrees_with_float64(form, shape, dtype, backend):
     result = check_op(fp8_linear, inputs(shape, form, dtype), backend=backend, factor=ONCE)
-    assert ("dw" in result) == (form == "plain") and ("dw_sum" in result) == (form == "sum")
+    assert ("dw" in result) == (form == "plain") and ("dw_sum" in result) == (form != "plain")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -117,10 +118,21 @@ def rounded(t, limit, dtype, scale=None):
     return (t.float() / scale).clamp(-limit, limit).to(dtype).double() * scale.double(), scale
 
 
-def products(x, w, dy, x_scale=None):
+def products(x, w, dy, x_scale=None, dy_scale=None, transposed=False):
     q_x, q_w = rounded(x, E4M3_MAX, E4M3, x_scale)[0], rounded(w, E4M3_MAX, E4M3)[0]
-    q_dy = rounded(dy, E5M2_MAX, E5M2)[0]
+    q_dy = rounded(dy, E5M2_MAX, E5M2, dy_scale)[0]
+    if transposed:
+        return {"y": q_x @ q_w, "dx": q_dy @ q_w.T, "dw": q_x.T @ q_dy}
     return {"y": q_x @ q_w.T, "dx": q_dy @ q_w, "dw": q_dy.T @ q_x}
+
+
+def site(scale=None):
+    return Site(torch.zeros((), device=DEVICE), scale)
+
+
+def scale_of(args, name):
+    """The delayed scale among an op's arguments."""
+    return args[name].scale if args.get(name) is not None else None
 
 
 def run(op, backend, args, dy, **options):
@@ -143,9 +155,11 @@ def check_products(op, backend="triton"):
             args, dy = inputs((147, 48, 96), form, dtype), 3e-4 * randn(1, dtype)(147, 96)
             if op.obstacle(backend, (147, 48, 96), dtype, Device.of(torch.device(DEVICE))):
                 continue
-            want, got = products(args["x"], args["w"], dy), run(op, backend, args, dy)
+            x_scale = args["x_fp8"].scale if form == "given" else scale_of(args, "x_site")
+            options = (x_scale, scale_of(args, "dy_site"), form == "transposed")
+            want, got = products(args["x"], args["w"], dy, *options), run(op, backend, args, dy)
             for name, exact in want.items():
-                fine = dtype == torch.float32 or (name == "dw" and form == "sum")
+                fine = dtype == torch.float32 or (name == "dw" and form != "plain")
                 off = error(got[name], exact)
                 if not off < (1e-6 if fine and DEVICE == "cpu" else 2e-3):
                     raise Failed(f"{name} of {form} in {dtype} is off by {off:.1e}")
@@ -182,27 +196,73 @@ def test_a_delayed_scale(backend):
 
 
 def check_delayed(op, backend="triton"):
-    """The same bits with the scale that would be found; with a smaller one what exceeds it saturates."""
+    """The same bits with the scales that would be found; with a smaller one what exceeds it saturates."""
     args, dy = inputs((37, 32, 48)), randn(1, torch.bfloat16)(37, 48)
-    dynamic = amax_scale(args["x"].detach(), E4M3_MAX)
+    x_scale, dy_scale = amax_scale(args["x"].detach(), E4M3_MAX), amax_scale(dy, E5M2_MAX)
     want = run(op, backend, args, dy)
-    got = run(op, backend, args, dy, x_scale=dynamic)
+    got = run(op, backend, args, dy, x_site=site(x_scale), dy_site=site(dy_scale))
     if not all(torch.equal(got[name], t) for name, t in want.items()):
         raise Failed("a given scale is not used as one that is found")
-    for factor in (2.0**-3, 2.0**5):
-        got = run(op, backend, args, dy, x_scale=dynamic * factor)
-        want = products(args["x"], args["w"], dy, dynamic * factor)
+    for x_factor, dy_factor in ((2.0**-3, 1), (2.0**5, 1), (1, 2.0**-3), (1, 2.0**9)):
+        scales = x_scale * x_factor, dy_scale * dy_factor
+        got = run(op, backend, args, dy, x_site=site(scales[0]), dy_site=site(scales[1]))
+        want = products(args["x"], args["w"], dy, *scales)
         if not all(error(got[name], want[name]) < 2e-3 for name in want):
-            raise Failed(f"a scale {factor} of the largest is not used")
+            raise Failed(f"scales {x_factor} and {dy_factor} of the largest are not used")
+
+
+@pytest.mark.parametrize("backend", ["ref", "triton", CUDA])
+def test_sites_see_the_largest_sizes(backend):
+    check_sites(fp8_linear, backend)
+
+
+def check_sites(op, backend="triton"):
+    """amax of x in forward and of dy in backward, raised and never lowered, with and without delayed scales."""
+    args, dy = inputs((37, 32, 48)), -3 * randn(1, torch.bfloat16)(37, 48)
+    largest = [t.detach().float().abs().max().item() for t in (args["x"], dy)]
+    for scale in (None, torch.tensor(0.01, device=DEVICE)):
+        for start, want in ((0.0, largest), (1e6, [1e6, 1e6])):
+            sites = [Site(torch.full((5,), -1.0, device=DEVICE)[3:4].fill_(start), scale) for _ in range(2)]
+            run(op, backend, args, dy, x_site=sites[0], dy_site=sites[1])
+            if [s.amax.item() for s in sites] != want or any((s.amax._base[:3] != -1).any() for s in sites):
+                raise Failed(f"amax is {[s.amax.item() for s in sites]}, not {want}")
+    bad = dy.clone()
+    bad[3, 5] = torch.nan
+    gone = site(torch.ones((), device=DEVICE))
+    run(op, backend, args, bad, dy_site=gone)
+    if not gone.amax.isnan():
+        raise Failed("a NaN is not in amax")
 
 
 @KERNELS
-def test_x_scale_may_have_any_shape_and_is_left_alone(backend):
+def test_scales_may_have_any_shape_and_are_left_alone(backend):
     args, dy = inputs((9, 16, 32)), randn(1, torch.bfloat16)(9, 32)
     scale = torch.full((1, 1), 0.01, device=DEVICE)
-    got = run(fp8_linear, backend, args, dy, x_scale=scale)
-    want = run(fp8_linear, backend, args, dy, x_scale=scale.reshape(()))
+    got = run(fp8_linear, backend, args, dy, x_site=site(scale))
+    want = run(fp8_linear, backend, args, dy, x_site=site(scale.reshape(())))
     assert scale == 0.01 and all(torch.equal(got[name], t) for name, t in want.items())
+
+
+@KERNELS
+def test_x_that_is_quantised_already_is_not_read(backend):
+    check_given(fp8_linear, backend)
+
+
+def check_given(op, backend="triton"):
+    """The bits of a delayed scale; x is a number that has the shape of rows, and gets their gradient."""
+    args, dy = inputs((37, 32, 48)), randn(1, torch.bfloat16)(37, 48)
+    scale = torch.full((), 0.02, device=DEVICE)
+    want = run(op, backend, args, dy, x_site=site(scale))
+    x_fp8 = fp8_rows(args["x"], scale)
+    carrier = torch.full((1,), torch.nan, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
+    x = carrier.expand(37, 32)
+    x.retain_grad()
+    total = torch.zeros(48, 32, device=DEVICE)
+    y = op.backends[backend](x, leaf(args["w"]), args["fp8"], x_fp8=x_fp8, dw_sum=total)
+    y.backward(dy)
+    got = {"y": y.detach(), "dx": x.grad, "dw": total}
+    if not all(torch.equal(got[name], t) for name, t in want.items()):
+        raise Failed("given rows are not used as those that are made")
 
 
 @KERNELS
@@ -224,13 +284,15 @@ def test_a_spike_of_100(backend):
     assert ((got["y"].double() - exact).abs() <= 1.01 * (step @ w.abs().T) + 2.0**-8 * exact.abs()).all()
 
     assert now > 50 * before
-    delayed = run(fp8_linear, backend, args | {"x": spiked}, dy, x_scale=before)
-    calm = run(fp8_linear, backend, args, dy, x_scale=before)
+    seen = site(before)
+    delayed = run(fp8_linear, backend, args | {"x": spiked}, dy, x_site=seen)
+    calm = run(fp8_linear, backend, args, dy, x_site=site(before))
     assert all(t.isfinite().all() for t in delayed.values())
     others = torch.arange(37, device=DEVICE) != 3
     assert torch.equal(delayed["y"][others], calm["y"][others]) and torch.equal(delayed["dx"], calm["dx"])
     saturated = spiked.double().clamp(max=x.abs().max().item())
     assert error(delayed["y"], products(saturated, args["w"], dy, before)["y"]) < 2e-3
+    assert seen.amax == spiked.float().abs().max()
 
 
 @KERNELS
@@ -266,11 +328,11 @@ def check_not_finite(op, backend="triton"):
     nan, infinite = (args | {"x": with_one(args["x"], number)} for number in (torch.nan, torch.inf))
     got = run(op, backend, nan, dy)
     seen = [got["y"].isnan().all(), got["dw"].isnan().all(), got["dx"].isfinite().all()]
-    got = run(op, backend, nan, dy, x_scale=torch.ones((), device=DEVICE))
+    got = run(op, backend, nan, dy, x_site=site(torch.ones((), device=DEVICE)))
     seen += [got["y"][3].isnan().all(), got["y"].isnan().sum() == 32]
     got = run(op, backend, infinite, dy)
     seen += [got["y"][3].isnan().all(), got["dw"][:, 5].isnan().all()]
-    got = run(op, backend, infinite, dy, x_scale=torch.ones((), device=DEVICE))
+    got = run(op, backend, infinite, dy, x_site=site(torch.ones((), device=DEVICE)))
     seen += [t.isfinite().all() for t in got.values()]
     got = run(op, backend, args, with_one(dy, torch.nan))
     seen += [got["dx"].isnan().all(), got["dw"].isnan().all()]
@@ -346,13 +408,26 @@ def test_a_copy_that_changes_before_backward_is_an_error(backend):
 
 
 def test_each_tensor_is_quantised_once_and_gradients_are_promoted():
-    check_launches(fp8_linear, module, gemm)
+    check_launches(fp8_linear, fp8_products, gemm)
 
 
-def check_launches(op, of, its_gemm):
+def check_launches(op, products, its_gemm):
     """x in forward and dy in backward, each by one launch with its transpose; y alone stays in the tensor core."""
+    for form in ("sum", "transposed"):
+        passes, launches = watched(op, products, its_gemm, form)
+        if passes != [((37, 32), E4M3, E4M3), ((37, 48), E5M2, E5M2)]:
+            raise Failed(f"passes of {form}: {passes}")
+        dw = E4M3 if form == "transposed" else E5M2  # its first operand
+        bf16 = torch.bfloat16
+        if launches != [
+            (E4M3, bf16, False, False), (E5M2, bf16, True, False), (dw, torch.float32, True, True)
+        ]:  # fmt: skip
+            raise Failed(f"products of {form}: {launches}")
+
+
+def watched(op, products, its_gemm, form):
     passes, launches = [], []
-    real_transpose, real_launch = of.transpose, its_gemm.launch_persistent
+    real_transpose, real_launch = products.transpose, its_gemm.launch_persistent
 
     def transpose(x, q, q_t, *rest):
         passes.append((tuple(x.shape), q.dtype, q_t.dtype))
@@ -363,17 +438,10 @@ def check_launches(op, of, its_gemm):
         real_launch(kernel, programs, first, second, out, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(of, "transpose", transpose)
+        patch.setattr(products, "transpose", transpose)
         patch.setattr(its_gemm, "launch_persistent", launch)
-        args = leaves(inputs((37, 32, 48)))
-        op.backends["triton"](**args).backward(randn(1, torch.bfloat16)(37, 48))
-    if passes != [((37, 32), E4M3, E4M3), ((37, 48), E5M2, E5M2)]:
-        raise Failed(f"passes: {passes}")
-    bf16 = torch.bfloat16
-    if launches != [
-        (E4M3, bf16, False, False), (E5M2, bf16, True, False), (E5M2, torch.float32, True, True)
-    ]:  # fmt: skip
-        raise Failed(f"products: {launches}")
+        op.backends["triton"](**leaves(inputs((37, 32, 48), form))).backward(randn(1, torch.bfloat16)(37, 48))
+    return passes, launches
 
 
 @pytest.mark.parametrize("M", [16, 37])
@@ -392,12 +460,14 @@ def test_scaled_mm_is_given_what_cublas_takes(backend, M, monkeypatch):
     monkeypatch.setattr(torch, "_scaled_mm", watched)
     args, dy = inputs((M, 32, 48), "plain"), randn(1, torch.bfloat16)(M, 48)
     got = run(fp8_linear, backend, args, dy)
-    assert calls == [(M, 32, 48, E4M3, True), (M, 48, 32, E5M2, False)]
+    assert calls == [(M, 32, 48, E4M3, True), (M, 48, 32, E5M2, False), (48, round_up(M, 16), 32, E5M2, False)]
     want = products(args["x"], args["w"], dy)
     assert all(error(got[name], want[name]) < 2e-3 for name in want)
 
 
 # what is refused ----------------------------------------------------------
+
+ROWS = fp8_rows(torch.ones(2, 16), torch.ones(()))
 
 
 @pytest.mark.parametrize(
@@ -408,8 +478,14 @@ def test_scaled_mm_is_given_what_cublas_takes(backend, M, monkeypatch):
         ({"x": torch.ones(2, 16).half(), "w": torch.ones(32, 16).half()}, "float16"),
         ({"w": torch.ones(0, 16)}, r"w \(0, 16\)"),
         ({"fp8": fp8_copy(torch.ones(16, 32))}, r"fp8_linear: q of the copy that quantise_weight makes is \(16, 32\)"),
-        ({"x_scale": torch.ones(2)}, r"x_scale is \(2,\) float32"),
-        ({"x_scale": torch.ones((), dtype=torch.float64)}, "x_scale is .* float64"),
+        ({"x_site": Site(torch.ones(2))}, r"amax of x is \(2,\) float32"),
+        ({"dy_site": Site(torch.ones(()), torch.ones(2))}, r"the scale of dy is \(2,\) float32"),
+        ({"x_site": Site(torch.ones(()), torch.ones((), dtype=torch.float64))}, "the scale of x is .* float64"),
+        ({"x_fp8": ROWS, "x_site": Site(torch.ones(()))}, "x_fp8 and x_site are given"),
+        ({"x_fp8": ROWS._replace(q=ROWS.q[:1])}, r"q of x_fp8 is \(1, 16\)"),
+        ({"x_fp8": ROWS._replace(q_t=ROWS.q_t[:, :2])}, r"q_t of x_fp8 is \(16, 2\)"),
+        ({"x_fp8": ROWS._replace(scale=torch.ones(2))}, r"the scale of x_fp8 is \(2,\)"),
+        ({"transposed": True}, r"expected \(..., K\) and \(K, N\)"),
         ({"dw_sum": torch.zeros(16, 32)}, r"dw_sum is \(16, 32\)"),
         ({"dw_sum": torch.zeros(32, 16).bfloat16()}, "dw_sum is .*expected contiguous .*float32"),
         ({"dw_sum": torch.zeros(16, 32).T}, "dw_sum is .*strides"),
@@ -420,7 +496,9 @@ def test_bad_calls_are_refused(backend, change, says):
     args = {"x": torch.ones(2, 16), "w": torch.ones(32, 16), "fp8": fp8_copy(torch.ones(32, 16))} | change
 
     def here(t):
-        return t.to(DEVICE) if isinstance(t, torch.Tensor) else fp8.Fp8Weight(*(part.to(DEVICE) for part in t))
+        if isinstance(t, tuple):
+            return type(t)(*(part if part is None else part.to(DEVICE) for part in t))
+        return t.to(DEVICE) if isinstance(t, torch.Tensor) else t
 
     with pytest.raises(ValueError, match=says):
         fp8_linear.checked(backend)(**{name: here(t) for name, t in args.items()})
@@ -435,12 +513,14 @@ def test_kernels_refuse_rows_that_are_not_whole(backend, K, N):
         fp8_linear.checked(backend)(**args)
 
 
-def test_what_the_backends_can_take():
+def test_what_the_backends_can_take(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     h100, a100 = (Device("cuda", name, arch) for name, arch in (("H100", (9, 0)), ("A100", (8, 0))))
     for backend in ("triton", "scaled_mm", "cuda"):
         assert "fp8" in fp8_linear.obstacle(backend, (32, 32, 48), torch.bfloat16, a100)
     assert "float32" in fp8_linear.backends["scaled_mm"].limits((32, 32, 48), torch.float32)
-    assert fp8_linear.pick((32, 32, 48), torch.bfloat16, h100)[0] in ("triton", "ref")  # unmeasured
+    assert fp8_linear.pick((32, 32, 48), torch.bfloat16, h100)[0] == "scaled_mm"  # unmeasured
+    assert fp8_linear.pick((32, 32, 48), torch.float32, h100)[0] == "triton"
     assert fp8_linear.pick((32, 32, 48), torch.bfloat16, a100)[0] == "ref"
 
 
@@ -452,7 +532,7 @@ def test_an_older_gpu_is_told_that_it_has_no_fp8(monkeypatch):
     monkeypatch.setattr(op, "COMPILED_FOR", (8, 0))
     op.capability.cache_clear()
     try:
-        with pytest.raises(UserError, match="fp8_linear: fp8 needs a GPU of compute capability 8.9 or .*, not 8.0"):
+        with pytest.raises(UserError, match="fp8_quantise: fp8 needs a GPU of compute capability 8.9 or .*, not 8.0"):
             fp8_linear.backends["triton"](**args)
     finally:
         op.capability.cache_clear()
@@ -464,6 +544,10 @@ def test_cost():
     flops, nbytes = fp8_linear_cost((10, 4, 6), torch.bfloat16, "plain", True)
     assert (flops, nbytes) == (960, 2 * 120 + 4 * 60 + 40 + 80 + 24 + 48)
     assert fp8_linear_cost((10, 4, 6), torch.bfloat16, "sum", True) == (960, nbytes - 48 + 8 * 24)
+    # scales that are known, and rows that are there
+    assert fp8_linear_cost((10, 4, 6), torch.bfloat16, "delayed") == (480, 80 + 3 * 40 + 24 + 120)
+    assert fp8_linear_cost((10, 4, 6), torch.bfloat16, "given") == (480, 40 + 24 + 120)
+    assert fp8_linear_cost((10, 4, 6), torch.bfloat16, "given", True)[1] == nbytes - 120 - 48 + 8 * 24
 
 
 def test_cases_are_projections_of_attention():
@@ -507,41 +591,57 @@ def test_the_fp8_loss_curve_follows_fp32(seed):
 
 # mutations ----------------------------------------------------------------
 
-HERE, FP8, GEMM = module, fp8, gemm
-SUM = "_add_product(q_t, x_t, scale, x_scale"
-SAVED = "ctx.save_for_backward(q_t, scale, fp8.q_t, fp8.scale)"
+HERE, FP8, PRODUCTS, GEMM = module, fp8, fp8_products, gemm
+SAVED = "ctx.save_for_backward(q_t, scale, backward, fp8.scale)"
+SAVED_NAMES = "x_t, x_scale, w_t, w_scale = "
 MUTATIONS = {
-    "y lacks the scale of w": {HERE: {"_product(q, fp8.q, scale, fp8.scale": "_product(q, fp8.q, scale, scale"}},
-    "dw has the scale of w": {HERE: {SUM: SUM.replace("x_scale", "w_scale")}},
-    "dx has the scale of x": {HERE: {"_product(q, w_t, scale, w_scale": "_product(q, w_t, scale, x_scale"}},
-    "x is scaled as a gradient": {HERE: {"amax_scale(t, torch.finfo(dtype).max)": "amax_scale(t, 57344.0)"}},
+    "y lacks the scale of w": {
+        HERE: {"product(q, forward, (scale, fp8.scale)": "product(q, forward, (scale, scale)"}
+    },
+    "dw has the scale of w": {
+        HERE: {"weight_gradient(a, b, (scale, x_scale)": "weight_gradient(a, b, (scale, w_scale)"}
+    },
+    "dx has the scale of x": {HERE: {"product(q, w_t, (scale, w_scale)": "product(q, w_t, (scale, x_scale)"}},
+    "x is scaled as a gradient": {PRODUCTS: {"E5M2 if gradient else E4M3).max": "E5M2).max"}},
     "gradients saturate where weights do": {FP8: {"C, torch.finfo(q_t.dtype).max,": "C, E4M3_MAX,"}},
     "padding is left unwritten": {FP8: {"(offs_r < columns_t)[None": "(offs_r < R)[None"}},
-    "sums of gradients are not promoted": {GEMM: {"precise = a.dtype == E5M2": "precise = a.dtype != a.dtype"}},
-    "the sum is overwritten": {HERE: {"(a_scale, b_scale), accumulate=True": "(a_scale, b_scale)"}},
-    "dw is not added": {HERE: {"    if a.size(1):\n        gemm(": "    if not a.size(1):\n        gemm("}},
+    "sums of gradients are not promoted": {GEMM: {"precise = E5M2 in": "precise = None in"}},
+    "sums are promoted where the gradient is first": {
+        GEMM: {"precise = E5M2 in (a.dtype, b.dtype)": "precise = a.dtype == E5M2"}
+    },
+    "the sum is overwritten": {PRODUCTS: {"(a_scale, b_scale), accumulate=True": "(a_scale, b_scale)"}},
+    "dw is not added": {PRODUCTS: {"    if not a.size(1):\n": "    if a.size(1):\n"}},
     "dw is rounded before it is added": {
-        HERE: {
+        PRODUCTS: {
             "gemm(a, b, total, (a_scale, b_scale), accumulate=True)":
             "total.add_(_product(a, b, a_scale, b_scale, torch.bfloat16, False))"
         }
     },
-    "dy is quantised as a weight": {HERE: {"_quantise(dy, None, True,": "_quantise(dy, None, False,"}},
-    "dy is quantised twice": {HERE: {"dx = dw = None\n": "dx = dw = None\n        _quantise(dy, None, True, False)\n"}},
+    "dy is quantised as a weight": {HERE: {"ctx.dy_site, gradient=True,": "ctx.dy_site, gradient=False,"}},
+    "dy is quantised twice": {
+        HERE: {"dx = dw = None\n": "dx = dw = None\n        quantise(dy, None, gradient=True)\n"}
+    },
     "x's copy is that of the first micro-step": {
         HERE: {
-            SAVED: "ctx.save_for_backward(*_kept.setdefault(str(x.shape), (q_t, scale)), fp8.q_t, fp8.scale)",
+            SAVED: "ctx.save_for_backward(*_kept.setdefault(str(x.shape), (q_t, scale)), backward, fp8.scale)",
             "# kernel\n": "_kept = {}\n",
         }
     },
-    "x is kept": {
-        HERE: {SAVED: SAVED[:-1] + ", x)", "x_t, x_scale, w_t, w_scale = ": "x_t, x_scale, w_t, w_scale, _ = "}
+    "x is kept": {HERE: {SAVED: SAVED[:-1] + ", x)", SAVED_NAMES: SAVED_NAMES.replace(" = ", ", _ = ")}},
+    "a delayed scale is looked for": {PRODUCTS: {"    if scale is None:": "    if True:"}},
+    "a delayed scale serves gradients": {
+        HERE: {"ctx.dw_sum, ctx.dy_site = dw_sum, dy_site": "ctx.dw_sum, ctx.dy_site = dw_sum, x_site"}
     },
-    "a delayed scale is looked for": {HERE: {"if given is None else": "if True else"}},
-    "a delayed scale serves gradients": {HERE: {"_quantise(dy, None, True,": "_quantise(dy, x_scale, True,"}},
-    "a fixed weight has a sum": {HERE: {"elif ctx.needs_input_grad[1]:": "elif ctx.dw_sum is not None:"}},
+    "sites see nothing": {
+        PRODUCTS: {"amax, scale = site or (None, None)": "amax, scale = None, site and site.scale"}
+    },
+    "given rows are made again": {HERE: {"= x_fp8 or quantise": "= quantise"}},
+    "dw of a transposed weight is transposed": {
+        HERE: {"(x_t, q_t) if ctx.transposed else": "(x_t, q_t) if False else"}
+    },
+    "a fixed weight has a sum": {HERE: {"if ctx.needs_input_grad[1]:": "if True:"}},
     "w has a gradient besides": {
-        HERE: {"return dx, dw, None": "return dx, ctx.dw_sum.to(dy.dtype) if dw is None else dw, None"}
+        HERE: {"return dx, dw, *": "return dx, ctx.dw_sum.to(dy.dtype) if dw is None else dw, *"}
     },
     "zeros have no scale": {FP8: {"(amax / limit).clamp_min(TINY_SCALE)": "amax / limit"}},
     "NaN is clamped": {FP8: {"propagate_nan=tl.PropagateNan.ALL": "propagate_nan=tl.PropagateNan.NONE"}},
@@ -558,31 +658,42 @@ CLASSES = [
     "x is kept",
     "a delayed scale is looked for",
     "w has a gradient besides",
+    "sums are promoted where the gradient is first",
+    "sites see nothing",
+    "given rows are made again",
+    "dw of a transposed weight is transposed",
 ]
 
 
 def broken_op(edits, folder):
-    """The op of edited modules, its reference as it is; the module and its gemm."""
-    stems = {part: Path(mutant(part, edits[part], folder).__file__).stem for part in (FP8, GEMM) if part in edits}
+    """The op of edited modules, its reference as it is; its shared products and its gemm."""
+    stems = {}
+    for part in (FP8, GEMM, PRODUCTS):  # each imports those before it
+        imports = {f"from {other.__name__} import": f"from {stem} import" for other, stem in stems.items()}
+        changes = edits.get(part, {}) | (imports if part is PRODUCTS else {})
+        if changes:
+            stems[part] = Path(mutant(part, changes, folder).__file__).stem
     imports = {f"from {part.__name__} import": f"from {stem} import" for part, stem in stems.items()}
     copy = mutant(module, edits.get(HERE, {}) | imports, folder)
     backends = {"ref": fp8_linear.backends["ref"], "triton": copy.fp8_linear.backends["triton"]}
-    its_gemm = sys.modules[stems[GEMM]] if GEMM in stems else gemm
-    return dataclasses.replace(fp8_linear, backends=backends), copy, its_gemm
+    its = (sys.modules[stems[part]] if part in stems else part for part in (PRODUCTS, GEMM))
+    return dataclasses.replace(fp8_linear, backends=backends), *its
 
 
-def stress(op, of, its_gemm):
+def stress(op, its_products, its_gemm):
     check_products(op)
     for form in op.forms:
         result = check_op(op, inputs((37, 32, 48), form), factor=ONCE)
         assert ("dw" in result) == (form == "plain")
     check_fixed(op, ("w",))
     check_delayed(op)
+    check_sites(op)
+    check_given(op)
     check_zeros(op)
     check_not_finite(op)
     check_micro_steps(op)
     check_saved(op)
-    check_launches(op, of, its_gemm)
+    check_launches(op, its_products, its_gemm)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a broken kernel may end the CUDA context of the other tests")

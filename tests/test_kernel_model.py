@@ -120,6 +120,45 @@ def test_products_of_a_library_take_the_projections_efficiency():
     assert 400 < half < 600
 
 
+def test_a_pass_of_a_library_is_one_over_memory():
+    """Such as the largest size of a weight, which torch finds."""
+    nbytes = 10**9
+    found = predict({"kernel": LIBRARY, "bytes": nbytes})
+    assert found == (pytest.approx(1e6 * nbytes / (0.77 * HBM["H100"])), "library")
+
+
+def relu2(**changes):
+    """The first product of fp8_mlp at depth 24, forward, as Triton 3.9 compiles it."""
+    arguments = {"M": 32768, "columns_t": 32768, "group": 1, "N": 6144, "K": 1536, "BACKWARD": 0}
+    arguments |= {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "SPLIT": 2, "FLATTEN": 0}
+    launch = product(32768, 6144, 1536, (128, 256), 128, 1, flat=False, loop=85, epilogue=1304, bytes=462_422_032)
+    return launch | {"kernel": "_fp8_relu2_kernel", "arguments": arguments} | changes
+
+
+def test_a_product_in_fp8_whose_epilogue_quantises():
+    """By hand: 6144 tiles in 47 waves, of 12 steps of (128 + 256) x 128 bytes out of L2, which take longer than tensor
+    cores with twice the rate of bf16; then the epilogue alone, and the pipeline's filling."""
+    cut = tiles(relu2())
+    assert (cut.tiles, cut.waves, cut.l2_bytes) == (6144, 47, 6144 * 384 * 1536)
+    step = max(2 * 128 * 256 * 128 / 8192, 384 * 128 / model.L2)
+    cycles = 47 * (12 * step + 1304 * 8 / 4 + model.FILL)
+    assert predict(relu2()) == (pytest.approx(1e6 * cycles / model.CLOCK), "L2")
+    # without transposed copies the epilogue would be that of gemm; less than 10 % of the whole
+    assert 0.9 < predict(relu2(epilogue=544)).us / predict(relu2()).us < 1
+
+
+def test_sums_that_are_promoted_cost_their_instructions():
+    """128 x 128 tiles of e5m2 and e4m3, whose step has 64 additions a thread more: they hide behind the L2 cache, and
+    not behind more of them."""
+    square = {"tile": (128, 128), "step": 128, "itemsize": 1, "flat": False, "epilogue": 379}
+    promoted = predict(product(32768, 1536, 6144, **square, loop=146))
+    assert promoted == predict(product(32768, 1536, 6144, **square, loop=82)) and promoted.bound == "L2"
+    assert predict(product(32768, 1536, 6144, **square, loop=1000)).bound == "issue"
+    # a third more of the L2 cache than 128 x 256
+    wide = predict(product(32768, 1536, 6144, (128, 256), 128, 1, flat=False, loop=83, epilogue=544))
+    assert promoted.us / wide.us == pytest.approx(4 / 3, rel=0.03)
+
+
 def test_traffic_counts_what_changes_in_place_twice():
     a, b = torch.empty(10, dtype=torch.bfloat16), torch.empty(4)
     assert traffic({"x_ptr": a, "y_ptr": b, "n": 3}) == 36

@@ -1,7 +1,9 @@
 """The accuracy law and its harness see errors at the bound, results that do not repeat, and writes beside tensors."""
 
+import functools
 import itertools
 import types
+from collections import namedtuple
 
 import pytest
 import torch
@@ -81,6 +83,26 @@ def test_an_element_that_is_not_written_fails():
 
     with pytest.raises(Failed, match="y is off by nan"):
         check_op(op(lazy), {"x": X}, no_grad=("x",))
+
+
+def test_a_placeholder_is_nan_throughout_and_carries_a_gradient():
+    def placeholder(x, *, gradient=2, seen=torch.nan):
+        return gradient * x + seen
+
+    assert set(check_op(op(placeholder, placeholder), {"x": X})) == {"y", "dx"}
+    for wrong, says in (({"gradient": 3}, "dx is off by"), ({"seen": 0}, "y is off by inf")):
+        with pytest.raises(Failed, match=says):
+            check_op(op(functools.partial(placeholder, **wrong), placeholder), {"x": X})
+    with pytest.raises(Failed, match="y is off by nan"):
+        check_op(op(placeholder), {"x": X})
+    with pytest.raises(Failed, match="y is off by inf"):
+        check_op(op(lambda x: placeholder(x, seen=torch.where(x > 0, torch.nan, 0)), placeholder), {"x": X})
+
+
+def test_a_tuple_among_outputs_is_named_behind_it():
+    Inner, Outer = namedtuple("Inner", "q scale"), namedtuple("Outer", "y fp8 h")
+    one, two = torch.ones(1), torch.ones(2)
+    assert law.named(Outer(one, Inner(two, one), None)) == {"y": one, "fp8.q": two, "fp8.scale": one}
 
 
 def test_what_an_op_leaves_in_its_inputs_is_a_result_unless_it_returns_that_name():

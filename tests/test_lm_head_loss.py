@@ -15,7 +15,7 @@ import kernels.lm_head_loss as module
 from bench.law import error, fill_dynamo_tables, judge, judge_rows, poisoned_allocations, same_form
 from kernels import extension, gemm, sizes
 from kernels import fp8 as fp8_module
-from kernels.fp8 import E4M3, E4M3_MAX, E5M2, E5M2_MAX, Fp8Weight, empty_fp8
+from kernels.fp8 import E4M3, E4M3_MAX, E5M2, E5M2_MAX, Fp8Tensor, empty_fp8
 from kernels.lm_head_loss import (
     LEAST_ROWS,
     LOGIT_BYTES,
@@ -400,7 +400,7 @@ BAD = {
     "weights": ({"weights": torch.ones(36)}, "weights is"),
     "scale": ({"x_scale": 0.1}, "x_scale is 0.1; expected one float32"),
     "gradient of weights": ({"weights": torch.ones(37, requires_grad=True)}, "give them detached"),
-    "fp8": ({"fp8": Fp8Weight(torch.ones(2, 2), torch.ones(2, 2), torch.ones(()))}, "quantise_weight"),
+    "fp8": ({"fp8": Fp8Tensor(torch.ones(2, 2), torch.ones(2, 2), torch.ones(()))}, "quantise_weight"),
 }  # fmt: skip
 
 

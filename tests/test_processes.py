@@ -157,6 +157,19 @@ def test_two_processes_train_like_one_in_bf16(tiny, tmp_path):
     assert summaries[1]["data_stats"] == pytest.approx(summaries[0]["data_stats"])
 
 
+def test_two_processes_train_like_one_in_fp8(tiny, tmp_path):
+    """With scales from the largest sizes on both: a site of one process alone would have others."""
+    options = [*tiny, "--d-model", "128", "--d-head", "32", "--precision", "fp8", "--steps", "4"]
+    one, two = run(options, tmp_path / "one"), tmp_path / "two"
+    assert together(trained, [*options, "--out", str(two)]) == [None, None]
+    assert losses(two) == pytest.approx(losses(one), rel=5e-3)
+    a, b = final_tensors(one), final_tensors(two)
+    # the first step's sizes are of the same weights; gradients are those of a mean over half of the tokens
+    for name, times in (("fp8.activations.history", 1), ("fp8.gradients.history", 2)):
+        assert a[name][-1].all()
+        torch.testing.assert_close(b[name][-4], times * a[name][-4], rtol=0.02, atol=0)
+
+
 def bad_line(argv, row):
     """Rank 1 cannot read row `row` of its stream."""
     filled, honest = [], BestFitPacker.fill

@@ -3,21 +3,28 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 
 import pytest
+import torch
 
 from bench.projection import __main__ as command
 from bench.projection import machine, peers, redline, report
 from bench.projection.machine import CLASSES, FLOPS, HBM
 from bench.projection.peers import TOLERANCE
 from core.config import ModelConfig
-from core.models.gpt2 import dims, flops_per_token
+from core.fp8 import Recipe
+from core.models.gpt2 import GPT, dims, flops_per_token
 from kernels.ops import BY_NAME
 from kernels.polar_express import polar_express_cost
 
 CHECKS = {w.name: w for w in peers.checks()}
 PRODUCTS = ("bf16 product", "fp8 product")
-BUDGETS = {target: redline.redline(target=target) for target in (False, True)}
+BUDGETS = {
+    "bf16": redline.redline(),
+    "fp8": redline.redline(fp8=True),
+    "target": redline.redline(target=True),
+}
 
 
 def changed(name, factor):
@@ -89,21 +96,27 @@ def test_matmul_flops_of_modded_nanogpt(stage, tokens):
     assert w.flops(*PRODUCTS) * machine.GPUS == pytest.approx(6 * 114.1e6 * tokens, rel=1e-3)
 
 
-@pytest.mark.parametrize("target", BUDGETS)
-def test_flops_of_redline_are_the_plans(target):
-    w = BUDGETS[target]
+@pytest.mark.parametrize("name", BUDGETS)
+def test_flops_of_redline_are_the_plans(name):
+    w = BUDGETS[name]
     assert (w.tokens, w.steps) == (1_048_576, 5568)
     assert accounted(w, 24, 512) == pytest.approx(flops_per_token(ModelConfig(depth=24)), rel=2e-5)
 
 
-@pytest.mark.parametrize("target", BUDGETS)
-def test_rows_are_counted_once_for_each_micro_step_of_the_plan(target):
+@pytest.mark.parametrize(
+    "name, head, products",
+    [
+        ("bf16", ("lm_head_loss, gradients included", 3), ("qkv, o: wgrad", 2)),
+        ("fp8", ("lm_head_loss (fp8), gradients included", 3), ("fp8_mlp (sum), backward", 4)),
+        ("target", ("lm_head: forward, dgrad", 2), ("qkv, o: wgrad", 2)),
+    ],
+)
+def test_rows_are_counted_once_for_each_micro_step_of_the_plan(name, head, products):
     """Their FLOPs do not tell: fewer micro-steps have more rows each."""
-    micro = BUDGETS[target].tokens // (machine.GPUS * 16 * 2048)
-    kernels = {row.op: row.kernels for row in BUDGETS[target].rows}
-    head = "lm_head: forward, dgrad" if target else "lm_head_loss, gradients included"
-    assert micro == 4 and kernels[head] == (2 if target else 3) * micro
-    assert kernels["qkv, o: wgrad"] == 2 * 24 * micro and kernels["attention, forward"] == 24 * micro
+    micro = BUDGETS[name].tokens // (machine.GPUS * 16 * 2048)
+    kernels = {row.op: row.kernels for row in BUDGETS[name].rows}
+    assert micro == 4 and kernels[head[0]] == head[1] * micro
+    assert kernels[products[0]] == products[1] * 24 * micro and kernels["attention, forward"] == 24 * micro
 
 
 def test_attention_counts_visible_pairs():
@@ -132,8 +145,142 @@ def test_documents_have_the_published_mean_and_median():
 
 
 def test_sharding_divides_the_optimizer():
-    today, target = (report.by_group(BUDGETS[target])["optimizer"] for target in (False, True))
+    today, target = (report.by_group(BUDGETS[name])["optimizer"] for name in ("bf16", "target"))
     assert target == pytest.approx(today / machine.GPUS)
+
+
+# today in fp8 ---------------------------------------------------------------
+
+
+def calls(w, op):
+    """Rows of an op by form, direction and shape: its products, then its casts."""
+    found = {}
+    for row in w.rows:
+        if row.cost and row.cost.op == op:
+            found.setdefault((row.cost.form, row.cost.direction, row.cost.shape), []).append(row)
+    return found
+
+
+class Chooser:
+    """Notes what core/ asks for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def choose(self, op, *shape):
+        self.asked.append((op.name, shape))
+
+    def choose_many(self, op, problems):
+        self.asked += [(op.name, shape) for shape, _ in problems]
+
+
+def test_the_ops_in_fp8_are_those_that_core_calls():
+    chooser = Chooser()
+    with torch.device("meta"):
+        GPT(ModelConfig(depth=24), chooser, 16, fp8_head=True, recipe=Recipe())
+    asked = Counter((op, shape) for op, shape in chooser.asked if op in ("fp8_linear", "fp8_mlp", "quantise_weight"))
+    micro, layers, found = 4, 24, Counter()
+    for op in ("fp8_linear", "fp8_mlp"):
+        for (_, direction, shape), rows in calls(BUDGETS["fp8"], op).items():
+            if direction == "forward":
+                assert sum(r.flops for r in rows) == layers * micro * BY_NAME[op].cost(shape, machine.BF16)[0]
+                found[op, shape] += 1
+    for (_, _, shape), (row,) in calls(BUDGETS["fp8"], "quantise_weight").items():
+        found["quantise_weight", shape] += row.kernels // 2
+    assert found == asked
+
+
+def test_forms_of_ops_in_fp8():
+    w = BUDGETS["fp8"]
+    forms = {op: {form for form, _, _ in calls(w, op)} for op in ("fp8_linear", "fp8_mlp", "lm_head_loss", "relu2_mlp")}
+    assert forms == {
+        "fp8_linear": {"given", "delayed"},
+        "fp8_mlp": {"sum"},
+        "lm_head_loss": {"fp8"},
+        "relu2_mlp": set(),
+    }
+    norms = calls(w, "rms_norm")
+    forward = {form: sum(r.nbytes for r in rows) for (form, way, _), rows in norms.items() if way == "forward"}
+    assert set(forward) == {"mix3_fp8", "mix_fp8"}
+    # q and q_t take the place of y, so that norms move no byte more than in bf16 (but for 12 channels)
+    before = sum(
+        r.nbytes for (_, way, _), rows in calls(BUDGETS["bf16"], "rms_norm").items() for r in rows if way == "forward"
+    )
+    assert sum(forward.values()) == pytest.approx(before, rel=3e-3)
+
+
+def test_fp8_lies_between_bf16_and_the_target():
+    bf16, fp8, target = (w.seconds() for w in BUDGETS.values())
+    assert 1.1 * target < fp8 < 0.9 * bf16
+
+
+def test_products_in_fp8_take_about_half():
+    """By the classes' efficiencies 1.72 times the speed, less what short sums cost; casts are counted beside them."""
+    for group in ("products", "head"):
+        bf16, fp8 = (report.by_group(BUDGETS[name])[group] for name in ("bf16", "fp8"))
+        assert 0.5 < fp8 / bf16 < 0.65
+    kinds = {row.kind for row in BUDGETS["fp8"].rows if row.group in ("products", "head")}
+    assert kinds == {"fp8 product"}
+    groups = report.by_group(BUDGETS["fp8"])
+    assert 0.05 < groups["fp8 casts"] / groups["products"] < 0.2
+    assert report.by_group(BUDGETS["bf16"])["fp8 casts"] == 0
+
+
+def test_weights_are_quantised_once_a_step_and_activations_in_each_micro_step():
+    many, few = redline.redline(gpus=1, fp8=True), BUDGETS["fp8"]  # 32 micro-steps, and 4
+    d = dims(ModelConfig(depth=24))
+    elements = d.n_layer * 12 * d.d_model**2 + d.padded_vocab * d.d_model
+    for w in (many, few):
+        (weights,) = [sum(r.nbytes for rows in calls(w, "quantise_weight").values() for r in rows)]
+        assert weights == 6 * elements  # read twice in bf16, written twice
+    casts = [
+        sum(r.nbytes for r in w.rows if r.group == "fp8 casts" and r.cost.op != "quantise_weight") for w in (many, few)
+    ]
+    assert casts[0] == machine.GPUS * casts[1]
+    # d_qkv, d_out, d_mlp and what attention returns: read in bf16, written twice, of each layer
+    assert casts[1] == (2 + 2) * (3 + 1 + 1 + 1) * d.n_layer * d.d_model * few.tokens / machine.GPUS
+
+
+def test_bytes_of_an_op_are_those_of_its_cost():
+    for op in ("fp8_linear", "fp8_mlp"):
+        for (form, direction, shape), rows in calls(BUDGETS["fp8"], op).items():
+            assert all(row.nbytes > 0 for row in rows)
+            cost = BY_NAME[op].cost(shape, machine.BF16, form, direction == "backward")
+            assert sum(row.nbytes for row in rows) == 24 * 4 * cost[1]
+
+
+def test_an_op_that_is_measured_takes_its_time_over_all_of_its_rows(tmp_path):
+    """Products and casts together, at the peak of fp8."""
+    shape = [32768, 1536, 1536]
+    flops, nbytes = BY_NAME["fp8_linear"].cost(shape, machine.BF16, "delayed", True)
+    row = {"op": "fp8_linear", "form": "delayed", "direction": "backward", "shape": shape}
+    before = calls(BUDGETS["fp8"], "fp8_linear")["delayed", "backward", tuple(shape)]
+    w = redline.with_measurements(BUDGETS["fp8"], results(tmp_path, row | {"flops": flops, "bytes": nbytes, "us": 700}))
+    products, cast = after = calls(w, "fp8_linear")["delayed", "backward", tuple(shape)]
+    assert sum(r.seconds() for r in after) == pytest.approx(24 * 4 * 700e-6)
+    assert cast.seconds() / products.seconds() == pytest.approx(before[1].seconds() / before[0].seconds())
+    assert sum(r.measured is not None for r in w.rows) == 2
+
+
+def test_a_measurement_at_another_shape_counts_by_what_bounds_this_one(tmp_path):
+    """A large product is bound by arithmetic, so that its ratio is of fp8's peak; the output projection with its cast
+    is bound by memory, which in bf16 it would not be."""
+    shape = [32768, 8192, 8192]
+    flops, nbytes = BY_NAME["fp8_linear"].cost(shape, machine.BF16, "delayed")
+    row = {"op": "fp8_linear", "form": "delayed", "direction": "forward", "shape": shape, "us": 4000}
+    w = redline.with_measurements(BUDGETS["fp8"], results(tmp_path, row | {"flops": flops, "bytes": nbytes}))
+    here = 32768, 1536, 1536
+    least = BY_NAME["fp8_linear"].cost(here, machine.BF16, "delayed")[1] / HBM["H100"]
+    rows = calls(w, "fp8_linear")["delayed", "forward", here]
+    assert sum(r.seconds() for r in rows) == pytest.approx(24 * 4 * least * 4e-3 / (flops / FLOPS["fp8"]))
+
+
+def test_products_in_fp8_are_measured_against_the_peak_of_fp8(tmp_path):
+    shape = [32768, 1536, 32768]
+    row = {"op": "lm_head_loss", "form": "fp8", "direction": "backward", "shape": shape, "flops": 10**13, "bytes": 1}
+    w = redline.with_measurements(BUDGETS["fp8"], results(tmp_path, row | {"us": 10_000}))
+    (head,) = (r for r in w.rows if r.measured)
+    assert head.measured.ratio == pytest.approx(1e13 / FLOPS["fp8"] / 1e-2)
 
 
 # laws -----------------------------------------------------------------------
@@ -193,7 +340,7 @@ def mix(w):
 
 
 def test_measured_rows_replace_assumed_ones(tmp_path):
-    before = BUDGETS[False]
+    before = BUDGETS["bf16"]
     after = redline.with_measurements(before, results(tmp_path, {}))
     ratio = ROW["bytes"] / HBM["H100"] / 500e-6
     assert mix(after).measured.ratio == pytest.approx(ratio)
@@ -226,7 +373,7 @@ def us(measured):
     ],
 )
 def test_which_measurement_counts(tmp_path, rows, expected):
-    w = redline.with_measurements(BUDGETS[False], results(tmp_path, *rows))
+    w = redline.with_measurements(BUDGETS["bf16"], results(tmp_path, *rows))
     assert us(mix(w).measured) == pytest.approx(expected)
 
 
@@ -238,7 +385,7 @@ def test_other_devices_count_nothing(tmp_path, device):
 def test_arithmetic_is_measured_against_its_peak(tmp_path):
     flops = 2 * 65536 * 1536 * 6144 * 2
     row = {"op": "relu2_mlp", "form": "plain", "shape": [65536, 1536, 6144], "flops": flops, "bytes": 1, "us": 5000.0}
-    w = redline.with_measurements(BUDGETS[False], results(tmp_path, row))
+    w = redline.with_measurements(BUDGETS["bf16"], results(tmp_path, row))
     (measured,) = (r for r in w.rows if r.measured)
     assert measured.measured.ratio == pytest.approx(flops / FLOPS["bf16"] / 5e-3)
     assert measured.seconds() == pytest.approx(measured.flops / FLOPS["bf16"] / measured.measured.ratio)
@@ -247,7 +394,7 @@ def test_arithmetic_is_measured_against_its_peak(tmp_path):
 def test_where_nothing_is_measured_the_model_of_the_kernel_counts(tmp_path):
     """At the nearest shape; a measurement comes first."""
     baseline = {
-        "rms_norm / depth 24 / mix / bfloat16 / forward": {"us": 50.0, "bound": "memory", "predicted_us": 80.0},
+        "rms_norm / depth 24 / mix / bfloat16 / forward": {"us": 50.0, "bound": "memory", "predicted_us": 150.0},
         "rms_norm / depth 12 / mix / bfloat16 / forward": {"us": 50.0, "bound": "memory", "predicted_us": 500.0},
         "rms_norm / depth 24 / mix / float32 / forward": {"us": 50.0, "bound": "memory", "predicted_us": 500.0},
         "rms_norm / depth 24 / add / bfloat16 / forward": {"us": 50.0, "bound": "memory"},
@@ -255,11 +402,11 @@ def test_where_nothing_is_measured_the_model_of_the_kernel_counts(tmp_path):
     for version, rows in (("3.9.0", {}), ("3.10.0", baseline)):
         (tmp_path / f"triton-{version}.json").write_text(json.dumps({"roofline": rows}))
     models = redline.read_models(tmp_path)
-    w = redline.with_measurements(BUDGETS[False], [], models)
-    assert mix(w).measured.ratio == pytest.approx(50 / 80)
+    w = redline.with_measurements(BUDGETS["bf16"], [], models)
+    assert mix(w).measured.ratio == pytest.approx(1e6 * 4 * 2 * 32768 * 1536 / HBM["H100"] / 150)
     assert report.entry(mix(w))["basis"] == "model, triton-3.10.0"
     assert sum(row.measured is not None for row in w.rows) == 1
-    both = redline.with_measurements(BUDGETS[False], results(tmp_path, {}), models)
+    both = redline.with_measurements(BUDGETS["bf16"], results(tmp_path, {}), models)
     assert us(mix(both).measured) == pytest.approx(500.0)
     assert redline.read_models(tmp_path / "none") == []
 
@@ -267,35 +414,42 @@ def test_where_nothing_is_measured_the_model_of_the_kernel_counts(tmp_path):
 def test_the_committed_model_explains_redlines_own_kernels():
     """Every row of an op that launches kernels of ours has a prediction, none above the peak. The forward of embeddings
     is PyTorch's gather."""
-    w = redline.with_measurements(BUDGETS[False], [], redline.read_models())
+    w = redline.with_measurements(BUDGETS["bf16"], [], redline.read_models())
     own = [row for row in w.rows if row.cost and (row.cost.op, row.cost.direction) != ("embedding", "forward")]
     assert len(own) > 15 and all(row.measured and 0.2 < row.measured.ratio <= 1 for row in own), own
 
 
 def test_one_gpu_communicates_nothing():
     alone = redline.redline(gpus=1)
-    assert alone.tokens == BUDGETS[False].tokens
+    assert alone.tokens == BUDGETS["bf16"].tokens
     groups = report.by_group(alone)
     assert groups["communication"] == 0 and groups["products"] == pytest.approx(
-        machine.GPUS * report.by_group(BUDGETS[False])["products"]
+        machine.GPUS * report.by_group(BUDGETS["bf16"])["products"]
     )
-    assert groups["optimizer"] == pytest.approx(report.by_group(BUDGETS[False])["optimizer"])
+    assert groups["optimizer"] == pytest.approx(report.by_group(BUDGETS["bf16"])["optimizer"])
 
 
 def test_flash_attention_3_changes_attention_alone():
     with_it, without = (redline.redline(gpus=1, fa3=fa3) for fa3 in (True, False))
     groups, others = report.by_group(with_it), report.by_group(without)
     assert {name for name in groups if groups[name] != others[name]} == {"attention"}
-    assert groups["attention"] == pytest.approx(report.by_group(BUDGETS[True])["attention"] * machine.GPUS)
+    assert groups["attention"] == pytest.approx(report.by_group(BUDGETS["target"])["attention"] * machine.GPUS)
     assert groups["attention"] < 0.6 * others["attention"] and "FA3" in with_it.name and "FA3" not in without.name
 
 
 def test_levers_are_what_the_target_saves():
-    gains = dict(report.levers(BUDGETS[False], BUDGETS[True], 99))
-    difference = BUDGETS[False].seconds() - BUDGETS[True].seconds()
+    gains = dict(report.levers(BUDGETS["fp8"], BUDGETS["target"], 99))
+    difference = BUDGETS["fp8"].seconds() - BUDGETS["target"].seconds()
     assert sum(gains.values()) == pytest.approx(difference)
-    few = report.levers(BUDGETS[False], BUDGETS[True])
-    assert [gain for _, gain in few] == sorted(gains.values(), reverse=True)[:5] and few[0][0] == "products"
+    few = report.levers(BUDGETS["fp8"], BUDGETS["target"])
+    assert [gain for _, gain in few] == sorted(gains.values(), reverse=True)[:5] and few[0][0] == "attention"
+
+
+def test_progress_is_what_fp8_brings_of_the_way_to_the_target():
+    p = report.Progress(1000.0, 850.0, 600.0)
+    assert p.share == pytest.approx(150 / 400)
+    text = "\n".join(report.progress_lines(p))
+    assert "150 of the 400 ms" in text and "38 %; 250 ms remain" in text and "850 ms, 1.18 times" in text
 
 
 def test_every_measurable_row_is_a_case_of_an_op():
@@ -318,6 +472,8 @@ def test_output(capsys, tmp_path):
         and "bf16, FA3, one H100" in short
         and "tokens/s" in short
         and "The next levers" in short
+        and "fp8, one H100" in short
+        and "fp8 brings" in short
     )
     command.main(["--rows", "--plot", str(tmp_path / "bars.png")])
     text = capsys.readouterr().out
@@ -334,6 +490,10 @@ def test_json(capsys):
     out = json.loads(capsys.readouterr().out)
     assert "not a measurement" in out["note"]
     assert [w["name"] for w in out["checks"]] == list(CHECKS)
+    times = {w["name"]: w["step_ms"] for w in out["budgets"]}
+    steps = out["step_ms"]
+    assert [steps[name] for name in BUDGETS] == [times[w.name] for w in BUDGETS.values()]
+    assert steps["share_of_fp8"] == pytest.approx((steps["bf16"] - steps["fp8"]) / (steps["bf16"] - steps["target"]))
     for w in out["checks"] + out["budgets"]:
         assert math.isclose(sum(row["ms"] for row in w["rows"]), w["step_ms"])
         assert math.isclose(sum(w["groups_ms"].values()), w["step_ms"])
@@ -342,5 +502,5 @@ def test_json(capsys):
 
 def test_a_check_that_fails_says_so():
     far = dataclasses.replace(CHECKS["modded #85: stage 1"], published=1.0)
-    assert "**not within 15 %**" in report.report([far], [], [], rows=False)
-    assert "**not within" not in report.report(list(CHECKS.values()), [], [], rows=False)
+    assert "**not within 15 %**" in report.report([far], [], None, [], rows=False)
+    assert "**not within" not in report.report(list(CHECKS.values()), [], None, [], rows=False)

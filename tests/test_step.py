@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 import train
 from core.communication import World
 from core.config import ModelConfig, OptimConfig
+from core.fp8 import Recipe
 from core.models.gpt2 import GPT
 from core.optim import Gradients, Optimizer, learning_rates
 from kernels.dispatch import Backends
@@ -41,12 +42,12 @@ def launches(monkeypatch):
     return counts
 
 
-def trainer_of(dtype, backend, depth=2, micro_steps=3):
+def trainer_of(dtype, backend, depth=2, micro_steps=3, recipe=None):
     """A model wide enough for the kernels that large ones take, and batches of two rows."""
     cfg = ModelConfig(depth=depth, d_model=256, d_head=128, seq_len=8, vocab_size=300)
     rows, device = 2, torch.device(DEVICE)
     backends = Backends(backend, device=device, dtype=dtype)
-    model = GPT(cfg, backends, rows)
+    model = GPT(cfg, backends, rows, recipe=recipe)
     model.init_weights(0)
     optimizer = Optimizer(
         model, lrs=learning_rates(OptimConfig(), 256, 1), weight_decay=0.1, ns_steps=5, compute_dtype=dtype,
@@ -95,14 +96,19 @@ def waits(trainer, calls):
         found = set(calls)
     names = {event.name for event in trace.events()}
     assert {"aten::mm", "aten::copy_", "aten::add_"} <= names  # the trace is not empty
-    assert outcome.shape == (2,)
+    delayed = trainer.model.in_fp8 is not None and trainer.model.in_fp8.recipe.scales == "delayed"
+    assert outcome.shape == ((3,) if delayed else (2,))
     return (WAITING_OPS & names) | found
 
 
+RECIPES = pytest.mark.parametrize("recipe", [None, Recipe(), Recipe("dynamic")], ids=["bf16", "delayed", "dynamic"])
+
+
+@RECIPES
 @DTYPES
 @pytest.mark.parametrize("backend", ["ref", "triton"])
-def test_nothing_in_a_step_waits_for_the_device(backend, dtype, launches, calls):
-    trainer = trainer_of(dtype, backend)
+def test_nothing_in_a_step_waits_for_the_device(backend, dtype, recipe, launches, calls):
+    trainer = trainer_of(dtype, backend, recipe=recipe)
     assert waits(trainer, calls) == set()
     assert (sum(launches.values()) > 0) == (backend == "triton")
 
@@ -187,3 +193,24 @@ def test_launches_of_a_step(layers, micro_steps, dtype, launches):
         assert launches == expected, step
     a_micro_step = 13 * layers + 8 if dtype == torch.bfloat16 else 11 * layers + 7
     assert launches.total() == micro_steps * a_micro_step + 50
+
+
+@pytest.mark.parametrize("layers, micro_steps", [(2, 1), (2, 3), (4, 2)])
+def test_launches_of_a_step_in_fp8(layers, micro_steps, launches):
+    """With delayed scales: four passes a layer quantise, of the gradient of q, k and v, attention's output and its
+    gradient, and the gradient of the MLP's output; once a step one for each bank of weights. Norms and the MLP's
+    epilogues do the rest."""
+    trainer = trainer_of(torch.bfloat16, "triton", layers, micro_steps, Recipe())
+    micro_step = {
+        "_transpose_kernel": 4 * layers,
+        "kernels.gemm._gemm_kernel": 2 * 3 * layers + 4 * layers + 1,  # projections, the MLP, the head
+        "_fp8_relu2_kernel": 2 * layers,
+    }
+    expected = expected_launches(layers, micro_steps, torch.bfloat16)
+    del expected["_relu2_gemm_kernel"]
+    expected |= {name: micro_steps * n for name, n in micro_step.items()}
+    expected["_transpose_kernel"] += 4
+    for step in range(3):
+        launches.clear()
+        train.train_step(trainer, step, SimpleNamespace(signum=0))
+        assert launches == expected, step

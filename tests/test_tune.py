@@ -10,6 +10,7 @@ import torch
 import kernels.adam_update
 import kernels.rms_norm
 from bench import suite, tune
+from bench.kernel_model import LIBRARY
 from bench.timing import Spread
 from kernels.ops import BY_NAME
 from kernels.rms_norm import rms_norm
@@ -62,6 +63,10 @@ FACTS = {"kernel": "k", "spill_bytes": 0, "serialized": False, "shared_bytes": 2
 def test_static_facts_refuse(change, why):
     found = tune.refused([FACTS, FACTS | change], 90)
     assert found is None if why is None else why in found
+
+
+def test_products_of_a_library_are_not_refused():
+    assert tune.refused([{"kernel": LIBRARY, "product": (1, 8, 8, 8, 2)}, FACTS], 90) is None
 
 
 def test_what_spills_or_does_not_compile_is_seen_by_the_compiler():
@@ -177,3 +182,5 @@ def test_every_op_with_a_kernel_has_a_task():
             (task,) = tune.tasks_of(op, (), "float32", 90, tiny=tiny)
             assert (task.op, len(task.shape)) == (name, len(op.dims)) and task.form in op.forms
             assert (max(task.shape) <= tune.TINY_DIM) == tiny
+    forms = {name: tune.tasks_of(BY_NAME[name], (), "bfloat16", 90, tiny=False)[0].form for name in BY_NAME}
+    assert forms["fp8_mlp"] == forms["fp8_linear"] == forms["linear"] == "sum"  # as training adds gradients

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import params
+from core import fp8, params
 from core.config import ModelConfig
+from core.fp8 import IN_BF16, Fp8Layers, LayerInFp8, Recipe
 from core.kv_cache import KVCache
 from core.layers import Branches, masked_attention, rope_tables, unbind_banks
 from core.params import MuonView, Param, bank, constant, normal, ramp, uniform
@@ -28,14 +29,16 @@ from core.stopping import UserError
 from kernels.attention import attention, attention_ref, visible
 from kernels.dispatch import Backends
 from kernels.embedding import embedding
-from kernels.fp8 import Fp8Weight, empty_fp8
+from kernels.fp8 import Fp8Tensor, empty_fp8
+from kernels.fp8_linear import fp8_linear
+from kernels.fp8_mlp import fp8_mlp
 from kernels.gemm import summed
 from kernels.linear import linear
 from kernels.lm_head_loss import lm_head_loss, softcapped_logits, tanh_cap
-from kernels.op import Op
+from kernels.op import Op, Shape
 from kernels.quantise_weight import quantise_weight
 from kernels.relu2_mlp import relu2_mlp
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import RMSNorm, rms_norm
 from kernels.rope_qk_norm import rope_qk_norm
 from kernels.sizes import VE_GATE_CHANNELS, round_up
 
@@ -184,13 +187,31 @@ class Chooser(Protocol):
 
     def choose(self, op: Op, *shape: int) -> Callable[..., Any]: ...
 
+    def choose_many(
+        self, op: Op, problems: Sequence[tuple[Shape, torch.dtype | None]]
+    ) -> Callable[[Sequence[dict[str, Any]]], None]: ...
+
 
 def attention_of(window: int) -> str:
     """The attribute of the attention of layers with that window."""
     return f"attention_{window}"
 
 
-def choose_ops(cfg: ModelConfig, backends: Chooser, batch_size: int) -> dict[str, Callable[..., Any]]:
+def fp8_choices(cfg: ModelConfig, recipe: Recipe) -> list[fp8.Choice]:
+    """Which matrices of the layers multiply in fp8."""
+    kinds: dict[str, tuple[tuple[int, int], int]] = {}
+    for row in parameter_table(cfg):
+        if row.group == params.MUON:
+            n, rows, cols = row.shape
+            kind = row.name.partition(".")[0]
+            kinds[kind] = (rows, cols), kinds.get(kind, (0, 0))[1] + n
+    matrices = [(kind, shape, n) for kind, (shape, n) in kinds.items()]
+    return fp8.choices(recipe, matrices, cfg.depth, cfg.relu2)
+
+
+def choose_ops(
+    cfg: ModelConfig, backends: Chooser, batch_size: int, recipe: Recipe | None = None
+) -> dict[str, Callable[..., Any]]:
     """The functions of the model's ops by attribute name, for batches of that many rows; ValueError as
     `Backends.choose`."""
     d = dims(cfg)
@@ -213,6 +234,18 @@ def choose_ops(cfg: ModelConfig, backends: Chooser, batch_size: int) -> dict[str
     chosen["embed"] = backends.choose(embedding, tokens, d.padded_vocab, d.d_model)
     if cfg.value_embeds:
         chosen["embed_values"] = backends.choose(embedding, tokens, d.padded_vocab, len(d.ve_layers) * d.d_kv)
+    if recipe is None:
+        return chosen
+    converts = {choice.kind for choice in fp8_choices(cfg, recipe) if choice.converts}
+    if "attn_qkv" in converts:
+        chosen["fp8_qkv"] = backends.choose(fp8_linear, tokens, d.d_model, d.d_model + 2 * d.d_kv)
+    if "attn_out" in converts:
+        chosen["fp8_out"] = backends.choose(fp8_linear, tokens, d.d_model, d.d_model)
+    if "mlp_up" in converts and recipe.scales == "delayed":
+        chosen["fp8_mlp"] = backends.choose(fp8_mlp, tokens, d.d_model, d.d_ff)
+    elif "mlp_up" in converts:
+        chosen["fp8_up"] = backends.choose(fp8_linear, tokens, d.d_model, d.d_ff)
+        chosen["fp8_down"] = backends.choose(fp8_linear, tokens, d.d_ff, d.d_model)
     return chosen
 
 
@@ -248,15 +281,27 @@ class GPT(nn.Module):
     mlp: Callable[..., Tensor]
     mlp_of_few: Callable[..., Tensor]
     up: Callable[..., Tensor]
+    fp8_qkv: Callable[..., Tensor]
+    fp8_out: Callable[..., Tensor]
+    fp8_mlp: Callable[..., Tensor]
+    fp8_up: Callable[..., Tensor]
+    fp8_down: Callable[..., Tensor]
     embed: Callable[..., tuple[Tensor, ...]]
     embed_values: Callable[..., tuple[Tensor, ...]]
     lm_head_loss: Callable[..., Tensor]
 
     def __init__(
-        self, cfg: ModelConfig, backends: Chooser | None = None, batch_size: int = 1, *, fp8_head: bool = False
+        self,
+        cfg: ModelConfig,
+        backends: Chooser | None = None,
+        batch_size: int = 1,
+        *,
+        fp8_head: bool = False,
+        recipe: Recipe | None = None,
     ):
         """backends: of the ops, chosen here for batches of batch_size rows (None: the references). fp8_head: the head's
-        products are in fp8 where its loss is trained."""
+        products are in fp8 where its loss is trained; recipe: so are those of the layers, wherever gradients are
+        recorded."""
         super().__init__()
         # storage: every parameter is a row of the table
         self.cfg, self.dims, self.table = cfg, dims(cfg), parameter_table(cfg)
@@ -267,16 +312,21 @@ class GPT(nn.Module):
         device = self.wte.device
         # ops: one function each, chosen once for the shapes of training; the forward calls them without a branch
         backends = backends or Backends("ref", device=device, dtype=self.wte.dtype)
-        for name, function in choose_ops(cfg, backends, batch_size).items():
+        for name, function in choose_ops(cfg, backends, batch_size, recipe).items():
             setattr(self, name, function)
         self.attention = [getattr(self, attention_of(window)) for window in d.windows]
         # head: softcapped in fp32, its weight beside it in fp8 if asked for
         self.softcap = tanh_cap(cfg.logit_softcap)
         self.fp8_head = fp8_head
         if fp8_head:
-            self._quantise = backends.choose(quantise_weight, d.padded_vocab, d.d_model)
+            self._quantise = backends.choose(quantise_weight, 1, d.padded_vocab, d.d_model)
             for name, t in empty_fp8(self.lm_head)._asdict().items():
                 self.register_buffer(f"head_{name}", t, persistent=False)
+        # layers: copies of their weights in fp8, and the scales of what they multiply
+        self.in_fp8: Fp8Layers | None = None
+        if recipe is not None:
+            banks = {kind: getattr(self, kind) for kind in ("attn_qkv", "attn_out", "mlp_up", "mlp_down")}
+            self.in_fp8 = Fp8Layers(recipe, fp8_choices(cfg, recipe), banks, d.n_layer, backends)
         # positions: made once, no part of a checkpoint
         if cfg.rope:
             cos, sin = rope_tables(d.seq_len, d.d_head, device)
@@ -298,6 +348,8 @@ class GPT(nn.Module):
         2026-11-21.)"""
         if self.fp8_head:
             self._quantise(self.lm_head.detach(), self.head_q, self.head_q_t, self.head_scale)
+        if self.in_fp8 is not None:
+            self.in_fp8.refresh()
 
     def accumulate(self, sums: Mapping[str, Tensor]) -> None:
         """From now on backward adds the gradients of weights that are multiplied or looked up to these fp32 tensors, by
@@ -340,6 +392,42 @@ class GPT(nn.Module):
         smeared = later + gate * earlier
         return torch.cat((x[:, :1], smeared), dim=1) if before is None else smeared
 
+    def _norm_scale(self, layer: LayerInFp8, kind: str) -> Tensor | None:
+        """With what a norm quantises its result for matrices of that kind; None: it does not."""
+        return self.in_fp8.norm_scale if self.in_fp8 and layer.has(kind) else None
+
+    def _project_in(self, layer: LayerInFp8, normed: RMSNorm, w: Tensor, dw_sum: Tensor | None) -> Tensor:
+        if not layer.has("attn_qkv"):
+            return self.qkv(normed.y, w, dw_sum=dw_sum)
+        options = layer.linear("attn_qkv", "d_qkv")
+        return self.fp8_qkv(normed.y, w, x_fp8=normed.fp8, dw_sum=dw_sum, **options)
+
+    def _project_out(self, layer: LayerInFp8, y: Tensor, w: Tensor, dw_sum: Tensor | None) -> Tensor:
+        if not layer.has("attn_out"):
+            return self.out(y, w, dw_sum=dw_sum)
+        return self.fp8_out(y, w, dw_sum=dw_sum, **layer.linear("attn_out", "d_out", "out"))
+
+    def _mlp(
+        self,
+        layer: LayerInFp8,
+        normed: RMSNorm,
+        weights: tuple[Tensor, Tensor],
+        sums: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:
+        x, (up, down), (dup_sum, ddown_sum) = normed.y, weights, sums
+        if not self.cfg.relu2:
+            return F.gelu(self.up(x, up, dw_sum=dup_sum)) @ summed(down, ddown_sum)
+        if not layer.has("mlp_up"):
+            mlp = self.mlp if x.size(1) > 1 else self.mlp_of_few
+            return mlp(x, up, down, dup_sum=dup_sum, ddown_sum=ddown_sum)
+        if layer.sites:  # scales are known before: post and its gradient exist in fp8 alone
+            return self.fp8_mlp(
+                x, up, down, x_fp8=normed.fp8, dup_sum=dup_sum, ddown_sum=ddown_sum, **layer.mlp()
+            )  # fmt: skip
+        pre = self.fp8_up(x, up, x_fp8=normed.fp8, dw_sum=dup_sum, **layer.linear("mlp_up", "d_pre"))
+        options = layer.linear("mlp_down", "d_mlp", "post")
+        return self.fp8_down(F.relu(pre).square(), down, dw_sum=ddown_sum, transposed=True, **options)
+
     def hidden(self, idx: Tensor, cache: KVCache | None = None, *, branches: Branches | None = None) -> Tensor:
         """Token ids (B, T) -> normalised hidden states (B, T, C) in the compute type.
 
@@ -361,6 +449,8 @@ class GPT(nn.Module):
         attend = self.attention if T == d.seq_len else [attention_ref] * d.n_layer
         # each bank is unbound once: see core/layers.py
         qkv_w, out_w, up_w, down_w = map(unbind_banks, (self.attn_qkv, self.attn_out, self.mlp_up, self.mlp_down))
+        # products in fp8 are for training: scores and samples are those of the weights as they are
+        eight = self.in_fp8.layers() if self.in_fp8 and torch.is_grad_enabled() else [IN_BF16] * d.n_layer
         qkv_sum, out_sum, up_sum, down_sum = map(self._sums_of, ("attn_qkv", "attn_out", "mlp_up", "mlp_down"))
         resid = self.resid_lambdas.unbind() if cfg.resid_lambdas else None
         share = self.x0_lambdas.unbind() if cfg.x0_lambdas else None
@@ -388,20 +478,22 @@ class GPT(nn.Module):
             # entry: x <- resid (x + added) + share x0, in one pass with the norm where there is a share
             scale = None if resid is None else resid[i]
             first = VE_GATE_CHANNELS if i in d.ve_layers else 0
+            to_fp8 = self._norm_scale(eight[i], "attn_qkv")
             if share is not None:
-                y, x, _, _, x0, channels = self.norm(x, x0, scale, share[i], x1=added, first=first)
+                normed = self.norm(x, x0, scale, share[i], x1=added, first=first, scale=to_fp8)
+                x, x0 = normed.h, normed.x0
             else:
                 x = x if added is None else x + added
                 x = x if scale is None else scale * x
-                y, _, _, _, _, channels = self.norm(x, first=first)
+                normed = self.norm(x, first=first, scale=to_fp8)
             # attention
-            # values get a share of a per-token embedding, gated per head from the first channels of y
+            # values get a share of a per-token embedding, gated per head from the first channels of the normed input
             gated: tuple[Tensor, ...] = ()
             if i in d.ve_layers:
                 j = d.ve_layers.index(i)
-                gated = channels, gate_w[j], ve[j]
+                gated = normed.first, gate_w[j], ve[j]
             # q, k: rotated, normalised per head, scaled; with unit-norm q and k the scale sharpens the softmax
-            qkv = self.qkv(y, qkv_w[i], dw_sum=qkv_sum[i])
+            qkv = self._project_in(eight[i], normed, qkv_w[i], qkv_sum[i])
             q, k, v = self.rope_qk_norm(qkv, cos, sin, *gated, **heads)
             if cache is not None:
                 k, v = cache.extend(i, k, v)
@@ -409,15 +501,11 @@ class GPT(nn.Module):
                 y = attend[i](q, k, v, window=d.windows[i])
             else:
                 y = masked_attention(q, k, v, masks[i])
-            y = self.out(y.reshape(B, T, d.d_model), out_w[i], dw_sum=out_sum[i])
+            y = self._project_out(eight[i], y.reshape(B, T, d.d_model), out_w[i], out_sum[i])
             # residual sum and second norm in one pass
-            y, x, *_ = self.norm(x, y)
-            # MLP
-            if cfg.relu2:
-                mlp = self.mlp if T > 1 else self.mlp_of_few
-                added = mlp(y, up_w[i], down_w[i], dup_sum=up_sum[i], ddown_sum=down_sum[i])
-            else:
-                added = F.gelu(self.up(y, up_w[i], dw_sum=up_sum[i])) @ summed(down_w[i], down_sum[i])
+            normed = self.norm(x, y, scale=self._norm_scale(eight[i], "mlp_up"))
+            x = normed.h
+            added = self._mlp(eight[i], normed, (up_w[i], down_w[i]), (up_sum[i], down_sum[i]))
             # backout: what the middle layer knew is subtracted before the head, in the last norm's pass
             if cfg.backout and i == d.n_layer // 2:
                 x = x_mid = x + added
@@ -443,7 +531,7 @@ class GPT(nn.Module):
             "dw_sum": self._sums.get("lm_head" if self.cfg.untied_head else "wte"),
         }  # fmt: skip
         if self.fp8_head and reduction != "none":
-            options["fp8"] = Fp8Weight(self.head_q, self.head_q_t, self.head_scale)
+            options["fp8"] = Fp8Tensor(self.head_q, self.head_q_t, self.head_scale)
         return self.lm_head_loss(hidden, self.lm_head, targets, **options)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
