@@ -1,14 +1,16 @@
-"""What a GPU run found, in LINES lines: right? faster than whom? how fast does it train? what to tune next?"""
+"""What a GPU run found, in LINES lines: right? faster than whom? a layer in fp8? how fast does it train? what to tune
+next?"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.history import KEY, microseconds
+from bench.layers import OURS, layer_lines
 
 LINES = 40
-OURS = ("triton", "cuda", "cublas", "scaled_mm")
 PASSED = "passed"
-SHOWN = {"right": 8, "faster": 12, "trains": 7, "next": 8}  # lines of each answer
+SHOWN = {"right": 7, "faster": 9, "layers": 4, "trains": 8, "next": 6}  # lines of each answer
+FP8_GAINS = {24: 1.3}  # depth: what fp8 shall make of the tokens/s of bf16
 
 Row = Mapping[str, Any]
 
@@ -25,12 +27,14 @@ def answers(
     parts = {
         "right": right(tests, rows, trained),
         "faster": [faster(item) for item in by_item(rows, value) if compared(item)] or ["nothing was compared"],
-        "trains": [training_line(entry) for entry in trained] or ["nothing was trained"],
+        "layers": layer_lines(rows) or ["nothing was measured in fp8"],
+        "trains": [*map(training_line, trained), *fp8_gains(trained)] or ["nothing was trained"],
         "next": next_to_tune(rows, tuned, value) or ["nothing is known"],
     }
     titles = {
         "right": "Right?",
         "faster": "Faster than whom?",
+        "layers": "A layer in fp8?",
         "trains": "tokens/s and MFU?",
         "next": "Tune what next?",
     }
@@ -84,12 +88,26 @@ def named(row: Row) -> str:
 
 
 def training_line(entry: Row) -> str:
-    title = f"depth {entry['depth']}, --kernels {entry['kernels']}{', fp8 head' if entry.get('fp8_head') else ''}"
+    in_fp8 = [", fp8"] * (entry.get("precision") == "fp8") + [", fp8 head"] * bool(entry.get("fp8_head"))
+    title = f"depth {entry['depth']}, --kernels {entry['kernels']}{''.join(in_fp8)}"
     if entry.get("error"):
         return f"{title}: {entry['error']}"
     mfu = f", MFU {entry['mfu']:.1%}" if entry["mfu"] else ""
     times = f"{entry['step_ms']:.1f} ms [{entry['step_ms_low']:.1f}, {entry['step_ms_high']:.1f}]"
     return f"{title}: {entry['tok_per_s']:,.0f} tokens/s{mfu}, {times} a step, {entry['peak_memory_gb']:.1f} GB"
+
+
+def fp8_gains(trained: Sequence[Row]) -> list[str]:
+    """Of each depth that was trained in both."""
+    runs = [entry for entry in trained if not entry.get("error") and entry["kernels"] == "auto"]
+    bf16 = {run["depth"]: run for run in runs if run.get("precision") == "bfloat16" and not run.get("fp8_head")}
+    fp8 = {run["depth"]: run for run in runs if run.get("precision") == "fp8"}
+    lines = []
+    for depth in sorted(bf16.keys() & fp8.keys()):
+        gain = fp8[depth]["tok_per_s"] / bf16[depth]["tok_per_s"]
+        target = f" (target {FP8_GAINS[depth]}x)" if depth in FP8_GAINS else ""
+        lines.append(f"depth {depth}: fp8 {gain:.2f}x the tokens/s of bf16{target}")
+    return lines
 
 
 def next_to_tune(rows: Sequence[Row], tuned: Sequence[Row], value: Mapping[str, float]) -> list[str]:

@@ -7,6 +7,7 @@ the results in bench/results/<device>/.
 import pytest
 
 from bench import history
+from bench.layers import layer_lines
 from bench.suite import Item, Result, measure, row
 from core import machine
 
@@ -78,7 +79,7 @@ def record(benchmark, request, item, variant):
 
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
-    for line in history.console(rows):
+    for line in (*history.console(rows), *layer_lines(rows)):
         terminalreporter.write_line(line)
     if rows and config.getoption("--store"):
         terminalreporter.write_line(f"stored in {history.store(rows)}")

@@ -5,7 +5,7 @@ In this order, each part within its share of the time, training with at least ha
   tests      of each op against float64, at odd shapes; an op whose tests fail or do not finish gets no numbers
   tune       configs of the ops that take most of a step (bench.tune); what wins is printed, the rest runs as committed
   ops        against the reference, torch.compile and the installed peers: the largest shape of each op first
-  training   steps at depth 12 and 24: our kernels, then with the head in fp8, then the reference under torch.compile
+  training   steps at depth 12 and 24: our kernels in bf16, then in fp8, then the reference under torch.compile
   ops        that were left, if there is time
 Training text is the source of the installed Python packages: nothing is downloaded.
 
@@ -51,6 +51,7 @@ import torch
 
 from bench import history
 from bench.answers import PASSED, answers, training_line
+from bench.layers import needed
 from bench.projection.redline import redline
 from bench.suite import Item, Result, items, measure, row
 from core.machine import device_name
@@ -71,11 +72,13 @@ SHARES_SHOWN = 6
 TEXT_BYTES = 48 << 20
 LOG_BYTES = 8 << 20  # of log.txt that are kept, from its end
 POLL_S = 0.2
-RUNS = ("auto", 12), ("auto", 24), ("auto", 12, "--fp8-head"), ("auto", 24, "--fp8-head"), ("ref", 12), ("ref", 24)
+FP8 = ("--precision", "fp8", "--fp8-head")
+# the depth that has a target first, where time is short
+RUNS = ("auto", 12), ("auto", 24), ("auto", 24, *FP8), ("auto", 12, *FP8), ("ref", 12), ("ref", 24)
 MIN_TRAINING_S = 60  # compiling takes most of it
 BATCH_TOKENS = 131072
-REHEARSAL = (
-    "--device cpu --depth 2 --d-model 64 --d-head 16 --seq-len 64 --vocab-size 512 --total-batch-size 1024 --compile"
+REHEARSAL = (  # as wide as matrices have to be in fp8
+    "--device cpu --depth 2 --d-model 128 --d-head 32 --seq-len 64 --vocab-size 512 --total-batch-size 1024 --compile"
 )
 
 
@@ -237,6 +240,7 @@ class Bench:
                 self.missing.append(f"{name}: not done within {seconds:.0f} s")
                 continue
             failed = {"depth": depth, "kernels": request, "error": why, **history.facts()}
+            failed |= {"precision": "fp8"} if "fp8" in more else {}
             self.trained.append((failed if why else json.loads(output)) | {"fp8_head": "--fp8-head" in more})
             self.add("train.jsonl", self.trained[-1:])
             self.say(training_line(self.trained[-1]))
@@ -286,12 +290,15 @@ def stem_of(op: Op) -> str:
 
 @functools.cache
 def values() -> dict[str, float]:
-    """Projected seconds of a step at depth 24 that each op takes."""
+    """Projected seconds of a step at depth 24 that each op takes, in bf16 or in fp8, whichever takes more."""
     found: dict[str, float] = {}
-    for projected in redline().rows:
-        op = projected.cost.op if projected.cost else OPS_OF_GROUPS.get(projected.group)
-        if op:
-            found[op] = found.get(op, 0.0) + projected.seconds()
+    for workload in (redline(), redline(fp8=True)):
+        here: dict[str, float] = {}
+        for projected in workload.rows:
+            op = projected.cost.op if projected.cost else OPS_OF_GROUPS.get(projected.group)
+            if op:
+                here[op] = here.get(op, 0.0) + projected.seconds()
+        found = {op: max(found.get(op, 0.0), here.get(op, 0.0)) for op in found | here}
     return found
 
 
@@ -301,10 +308,12 @@ def by_value() -> list[str]:
 
 
 def by_importance(chosen: list[Item]) -> list[Item]:
-    """The largest item of each op first, most valuable ops before others; then the rest in the same order."""
+    """The largest item of each op first, most valuable ops before others; then what a layer in fp8 is compared by, and
+    the rest, in the same order."""
     largest = {name: max((item.work for item in chosen if item.op == name), default=None) for name in by_value()}
     order = by_value()
-    return sorted(chosen, key=lambda item: (item.work != largest[item.op], order.index(item.op)))
+    rank = {item: 0 if item.work == largest[item.op] else 1 if needed(item) else 2 for item in chosen}
+    return sorted(chosen, key=lambda item: (rank[item], order.index(item.op)))
 
 
 def training_details(entry: dict[str, Any]) -> list[str]:

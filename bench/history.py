@@ -24,6 +24,7 @@ from bench import roofline
 from bench.suite import Item
 from core.machine import device_name, git_state, versions
 from core.stopping import UserError, one_sentence
+from kernels.ops import BY_NAME
 
 ROOT = Path(__file__).parent / "results"
 KEY = ("op", "case", "form", "direction", "dtype", "backend")
@@ -60,7 +61,7 @@ def roofline_of(item: Item) -> roofline.Roofline | None:
     """Of a GPU: what a CPU works on lies in its caches, whose speed a large copy does not measure."""
     if item.work is None or not torch.cuda.is_available():
         return None
-    return roofline.measured(getattr(torch, item.dtype))
+    return roofline.measured(roofline.multiplies_in(BY_NAME[item.op], item.form, getattr(torch, item.dtype)))
 
 
 def folder(device: str) -> Path:

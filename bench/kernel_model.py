@@ -12,7 +12,7 @@ Products   a tile takes its K steps and an epilogue, and tiles come in waves of 
            A tile first waits for FILL, unless the loop is flattened, so that loads of the next one run meanwhile
 Passes     the longest of memory (each tensor of the launch once, what changes in place twice, at a share of HBM that
            copies reach) and issue (all instructions of all warps at ISSUE of the peak rate)
-Library    torch's products, by the classes of bench/projection
+Library    torch's products, and its passes that look for a largest size, by the classes of bench/projection
 """
 
 import math
@@ -35,7 +35,7 @@ FILL = 800  # cycles from a tile's first load to its first product: a way to L2 
 IN_PLACE = ("p_ptr", "low_ptr", "m_ptr", "v_ptr", "buf_ptr", "second_ptr")
 
 
-LIBRARY = "mm"  # stands for a product of torch among an op's launches
+LIBRARY = "mm"  # stands for a product of torch, or a pass of it, among an op's launches
 
 
 class Prediction(NamedTuple):
@@ -52,6 +52,9 @@ def predict(launch: Mapping[str, Any]) -> Prediction:
 
 
 def _library(launch: Mapping[str, Any]) -> Prediction:
+    if "product" not in launch:
+        kind = CLASSES["compiled pass"]
+        return Prediction(1e6 * launch["bytes"] / (kind.peak * kind.efficiency), "library")
     batch, M, N, K, itemsize = launch["product"]
     kind = CLASSES["fp8 product" if itemsize == 1 else "bf16 product"]
     rate = kind.peak * kind.efficiency * product_fit(batch, M, N, K, itemsize)

@@ -38,13 +38,16 @@ import kernels.op
 from bench import aot
 from bench.kernel_model import LIBRARY, predict, tiles
 from bench.projection.machine import FLOPS, FP32_FLOPS, HBM
+from bench.roofline import multiplies_in
 from core.config import DataConfig
 from csrc import build
+from kernels.fp8 import E4M3
 from kernels.ops import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = (aot.MAIN, 100, 120, 80)
-PEAK_FLOPS = {torch.bfloat16: FLOPS["bf16"], torch.float32: FP32_FLOPS}  # of an H100: tensor cores, fp32 in CUDA cores
+# of an H100, by what is multiplied: tensor cores, fp32 in CUDA cores
+PEAK_FLOPS = {torch.bfloat16: FLOPS["bf16"], torch.float32: FP32_FLOPS, E4M3: FLOPS["fp8"]}
 PEAK_BYTES = HBM["H100"]
 
 # counters that may not get worse, the worst first, and whether more is worse. The others (registers, length of the
@@ -289,7 +292,7 @@ def roofline(kernels: Sequence[Row]) -> dict[str, Row]:
         op, dtype = BY_NAME[k["op"]], getattr(torch, k["dtype"])
         backward = k["backward"] or op.gradients_in_forward
         flops, nbytes = op.cost(op.cases[k["case"]], dtype, k["form"], backward)
-        products, memory = flops / PEAK_FLOPS[dtype], nbytes / PEAK_BYTES
+        products, memory = flops / PEAK_FLOPS[multiplies_in(op, k["form"], dtype)], nbytes / PEAK_BYTES
         direction = "backward" if backward else "forward"
         us, bound = float(f"{1e6 * max(products, memory):.4g}"), "flops" if products > memory else "memory"
         key = f"{op.name} / {k['case']} / {k['form']} / {k['dtype']} / {direction}"

@@ -57,7 +57,7 @@ def _measure(run: Run, trainer: train.Trainer, setup: dict[str, Any]) -> dict[st
         start = time.perf_counter()
         for _ in range(n):
             losses.put(step, train.train_step(trainer, step, stop))
-            values.extend(loss for _, loss, _ in losses.take())
+            values.extend(outcome.loss for outcome in losses.take())
             step += 1
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -68,7 +68,7 @@ def _measure(run: Run, trainer: train.Trainer, setup: dict[str, Any]) -> dict[st
     memory = machine.peak_memory_bytes(device)
     with run.profile:
         steps(PROFILED)
-    values.extend(loss for _, loss, _ in losses.take(flush=True))
+    values.extend(outcome.loss for outcome in losses.take(flush=True))
     low, high = seconds.bounds
     speed = machine.speed(plan.total_batch_size, seconds.median, plan.flops_per_token, run.log.peak)
     return {

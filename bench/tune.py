@@ -31,6 +31,7 @@ import torch
 
 import kernels.op
 from bench import aot, history, interpreter
+from bench.kernel_model import LIBRARY
 from bench.law import leaves
 from bench.ops import OpPrograms, has_gradients, op_item
 from bench.static import LIMITS
@@ -125,6 +126,8 @@ def refused(kernels: Sequence[Mapping[str, Any]], capability: int) -> str | None
     """Why these compiled kernels are out by their static facts; None if they are not."""
     limit = LIMITS[capability].shared - 1024
     for k in kernels:
+        if k["kernel"] == LIBRARY:
+            continue
         if k["spill_bytes"]:
             return f"{k['kernel']} spills {k['spill_bytes']} B"
         if k["serialized"]:
@@ -356,15 +359,18 @@ def to_commit(found: Tuned) -> list[str]:
 
 
 def tasks_of(op: Op, cases: Sequence[str], dtype: str, capability: int, *, tiny: bool) -> list[Task]:
-    """The form with the most memory traffic at each case: by default the one that does the most work."""
+    """The form with the most memory traffic, forward plus backward, at each case: by default the one that does the most
+    work."""
 
     def work(case: str, form: str) -> int:
-        return sum(op.cost(op.cases[case], getattr(torch, dtype), form))
+        directions = (False, True) if has_gradients(op, form) else (False,)
+        return sum(sum(op.cost(op.cases[case], getattr(torch, dtype), form, d)) for d in directions)
 
     labels = list(cases) or ["quickstart" if tiny else max(op.cases, key=lambda c: work(c, next(iter(op.forms))))]
     found = []
     for case in labels if aot.forms(op, capability) else ():  # fp8 is not for every GPU
-        form = max(aot.forms(op, capability), key=lambda form: work(case, form))
+        forms = [*aot.forms(op, capability), *(form for form in op.forms if (op.name, form) in aot.KNOWN)]
+        form = max(forms, key=lambda form: work(case, form))
         shape = tuple(min(n, TINY_DIM) for n in op.cases[case]) if tiny else op.cases[case]
         found.append(Task(op.name, case, shape, form, dtype, capability))
     return found

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import static
-from bench.aot import ATOMICS, MAIN, environment
+from bench.aot import ATOMICS, MAIN, environment, forms
 from bench.kernel_model import LIBRARY, tiles
 from kernels.op import interpreted
 from kernels.ops import BY_NAME
@@ -40,7 +40,8 @@ def describe(k):
 
 def test_every_op_case_and_form_was_compiled(kernels):
     got = {(k["op"], k["case"], k["form"]) for k in kernels}
-    want = {(name, case, form) for name in COMPILED for case in BY_NAME[name].cases for form in BY_NAME[name].forms}
+    ops = [BY_NAME[name] for name in COMPILED]
+    want = {(op.name, case, form) for op in ops for case in op.cases for form in forms(op, MAIN)}
     assert got == {w for w in want if w[::2] != ("linear", "plain")}  # whose products are all torch's
     assert {k["kernel"] for k in kernels if k["op"] == "rms_norm"} == {"_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel"}
 
@@ -132,13 +133,13 @@ def test_lm_head_loss_multiplies_in_tensor_cores(kernels):
 
 def test_fp8_linear_multiplies_in_tensor_cores_what_one_pass_quantises(kernels):
     """A pass reads 16 bytes at a time, but for the scale, and writes both copies so; bulk copies feed products and
-    store or add their results. What is given in fp8 takes no pass."""
+    store or add their results."""
     quantised = ["_transpose_kernel", "_gemm_kernel", "_transpose_kernel", "_gemm_kernel", "_gemm_kernel"]
     for case in BY_NAME["fp8_linear"].cases:
-        for form in BY_NAME["fp8_linear"].forms:
+        for form in forms(BY_NAME["fp8_linear"], MAIN):
             chosen = {"op": "fp8_linear", "case": case, "form": form, "dtype": "bfloat16"}
             launches = [k for k in kernels if k.items() >= chosen.items()]
-            assert [k["kernel"] for k in launches] == quantised[1 if form == "given" else 0 :]
+            assert [k["kernel"] for k in launches] == quantised
             for k in launches:
                 passes_or_multiplies(k, adds=form != "plain" and k is launches[-1])
 
@@ -159,7 +160,7 @@ def test_fp8_mlp_multiplies_in_tensor_cores_and_quantises_in_epilogues(kernels):
     size with one atomic."""
     order = ["_fp8_relu2_kernel", "_gemm_kernel", "_transpose_kernel", "_fp8_relu2_kernel", *3 * ["_gemm_kernel"]]
     for case in BY_NAME["fp8_mlp"].cases:
-        for form in BY_NAME["fp8_mlp"].forms:
+        for form in forms(BY_NAME["fp8_mlp"], MAIN):
             chosen = {"op": "fp8_mlp", "case": case, "form": form, "dtype": "bfloat16"}
             launches = [k for k in kernels if k.items() >= chosen.items()]
             assert [k["kernel"] for k in launches] == order

@@ -669,7 +669,10 @@ def test_pytest_bench_reports_samples_to_pytest_benchmark(tmp_path):
     assert {"commit", "device", "tflops", "gb_per_s", "flops", "bytes", "shape"} <= info.keys()
 
 
-@pytest.mark.parametrize("precision, options", [("float32", ()), ("fp8", ("--precision", "fp8"))])
+WIDE = ("--d-model", "128", "--d-head", "32")  # so that matrices convert
+
+
+@pytest.mark.parametrize("precision, options", [("float32", ()), ("fp8", ("--precision", "fp8", *WIDE))])
 def test_a_training_step_is_measured_as_train_py_makes_it(tiny, cache_dir, precision, options):
     done = run_bench("-m", "bench.train_step", "quickstart", *tiny, *options)
     assert done.returncode == 0, done.stderr

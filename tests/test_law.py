@@ -85,9 +85,24 @@ def test_an_element_that_is_not_written_fails():
         check_op(op(lazy), {"x": X}, no_grad=("x",))
 
 
+class Carrier(torch.autograd.Function):
+    """One number for all elements, and a gradient."""
+
+    @staticmethod
+    def forward(ctx, x, gradient, seen):
+        ctx.gradient = gradient
+        return x.new_full((), seen).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.gradient * dy, None, None
+
+
 def test_a_placeholder_is_nan_throughout_and_carries_a_gradient():
+    """It has no storage but for one number: NaN everywhere may be a fault of the reference that a kernel shares."""
+
     def placeholder(x, *, gradient=2, seen=torch.nan):
-        return gradient * x + seen
+        return Carrier.apply(x, gradient, seen)
 
     assert set(check_op(op(placeholder, placeholder), {"x": X})) == {"y", "dx"}
     for wrong, says in (({"gradient": 3}, "dx is off by"), ({"seen": 0}, "y is off by inf")):
@@ -96,7 +111,9 @@ def test_a_placeholder_is_nan_throughout_and_carries_a_gradient():
     with pytest.raises(Failed, match="y is off by nan"):
         check_op(op(placeholder), {"x": X})
     with pytest.raises(Failed, match="y is off by inf"):
-        check_op(op(lambda x: placeholder(x, seen=torch.where(x > 0, torch.nan, 0)), placeholder), {"x": X})
+        check_op(op(lambda x: 2 * x + torch.where(x > 0, torch.nan, 0), placeholder), {"x": X})
+    with pytest.raises(Failed, match="y is NaN, and no placeholder"):
+        check_op(op(lambda x: 2 * x + torch.nan, placeholder), {"x": X})
 
 
 def test_a_tuple_among_outputs_is_named_behind_it():

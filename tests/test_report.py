@@ -140,7 +140,8 @@ def test_losses_of_the_cpu_are_read_at_once():
     losses = LaggingLoss()
     losses.put(3, torch.tensor([2.5, 0]))
     losses.put(4, torch.tensor([1.5, 0.125]))
-    assert losses.take() == [(3, 2.5, False), (4, 1.5, True)]
+    losses.put(5, torch.tensor([1.25, 0, 3]))
+    assert losses.take() == [(3, 2.5, False, None), (4, 1.5, True, None), (5, 1.25, False, 3)]
     assert losses.take(flush=True) == []
 
 

@@ -613,7 +613,8 @@ def test_a_kernel_made_worse_is_caught(tmp_path, counter):
     for name in ("csrc", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "bench" / "projection").mkdir(parents=True)
-    for name in ("__init__.py", "aot.py", "kernel_model.py", "projection/__init__.py", "projection/machine.py"):
+    names = ("__init__.py", "aot.py", "kernel_model.py", "law.py", "projection/__init__.py", "projection/machine.py")
+    for name in names:
         shutil.copy(ROOT / "bench" / name, tmp_path / "bench" / name)
     source = tmp_path / "kernels" / "adam_update.py"
     source.write_text(edited(source.read_text(), [MUTATIONS[counter]]))

@@ -327,7 +327,8 @@ def test_kernels_train_like_the_reference(tiny, tmp_path, monkeypatch, capsys, b
     assert {row["op"] for row in kernels["choices"]} == set(BY_NAME) - {
         "quantise_weight",
         "fp8_linear",
-    }  # of --fp8-head; of no model yet
+        "fp8_mlp",
+    }  # of fp8
     have = {row["op"]: row["backend"] for row in kernels["choices"]}
     assert all(chosen == (backend if backend in BY_NAME[op].backends else "ref") for op, chosen in have.items())
     assert events(fast, "start")[0]["kernels"] == kernels

@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.projection.machine import CLASSES, GPUS
+from bench.projection.machine import CLASSES
 from bench.projection.peers import TOLERANCE, checks
 from bench.projection.redline import read_models, read_results, redline, with_measurements
-from bench.projection.report import NOTE, as_dict, levers, plot, report
+from bench.projection.report import NOTE, as_dict, levers, plot, progress, report
 from core.stopping import one_sentence
 
 
@@ -21,18 +21,19 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=24, help="of Redline's budget")
     options = parser.parse_args(args)
     checked, results, models = checks(), read_results(), read_models()
-    kinds = [(False, 1), (False, 1, True), (False, GPUS), (True, GPUS)]  # target, GPUs, FlashAttention 3
-    budgets = [with_measurements(redline(options.depth, *kind), results, models) for kind in kinds]
-    gains = levers(*budgets[-2:])
+    alone = [{"gpus": 1, "fa3": fa3, "fp8": fp8} for fp8 in (False, True) for fa3 in (False, True)]
+    together = [{"fp8": False}, {"fp8": True}, {"target": True}]
+    budgets = [with_measurements(redline(options.depth, **kind), results, models) for kind in (*alone, *together)]
+    so_far, gains = progress(*budgets[-3:]), levers(*budgets[-2:])
     if options.plot:
         plot([*checked, *budgets], options.plot)
     if options.json:
         classes = {name: dataclasses.asdict(c) for name, c in CLASSES.items()}
         parts = {"checks": [as_dict(w) for w in checked], "budgets": [as_dict(w) for w in budgets]}
-        parts |= {"levers_ms": {group: 1e3 * gain for group, gain in gains}}
+        parts |= {"step_ms": so_far.as_dict(), "levers_ms": {group: 1e3 * gain for group, gain in gains}}
         print(json.dumps({"note": NOTE, "tolerance": TOLERANCE, "classes": classes} | parts))
     else:
-        print(report(checked, budgets, gains, options.rows))
+        print(report(checked, budgets, so_far, gains, options.rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The projection as tables, JSON and bars."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.projection.machine import CLASSES, GAP_S, LATENCY_S, WAIT_S, Row, Workload
@@ -20,6 +21,37 @@ def levers(today: Workload, target: Workload, count: int = 5) -> list[tuple[str,
     """What would take the most seconds off a step of today: groups of rows against the target's."""
     now, then = by_group(today), by_group(target)
     return sorted(((group, now[group] - then[group]) for group in GROUPS), key=lambda item: -item[1])[:count]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Milliseconds of a step on 8 GPUs."""
+
+    bf16: float
+    fp8: float
+    target: float
+
+    @property
+    def share(self) -> float:
+        """Of what lies between bf16 and the target, how much fp8 brings."""
+        return (self.bf16 - self.fp8) / (self.bf16 - self.target)
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self) | {"share_of_fp8": self.share}
+
+
+def progress(bf16: Workload, fp8: Workload, target: Workload) -> Progress:
+    return Progress(*(1e3 * w.seconds() for w in (bf16, fp8, target)))
+
+
+def progress_lines(p: Progress) -> list[str]:
+    return [
+        f"- today in bf16: {p.bf16:.0f} ms a step",
+        f"- today in fp8: {p.fp8:.0f} ms, {p.bf16 / p.fp8:.2f} times the tokens/s",
+        f"- target: {p.target:.0f} ms",
+        f"- fp8 brings {p.bf16 - p.fp8:.0f} of the {p.bf16 - p.target:.0f} ms from bf16 to the target, "
+        f"{100 * p.share:.0f} %; {p.fp8 - p.target:.0f} ms remain",
+    ]
 
 
 def duration(seconds: float) -> str:
@@ -52,7 +84,11 @@ def table(w: Workload) -> list[str]:
 
 
 def report(
-    checked: Sequence[Workload], budgets: Sequence[Workload], gains: Sequence[tuple[str, float]], rows: bool
+    checked: Sequence[Workload],
+    budgets: Sequence[Workload],
+    so_far: Progress | None,
+    gains: Sequence[tuple[str, float]],
+    rows: bool,
 ) -> str:
     """gains: seconds that groups of rows can save; rows: those of the check as well."""
     lines = ["# Projection to 8 H100s", "", f"**{NOTE}** GPU: H100 SXM; one GPU, one optimizer step.", ""]
@@ -86,8 +122,10 @@ def report(
         rate = f"{w.tokens / step:,.0f} tokens/s"
         lines += [f"Predicted: {1e3 * step:.0f} ms a step, {rate}, {duration(w.steps * step)} for {w.steps} steps."]
         lines += [f"The optimizer is {1e3 * updates:.1f} ms of a step, {100 * updates / step:.1f} %."]
+    if so_far:
+        lines += ["", "## From bf16 to the target, on 8 GPUs", "", *progress_lines(so_far)]
     if gains:
-        lines += ["", "## The next levers, by what the target saves on 8 GPUs", ""]
+        lines += ["", "## The next levers, by what the target saves of today in fp8 on 8 GPUs", ""]
         lines += [f"- {group}: {1e3 * gain:.0f} ms a step" for group, gain in gains]
     return "\n".join(lines)
 
