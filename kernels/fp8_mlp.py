@@ -228,6 +228,12 @@ def _fp8_relu2_kernel(
     tl.atomic_max(bits_ptr, size.to(tl.int32, bitcast=True) & 0x7FFFFFFF, sem="relaxed")
 
 
+def _room(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For f(a b^T) in fp8, and the same transposed."""
+    M, N = a.size(0), b.size(0)
+    return a.new_empty(M, N, dtype=dtype), a.new_empty(N, round_up(M, ROW_MULTIPLE), dtype=dtype)
+
+
 def _fp8_relu2(
     a: Tensor,
     b: Tensor,
@@ -239,7 +245,7 @@ def _fp8_relu2(
     """f(a b^T) in fp8, (M, N), and transposed (N, M'). scales: of a, b, factor and the result."""
     check_capability("fp8_mlp", a.device)
     (M, K), N = a.shape, b.size(0)
-    q, q_t = a.new_empty(M, N, dtype=dtype), a.new_empty(N, round_up(M, ROW_MULTIPLE), dtype=dtype)
+    q, q_t = _room(a, b, dtype)
     if not M:
         return q, q_t
     config = _config(factor is not None, capability(a.device))
@@ -288,13 +294,6 @@ def _dpre(
 @_dpre.register_fake
 def _(dy, down, post, dy_scale, down_scale, post_scale, scale, amax):
     return _room(dy, down, E5M2)
-
-
-def _room(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    M, N = a.size(0), b.size(0)
-    # what round_up does, of sizes that may be symbols
-    columns = (M + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
-    return a.new_empty(M, N, dtype=dtype), a.new_empty(N, columns, dtype=dtype)
 
 
 class _Fp8MLP(torch.autograd.Function):

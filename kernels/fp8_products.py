@@ -49,9 +49,7 @@ def _quantise(t: Tensor, scale: Tensor, amax: Tensor | None, gradient: bool, cud
 def _(t, scale, amax, gradient, cuda):
     M, C = t.reshape(-1, t.size(-1)).shape
     q = t.new_empty(M, C, dtype=E5M2 if gradient else E4M3)
-    # what round_up does, of sizes that may be symbols
-    columns = (M + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
-    return q, q.new_empty(C, columns)
+    return q, q.new_empty(C, round_up(M, ROW_MULTIPLE))
 
 
 def quantise(t: Tensor, site: Site | None, *, gradient: bool = False, cuda: bool = False) -> Fp8Tensor:

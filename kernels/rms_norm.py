@@ -325,9 +325,7 @@ def _copies(x: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     if not wanted:
         return x.new_empty(0), x.new_empty(0)
     M, N = x.numel() // x.size(-1), x.size(-1)
-    # what round_up does, of a size that may be a symbol
-    columns = (M + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
-    return x.new_empty(M, N, dtype=E4M3), x.new_empty(N, columns, dtype=E4M3)
+    return x.new_empty(M, N, dtype=E4M3), x.new_empty(N, round_up(M, ROW_MULTIPLE), dtype=E4M3)
 
 
 def _stride(rows: Tensor | None) -> int:

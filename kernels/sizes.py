@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The least multiple that is not below n."""
-    return -(-n // multiple) * multiple
+    """The least multiple that is not below n, which may be a symbol of torch.compile's."""
+    return (n + multiple - 1) // multiple * multiple
 
 
 @dataclass(frozen=True)
