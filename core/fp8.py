@@ -188,7 +188,7 @@ class Fp8Layers(nn.Module):
         self.recipe = recipe
         # lists, in a dict: they are no parameters of this module
         self._banks = {choice.kind: list(banks[choice.kind]) for choice in found if choice.converts}
-        self._all_layers, self._layers = range(n_layer), recipe.layers(n_layer)
+        self._n_layer, self._layers = n_layer, recipe.layers(n_layer)
         for kind, parameters in self._banks.items():
             for i, bank in enumerate(parameters):
                 for name, t in empty_fp8(bank.detach())._asdict().items():
@@ -215,43 +215,45 @@ class Fp8Layers(nn.Module):
 
     def layers(self) -> "list[LayerInFp8]":
         """What the ops of each layer are given. Once per forward, as banks are unbound once."""
-        n = len(self._all_layers)
         copies: dict[str, list[Fp8Tensor]] = {}
         for kind, parameters in self._banks.items():
             banks = [self._bank(kind, i) for i in range(len(parameters))]
             copies[kind] = [Fp8Tensor(*parts) for bank in banks for parts in zip(*(t.unbind() for t in bank))]
-        sites: list[dict[str, Site]] = [{}] * n
-        if self.activations is not None and self.gradients is not None:
-            sites = [a | g for a, g in zip(self.activations.sites(), self.gradients.sites())]
+        sites: list[dict[str, Site]] = [{} for _ in range(self._n_layer)]
+        for scales in self._delayed().values():
+            for of_layer, more in zip(sites, scales.sites()):
+                of_layer.update(more)
         return [
             LayerInFp8({kind: of[i] for kind, of in copies.items()} if i in self._layers else {}, sites[i])
-            for i in range(n)
+            for i in range(self._n_layer)
         ]
+
+    def _delayed(self) -> dict[str, DelayedScales]:
+        both = {"activations": self.activations, "gradients": self.gradients}
+        return {name: scales for name, scales in both.items() if scales is not None}
 
     def next_step(self, over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
         """Scales of the next step; over_ranks takes maxima over ranks, in place. Returns how many sites were saturated
         in this step, and None where no scale is delayed."""
-        if self.activations is None or self.gradients is None:
+        delayed = list(self._delayed().values())
+        if not delayed:
             return None
-        both = self.activations, self.gradients
-        sizes = [scales.amax for scales in both]
+        sizes = [scales.amax for scales in delayed]
         flat = over_ranks(torch.cat([t.reshape(-1) for t in sizes]))
         for t, part in zip(sizes, flat.split([t.numel() for t in sizes])):
             t.copy_(part.view_as(t))
-        return both[0].next_step() + both[1].next_step()
+        return torch.stack([scales.next_step() for scales in delayed]).sum()
 
     def forget(self) -> None:
         """Sizes of this step so far."""
-        for scales in (self.activations, self.gradients):
-            if scales is not None:
-                scales.amax.zero_()
+        for scales in self._delayed().values():
+            scales.amax.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the copies follow from the weights."""
         return {
             f"{name}.{part}": scales.get_buffer(part)
-            for name, scales in (("activations", self.activations), ("gradients", self.gradients))
-            if scales is not None
+            for name, scales in self._delayed().items()
             for part in ("scale", "history")
         }
 
