@@ -116,5 +116,9 @@ setup(
         "wandb": ["wandb"],
         "energy": ["nvidia-ml-py"],
         "hf": ["transformers", "huggingface_hub"],
+        # attention's fa4, of which there are betas alone: named, or pip would not take one. flash-attn is there only as
+        # source, which takes CUDA and long to compile (pip install --no-build-isolation flash-attn), FlashAttention 3
+        # not at all: kernels/attention_libraries.py. FlashAttention 2 comes with PyTorch
+        "flash": ["flash-attn-4>=4.0.0b36"],
     },
 )

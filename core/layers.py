@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import in_window
+from kernels.windows import in_window
 
 ROPE_BASE = 100_000.0
 

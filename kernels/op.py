@@ -191,6 +191,18 @@ class Op:
 
         return call
 
+    def fitting(self, backend: str) -> Callable[..., Any]:
+        """The backend behind the op's check, and the reference for shapes that it does not take: for one that is chosen
+        by the shapes of training and called with others too."""
+        chosen, reference = self.backends[backend], self.backends["ref"]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            problem = self.check(*args, **kwargs)
+            fits = chosen.limits(problem.shape, problem.dtype) is None
+            return (chosen if fits else reference).function(*args, **kwargs)
+
+        return call
+
     def checked_many(self, backend: str) -> Callable[[Sequence[dict[str, Any]]], None]:
         """The same for several calls at a time, each given by its keyword arguments: one after another, unless the
         backend has common launches for them."""
@@ -226,13 +238,10 @@ class Op:
             )
         candidates = ["ref", *kernels]
 
-        def distance(m: Measurement) -> float:
-            return sum(abs(math.log(have / want)) for have, want in zip(m.shape, shape))
-
         known = [m for m in self.measured if m.capability == device.capability and m.dtype == dtype]
         known = [m for m in known if any(name in m.us for name in candidates)]
         if known:
-            m = min(known, key=distance)
+            m = min(known, key=lambda m: distance(m.shape, shape))
             best = min((name for name in candidates if name in m.us), key=lambda name: m.us[name])
             times = ", ".join(f"{name} {us:g} us" for name, us in m.us.items())
             reason = f"fastest at {self.sizes(m.shape)}: {times} ({m.source})"
@@ -248,6 +257,11 @@ class Op:
     def sizes(self, shape: Shape) -> str:
         """The shape in words, such as M=64 N=32."""
         return " ".join(f"{dim}={n}" for dim, n in zip(self.dims, shape))
+
+
+def distance(a: Shape, b: Shape) -> float:
+    """How far apart two shapes are, as the factors between their sizes. A size of 0 is an option that is not used."""
+    return sum(abs(math.log(max(have, 1) / max(want, 1))) for have, want in zip(a, b))
 
 
 # checks

@@ -1,7 +1,8 @@
 """A package with the interface of FlashAttention 3, in PyTorch and on a CPU: `installed`.
 
 Its operators have the names, arguments and defaults that the public package registers, and they
-compute what this repository relies on by themselves, in float64.
+compute what this repository relies on by themselves, in float64. tests/flash_attentions.py lends their arithmetic to
+the other FlashAttentions.
 """
 
 import importlib.machinery
@@ -31,64 +32,114 @@ BACKWARD = (
 CALLS: list[dict] = []  # the options of each call, for tests to read
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, options: dict) -> tuple[Tensor, Tensor]:
-    """(B, H, T, T) float64 scores, -inf where hidden, and k with a head for each of q's."""
-    assert options["is_causal"]
-    k = k.double().repeat_interleave(q.size(2) // k.size(2), dim=2)
-    scores = scale * torch.einsum("bthd,bshd->bhts", q.double(), k)
-    before = torch.arange(q.size(1))[:, None] - torch.arange(q.size(1))[None]
-    left, hidden = options["window_size_left"], before < 0  # window_size_right is 0 wherever is_causal
-    if left >= 0:
-        hidden |= before > left
-    return scores.masked_fill(hidden, -torch.inf), k
+# arithmetic of all FlashAttentions
 
 
-def _numbers(options: dict) -> dict:
-    return {name: value for name, value in options.items() if isinstance(value, (int, float))}
+def _hidden(q: Tensor, left: int, begins: Tensor | None, longest: int | None) -> Tensor:
+    """(N, N) of the tokens of all rows, or of all documents: True where a query does not see a key. left: -1 is all."""
+    if begins is None:
+        B, T = q.shape[:2]
+        begins = torch.arange(0, B * T + 1, T)
+    else:
+        assert begins.dtype == torch.int32 and begins.is_contiguous() and q.dim() == 3
+        assert int(begins[-1]) == len(q) and int(begins.diff().max()) <= longest <= len(q)
+    lengths = begins.diff().long()
+    mine, at = torch.repeat_interleave(torch.arange(len(lengths)), lengths), torch.arange(int(begins[-1]))
+    before = at[:, None] - at[None]
+    hidden = (mine[:, None] != mine[None]) | (before < 0)
+    return hidden | (before > left) if left >= 0 else hidden
 
 
 def _aligned(*tensors: Tensor) -> None:
-    for t in tensors:  # what TMA demands
+    for t in tensors:  # what TMA demands, and 16-byte copies
         assert t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s * t.itemsize % 16 == 0 for s in t.stride()[:-1])
 
 
-def _fwd(q, k, v, **options):
+def _tokens(t: Tensor, heads: int) -> Tensor:
+    """(N, heads, D) float64, heads of keys and values repeated."""
+    t = t.double().reshape(-1, *t.shape[-2:])
+    return t.repeat_interleave(heads // t.size(1), dim=1)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, begins=None, longest=None
+) -> tuple[Tensor, Tensor]:
+    """y in the layout of q, as allocators that keep layouts give it, and the logarithms (B, H, T) or (H, N)."""
     _aligned(q, k, v)
-    CALLS.append({"op": "fwd", **_numbers(options)})
-    scores, _ = _scores(q, k, options["softmax_scale"], options)
+    H = q.size(-2)
+    scores = scale * torch.einsum("thd,shd->hts", _tokens(q, H), _tokens(k, H))
+    scores = scores.masked_fill(_hidden(q, left, begins, longest), -torch.inf)
     lse = scores.logsumexp(-1)
     p = (scores - lse[..., None]).exp().to(q.dtype).double()
-    values = v.double().repeat_interleave(q.size(2) // v.size(2), dim=2)
-    y = torch.einsum("bhts,bshd->bthd", p, values).to(q.dtype)
-    assert options["num_splits"] == 1
-    return y.contiguous(), lse.float(), q.new_empty(0), q.new_empty(0)
+    y = torch.einsum("hts,shd->thd", p, _tokens(v, H)).to(q.dtype).view(q.shape)
+    lse = lse.float()
+    return torch.empty_like(q).copy_(y), lse if begins is not None else lse.view(H, *q.shape[:2]).transpose(0, 1)
+
+
+def differentiate(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    scale: float,
+    left: int,
+    begins=None,
+    longest=None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, from the logarithms as `attend` gives them."""
+    _aligned(dy, q, k, v, y)
+    H, groups = q.size(-2), q.size(-2) // k.size(-2)
+    assert lse.is_contiguous() and lse.shape == ((H, len(q)) if begins is not None else (len(q), H, q.size(1)))
+    lse = lse if begins is not None else lse.transpose(0, 1).reshape(H, -1)
+    scores = scale * torch.einsum("thd,shd->hts", _tokens(q, H), _tokens(k, H))
+    p = (scores.masked_fill(_hidden(q, left, begins, longest), -torch.inf) - lse[..., None]).exp()
+    dp = torch.einsum("thd,shd->hts", _tokens(dy, H), _tokens(v, H))
+    ds = scale * p * (dp - (_tokens(dy, H) * _tokens(y, H)).sum(-1).T[..., None])
+
+    def summed(t: Tensor) -> Tensor:
+        return t.view(-1, H // groups, groups, q.size(-1)).sum(2).view(k.shape).to(k.dtype)
+
+    dq = torch.einsum("hts,shd->thd", ds, _tokens(k, H)).view(q.shape).to(q.dtype)
+    dk = summed(torch.einsum("hts,thd->shd", ds, _tokens(q, H)))
+    return dq, dk, summed(torch.einsum("hts,thd->shd", p, _tokens(dy, H)))
+
+
+# FlashAttention 3
+
+
+def numbers(options: dict) -> dict:
+    return {name: value for name, value in options.items() if value is None or isinstance(value, (int, float))}
+
+
+def documents(options: dict) -> tuple[Tensor | None, int | None]:
+    """Where they begin, and the most tokens of one, which queries and keys share."""
+    assert options["cu_seqlens_q"] is options["cu_seqlens_k"] and options["max_seqlen_q"] == options["max_seqlen_k"]
+    return options["cu_seqlens_q"], options["max_seqlen_q"]
+
+
+def _fwd(q, k, v, **options):
+    CALLS.append({"op": "fwd", **numbers(options)})
+    assert options["is_causal"] and options["num_splits"] == 1  # and then window_size_right is 0
+    y, lse = attend(q, k, v, options["softmax_scale"], options["window_size_left"], *documents(options))
+    return y.contiguous(), lse.contiguous(), q.new_empty(0), q.new_empty(0)
 
 
 def _bwd(dout, q, k, v, out, softmax_lse, dq, dk, dv, **options):
-    _aligned(dout, q, k, v, out)
-    CALLS.append({"op": "bwd", **_numbers(options)})
-    scale, (B, T, G, D), groups = options["softmax_scale"], k.shape, q.size(2) // k.size(2)
-    scores, keys = _scores(q, k, scale, options)
-    p = (scores - softmax_lse[..., None]).exp()
-    values = v.double().repeat_interleave(groups, dim=2)
-    dp = torch.einsum("bthd,bshd->bhts", dout.double(), values)
-    delta = (dout.double() * out.double()).sum(-1).transpose(1, 2)[..., None]
-    ds = scale * p * (dp - delta)
-
-    def summed(t: Tensor) -> Tensor:
-        return t.view(B, T, G, groups, D).sum(3)
-
-    dq.copy_(torch.einsum("bhts,bshd->bthd", ds, keys))
-    dk.copy_(summed(torch.einsum("bhts,bthd->bshd", ds, q.double())))
-    dv.copy_(summed(torch.einsum("bhts,bthd->bshd", p, dout.double())))
+    CALLS.append({"op": "bwd", **numbers(options)})
+    assert options["is_causal"]
+    told = options["softmax_scale"], options["window_size_left"], *documents(options)
+    for grad, t in zip((dq, dk, dv), differentiate(dout, q, k, v, out, softmax_lse, *told)):
+        grad.copy_(t)
     return []
 
 
-def _named(operator: str, function: Callable) -> Callable:
+def named(namespace: str, operator: str, function: Callable) -> Callable:
     """The function of all arguments by name: the dispatcher gives the first ones by place, and no defaults."""
 
     def call(*args, **kwargs):
-        arguments = getattr(torch.ops.flash_attn_3, operator).default._schema.arguments
+        arguments = getattr(getattr(torch.ops, namespace), operator).default._schema.arguments
         given = {a.name: a.default_value for a in arguments} | {a.name: value for a, value in zip(arguments, args)}
         return function(**(given | kwargs))
 
@@ -96,26 +147,54 @@ def _named(operator: str, function: Callable) -> Callable:
 
 
 @contextmanager
-def installed(forward: str = FORWARD, backward: str | None = BACKWARD) -> Iterator[list[dict]]:
-    """Inside, `import flash_attn_interface` finds it, with operators of these schemas; gives CALLS, empty."""
-    name = "flash_attn_interface"
-    library = torch.library.Library("flash_attn_3", "FRAGMENT")
-    for schema, function in ((forward, _fwd), (backward, _bwd)):
+def importable(**modules: types.ModuleType) -> Iterator[None]:
+    """Inside, imports find these, by their names with __ for a dot. Real packages of the same names are gone; those
+    that are made here share a parent, as installed ones do."""
+    names = {name.replace("__", "."): module for name, module in modules.items()}
+    roots = {name.partition(".")[0] for name in names}
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in roots}
+    for name, module in before.items():
+        if not hasattr(module, "is_made_here"):
+            sys.modules.pop(name)
+    for name, module in names.items():
+        packaged = any(other.startswith(f"{name}.") for other in names)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=packaged)
+        module.is_made_here = True
+        if packaged:
+            module.__path__ = []
+        sys.modules.setdefault(name, module)
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] in roots]:
+            sys.modules.pop(name)
+        sys.modules.update(before)
+
+
+@contextmanager
+def operators(namespace: str, implementations: list[tuple[str | None, Callable]]) -> Iterator[None]:
+    """Inside, the namespace has these operators by their schemas; None: it lacks one."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    names = []
+    for schema, function in implementations:
         if schema is not None:
             library.define(schema)
-            operator = schema.partition("(")[0]
-            library.impl(operator, _named(operator, function), "CPU")
-    module = types.ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    before = sys.modules.get(name)
-    sys.modules[name] = module
-    CALLS.clear()
+            names.append(schema.partition("(")[0])
+            library.impl(names[-1], named(namespace, names[-1], function), "CPU")
     try:
-        yield CALLS
+        yield
     finally:
-        sys.modules.pop(name)
-        if before is not None:
-            sys.modules[name] = before
         library._destroy()
-        for operator in ("fwd", "bwd"):
-            torch.ops.flash_attn_3.__dict__.pop(operator, None)
+        for name in names:
+            getattr(torch.ops, namespace).__dict__.pop(name, None)
+
+
+@contextmanager
+def installed(
+    forward: str = FORWARD, backward: str | None = BACKWARD, fwd: Callable = _fwd, bwd: Callable = _bwd
+) -> Iterator[list[dict]]:
+    """Inside, `import flash_attn_interface` finds it, with operators of these schemas; gives CALLS, empty."""
+    CALLS.clear()
+    with operators("flash_attn_3", [(forward, fwd), (backward, bwd)]):
+        with importable(flash_attn_interface=types.ModuleType("flash_attn_interface")):
+            yield CALLS

@@ -47,8 +47,7 @@ from bench.law import (
     unread,
 )  # fmt: skip
 from csrc import build
-from kernels import attention as attention_module
-from kernels import extension
+from kernels import attention_libraries, extension
 from kernels.op import Device, Op
 from tests.mutations import Edit, NoSuchMutation, edited
 from tests.races import programs_in
@@ -115,7 +114,7 @@ def unharmed(*states: Tensor) -> None:
             raise Failed("wrote beside the elements of a state")
 
 
-def flex_on_a_cpu(monkeypatch: Any, of: ModuleType = attention_module) -> None:
+def flex_on_a_cpu(monkeypatch: Any, of: ModuleType = attention_libraries) -> None:
     """From now on FlexAttention's own arithmetic, gradients included, serves a CPU. of: the op's file."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda q, k, v: None)
     monkeypatch.setattr(of, "_compiled_flex_attention", lambda: flex_attention)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # a package may import those before it
 LAYERS = ["csrc", "kernels", "core", "top", "bench", "tests"]
 SUPPORT = {"__init__", "__main__", "op", "ops", "dispatch", "sizes", "tile", "gemm", "fp8", "fp8_products", "master"}
-SUPPORT |= {"extension"}
+SUPPORT |= {"extension", "windows", "attention_libraries"}
 
 
 def python_files():
