@@ -2,6 +2,7 @@
 
 from kernels.adam_update import adam_update
 from kernels.attention import attention
+from kernels.decode_attention import decode_attention
 from kernels.embedding import embedding
 from kernels.fp8_linear import fp8_linear
 from kernels.fp8_mlp import fp8_mlp
@@ -19,6 +20,7 @@ OPS: tuple[Op, ...] = (
     rms_norm,
     rope_qk_norm,
     attention,
+    decode_attention,
     embedding,
     linear,
     fp8_linear,
