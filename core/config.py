@@ -65,6 +65,8 @@ class ModelConfig:
     """Tokens in the vocabulary, special tokens included."""
     window_pattern: str = "SSSL"
     """Attention window of each layer, tiled over depth: S short, L the whole context; the last layer is always L."""
+    within_documents: bool = False
+    """Attention sees nothing before the beginning (bos) of a token's document. (Smear still reads one token back.)"""
     rope: bool = True
     """Rotary position embedding (off: no positions at all)."""
     qk_norm: bool = True

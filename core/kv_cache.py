@@ -34,7 +34,7 @@ class KVCache:
         of the device and type of keys and values."""
         shapes = [(rows, min(capacity, window + 1), n_kv_head, d_head) for window in windows]
         self.capacity = capacity
-        # zeros: a slot not yet filled has weight 0, and 0 times garbage may be NaN
+        # zeros: to the reference a slot not yet filled has weight 0, and 0 times garbage may be NaN
         self.keys = [like.new_zeros(shape) for shape in shapes]
         self.values = [like.new_zeros(shape) for shape in shapes]
         self.embedding = like.new_zeros(rows, 1, d_model)
@@ -66,14 +66,11 @@ class KVCache:
         cos, sin = self._rope
         return cos[self.positions, None], sin[self.positions, None]
 
-    def masks(self) -> list[Tensor]:
-        """(B, 1, 1, S) bool per layer: the slots filled once the next token of each row is in."""
-        last = self.positions[:, None, None, None]
+    def seen(self) -> list[Tensor]:
+        """(B,) int64 per layer: how many slots, from the first on, are filled once the next token of each row is in."""
         sizes = [keys.size(1) for keys in self.keys]
-        masks: dict[int, Tensor] = {
-            size: torch.arange(size, device=last.device) <= last for size in dict.fromkeys(sizes)
-        }
-        return [masks[size] for size in sizes]
+        seen: dict[int, Tensor] = {size: (self.positions + 1).clamp(max=size) for size in dict.fromkeys(sizes)}
+        return [seen[size] for size in sizes]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k and v (B, T, G, D); returns all that T queries look at: a prompt at itself, one token at the

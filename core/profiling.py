@@ -26,8 +26,11 @@ from core.communication import World
 ATTENTION = ("scaled_dot_product", "flash_attention", "flex_attention", "efficient_attention", "cudnn_attention")
 MATMUL = ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::_scaled_mm")
 # parts of the names of kernels, in lower case: cuBLAS and CUTLASS (with the sums over a split K), the products of this
-# repository (*_gemm_kernel), Inductor's templates, and attention by each library
-PRODUCT_KERNELS = ("gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk", "triton_tem_", "flash", "fmha", "sdpa")
+# repository (*_gemm_kernel, _fp8_relu2_kernel, _attention_*_kernel), Inductor's templates, attention by each library
+PRODUCT_KERNELS = (
+    "gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk", "triton_tem_", "flash", "fmha", "sdpa", "fp8_relu2",
+    "attention",
+)  # fmt: skip
 NAME_WIDTH = 80  # of a kernel's name where it is shown: those of templates are hundreds of characters long
 COMPILED_GRAPH = "## Call CompiledFxGraph"  # and a hash
 SETTLING_STEPS = 2  # of a resumed run, before its window

@@ -36,7 +36,7 @@ class Choice:
         return self.line(" ".join(f"{dim}={n}" for dim, n in self.shape.items()))
 
     def line(self, sizes: str) -> str:
-        return f"{self.op:<15} {sizes:<30} {self.dtype:<8}  {self.backend:<6}  {self.reason}"
+        return f"{self.op:<16} {sizes:<42} {self.dtype:<8}  {self.backend:<6}  {self.reason}"
 
 
 def summary(choices: Sequence[Choice]) -> list[str]:
@@ -106,6 +106,17 @@ class Backends:
         It checks its arguments, as the op itself does, and then runs the chosen backend.
         """
         return op.checked(self._choice(op, shape, dtype or self.dtype).backend)
+
+    def choose_fitting(self, op: Op, *shape: int) -> Callable[..., Any]:
+        """As `choose`, for an op that is called with other shapes than this one too: those that the chosen backend does
+        not take run on the reference. UserError where the op lacks a backend that was asked of it by name."""
+        wanted = self._wanted.get(op.name, "auto")
+        if wanted not in ("auto", *op.backends):
+            raise UserError(
+                f"--kernels {op.name}={wanted}: not within documents whose number is not known; take auto, "
+                f"{' or '.join(op.backends)}, or --no-within-documents"
+            )
+        return op.fitting(self._choice(op, shape, self.dtype).backend)
 
     def choose_many(
         self, op: Op, problems: Sequence[tuple[Shape, torch.dtype | None]]

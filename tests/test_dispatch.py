@@ -17,7 +17,7 @@ from kernels.dispatch import Backends, decide
 from kernels.op import Backend, Device, Measurement, Op, Problem, UserError, needs_gpu, needs_nothing, needs_triton
 from kernels.ops import BY_NAME, OPS
 from kernels.rms_norm import rms_norm
-from tests.flash_attention_3 import installed
+from tests.flash_attentions import LIBRARIES, present
 from tests.harness import DEVICE, evaluate, flex_on_a_cpu, randn
 
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
@@ -280,7 +280,8 @@ def test_every_launch_is_on_the_device_of_its_first_argument(monkeypatch):
 SMALL = {
     "rms_norm": (12, 64),
     "rope_qk_norm": (1, 6, 2, 2, 16),
-    "attention": (1, 128, 2, 1, 16, 128),
+    "attention": (1, 128, 2, 1, 16, 128, 0),
+    "decode_attention": (2, 40, 4, 2, 16, 33),
     "embedding": (40, 12, 32),
     "linear": (12, 32, 48),
     "fp8_linear": (12, 32, 48),
@@ -328,7 +329,7 @@ def test_calls_and_checked_backends_are_one_graph_with_the_same_results(op, form
     auto = op.pick(SMALL[op.name], BF16, here)[0]
     there = [name for name in op.backends if DEVICE == "cpu" or op.backends[name].needs(here) is None]
     calls = {name: op.checked(name) for name in there} | {"auto": op}
-    with installed() if DEVICE == "cpu" else nullcontext():
+    with present(*LIBRARIES) if DEVICE == "cpu" else nullcontext():
         for name, call in calls.items():
             picked = op.backends[auto if name == "auto" else name]
             torch.compiler.reset()

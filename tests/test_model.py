@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from core.config import ModelConfig
+from core.data.tokenizer import SPECIAL_TOKENS
 from core.models.gpt2 import COUNTED, GPT, flops_per_token
 from core.params import num_params
 from kernels.attention import attention
 from kernels.dispatch import Backends
+from kernels.op import UserError
 from kernels.rms_norm import EPS
 from tests.flash_attention_3 import installed
 from tests.harness import DEVICE, flex_on_a_cpu
@@ -217,9 +219,9 @@ def test_with_triton_the_model_is_one_graph_and_agrees_with_the_reference(dtype)
         fast = GPT(cfg, backends)
     ref = awake(cfg).to(DEVICE)
     fast.load_state_dict(ref.state_dict())
-    assert {c.op: c.backend for c in backends.choices if c.backend != "triton"} == {"attention": "ref"}
-    # norm, rope, attention, MLP, loss; qkv and out; tokens and their values
-    assert len(backends.choices) == 9
+    assert {c.backend for c in backends.choices} == {"triton"}
+    # norm, rope, attention of texts and of one token, MLP, loss; qkv and out; tokens and their values
+    assert len(backends.choices) == 10
     exact = copy.deepcopy(ref)
     for model in (fast, ref, exact):
         for name, p in model.named_parameters():
@@ -241,31 +243,72 @@ def test_with_triton_the_model_is_one_graph_and_agrees_with_the_reference(dtype)
             assert errors[how] <= (5 if few else 1.5) * errors["ref"] + 2e-6, (how, name, errors)
 
 
-def test_layers_call_the_attention_that_was_chosen_for_their_window_at_the_training_length():
-    """Other lengths run on the reference, as one-token steps do on a mask of the cache's."""
+def test_layers_call_the_attention_that_was_chosen_for_their_window():
+    """Sequences of all lengths do, a prompt with a cache too; one-token steps run on an op of their own."""
     calls = []
 
     class Recording:
         def choose(self, op, *shape):
+            assert op is not attention
+            return op.backends["ref"]
+
+        def choose_fitting(self, op, *shape):
+            assert op is attention
+
             def call(*args, window, **options):
-                calls.append((shape, window))
+                calls.append((shape, window, args[0].size(1)))
                 return op.backends["ref"](*args, window=window, **options)
 
-            return call if op is attention else op.backends["ref"]
+            return call
 
     model = GPT(CFG, Recording(), batch_size=2)
     model.load_state_dict(awake().state_dict())
-    short, full = ((2, 256, 4, 2, 16, seen) for seen in (129, 256))
+    short, full = ((2, 256, 4, 2, 16, seen, 0) for seen in (129, 256))
     want = awake()(tokens())
     calls.clear()
     assert torch.equal(model(tokens()), want)
-    assert calls == [(short, 128)] * 3 + [(full, 256)]
+    assert calls == [(short, 128, 256)] * 3 + [(full, 256, 256)]
     calls.clear()
     cache = model.new_cache(2, 300)
     model.hidden(tokens()[:, :200], cache), model.hidden(tokens()[:, 200:201], cache)
     for T in (255, 300):
         model(torch.cat((tokens(), tokens(seed=1)), dim=1)[:, :T])
-    assert not calls
+    assert [T for _, _, T in calls] == [200] * 4 + [255] * 4 + [300] * 4
+
+
+def test_within_documents_attention_is_chosen_for_documents():
+    """Of unknown number: libraries are not for these, and a request for one is an error, not another choice."""
+    cfg = dataclasses.replace(CFG, within_documents=True)
+    backends = Backends("triton", device=torch.device("cpu"), dtype=torch.bfloat16)
+    with torch.device("meta"):
+        GPT(cfg, backends, 2)
+        chosen = [c for c in backends.choices if c.op == "attention"]
+        assert [(c.shape["W"], c.shape["M"], c.backend) for c in chosen] == [(129, 256, "triton"), (256, 256, "triton")]
+        for name in ("fa2", "sdpa"):
+            with pytest.raises(UserError, match=f"attention={name}: not within documents .*--no-within-documents"):
+                GPT(cfg, Backends(f"attention={name}", device=torch.device("cpu"), dtype=torch.bfloat16), 2)
+
+
+def test_rows_of_documents_are_as_good_as_documents_apart():
+    """Smear still reads the token before; without it a document's logits do not know what its row holds."""
+    cfg = dataclasses.replace(CFG, smear=False, within_documents=True, seq_len=48)
+    model, bos = awake(cfg), CFG.vocab_size - len(SPECIAL_TOKENS)
+    rows = tokens(cfg).clamp(max=bos - 1)
+    begins = ((0, 1, 20), (5, 40))
+    for row, places in zip(rows, begins):
+        row[list(places)] = bos
+    got = model(rows)
+    for row, places, logits in zip(rows, begins, got):
+        edges = sorted({0, *places, 48})
+        for begin, end in zip(edges, edges[1:]):
+            want = model(row[None, begin:end])[0]
+            torch.testing.assert_close(logits[begin:end], want, atol=2e-5, rtol=2e-5)
+    whole = awake(dataclasses.replace(cfg, within_documents=False))(rows)
+    assert torch.equal(whole[:, :1], got[:, :1]) and not torch.allclose(whole[0, 21:], got[0, 21:], atol=1e-3)
+    # each document's end is in its own hands: gradients too
+    x = model.wte
+    model(rows)[0, 25].sum().backward()
+    assert not x.grad[rows[0, 2:20].unique()[~torch.isin(rows[0, 2:20].unique(), rows[0, 20:26])]].any()
 
 
 def test_sequences_beyond_the_training_length_see_what_the_windows_show():

@@ -105,7 +105,9 @@ def test_products_of_our_own_are_known_and_nothing_else_is():
         for path in (Path(profiling.__file__).parent.parent / "kernels").glob("*.py")
         for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)
     }
-    assert len(names) > 10 and {name for name in names if is_product(name)} == {"_gemm_kernel", "_relu2_gemm_kernel"}
+    products = {"_gemm_kernel", "_relu2_gemm_kernel", "_fp8_relu2_kernel"}
+    products |= {f"_attention_{part}_kernel" for part in ("fwd", "dq", "dkv")}
+    assert len(names) > 10 and {name for name in names if is_product(name)} == products
     for name in ("aten::copy_", "triton_red_fused_add_mul_3", "void at::native::reduce_kernel<512>", "Memcpy DtoH"):
         assert not is_product(name)
 

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from core import fp8, params
 from core.config import ModelConfig
+from core.data.tokenizer import SPECIAL_TOKENS
 from core.fp8 import IN_BF16, Fp8Layers, LayerInFp8, Recipe
 from core.kv_cache import KVCache
 from core.layers import Branches, masked_attention, rope_tables, unbind_banks
 from core.params import MuonView, Param, bank, constant, normal, ramp, uniform
 from core.stopping import UserError
-from kernels.attention import attention, attention_ref, visible
+from kernels.attention import attention, attention_in_batches
+from kernels.decode_attention import decode_attention
 from kernels.dispatch import Backends
 from kernels.embedding import embedding
 from kernels.fp8 import Fp8Tensor, empty_fp8
@@ -41,6 +43,7 @@ from kernels.relu2_mlp import relu2_mlp
 from kernels.rms_norm import RMSNorm, rms_norm
 from kernels.rope_qk_norm import rope_qk_norm
 from kernels.sizes import VE_GATE_CHANNELS, round_up
+from kernels.windows import Documents, documents_at, visible
 
 VOCAB_MULTIPLE = 64  # padded vocabulary: rows divide over ranks and fill tensor-core tiles
 WINDOW_MULTIPLE = 128  # short windows are whole attention tiles
@@ -187,6 +190,8 @@ class Chooser(Protocol):
 
     def choose(self, op: Op, *shape: int) -> Callable[..., Any]: ...
 
+    def choose_fitting(self, op: Op, *shape: int) -> Callable[..., Any]: ...
+
     def choose_many(
         self, op: Op, problems: Sequence[tuple[Shape, torch.dtype | None]]
     ) -> Callable[[Sequence[dict[str, Any]]], None]: ...
@@ -224,8 +229,13 @@ def choose_ops(
         "out": backends.choose(linear, tokens, d.d_model, d.d_model),
         "lm_head_loss": backends.choose(lm_head_loss, tokens, d.d_model, d.padded_vocab),
     }
-    for window in dict.fromkeys(d.windows):
-        chosen[attention_of(window)] = backends.choose(attention, *heads, visible(d.seq_len, window))
+    op, longest = (attention_in_batches, d.seq_len) if cfg.within_documents else (attention, 0)
+    for window in dict.fromkeys(d.windows):  # sequences of other lengths come too: prompts, scores
+        chosen[attention_of(window)] = backends.choose_fitting(op, *heads, visible(d.seq_len, window), longest)
+    # of a token of each row; what can run does not depend on the slots of a cache, nor on its rows
+    chosen["decode_attention"] = backends.choose(
+        decode_attention, batch_size, d.seq_len, d.n_head, d.n_kv_head, d.d_head, d.seq_len
+    )
     if cfg.relu2:
         chosen["mlp"] = backends.choose(relu2_mlp, tokens, d.d_model, d.d_ff)
         chosen["mlp_of_few"] = backends.choose(relu2_mlp, batch_size, d.d_model, d.d_ff)  # a token of each row
@@ -278,6 +288,7 @@ class GPT(nn.Module):
     qkv: Callable[..., Tensor]
     out: Callable[..., Tensor]
     attention: Sequence[Callable[..., Tensor]]  # of each layer
+    decode_attention: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
     mlp_of_few: Callable[..., Tensor]
     up: Callable[..., Tensor]
@@ -381,6 +392,12 @@ class GPT(nn.Module):
             rope=self.rope(capacity), like=self.wte,
         )  # fmt: skip
 
+    def _documents(self, idx: Tensor) -> Documents | None:
+        """Of rows (B, T) of ids; None where attention does not end with them."""
+        if not self.cfg.within_documents:
+            return None
+        return documents_at(idx == self.dims.vocab_size - len(SPECIAL_TOKENS))  # bos is the first of these
+
     def _smear(self, x: Tensor, before: Tensor | None, branches: Branches | None = None) -> Tensor:
         """x (B, T, C) with a share of each token's predecessor; `before` (B, 1, C) is that of the first, None: it has
         none."""
@@ -432,21 +449,22 @@ class GPT(nn.Module):
         """Token ids (B, T) -> normalised hidden states (B, T, C) in the compute type.
 
         With a cache, idx continues its rows: by one token each, or by the beginning of rows that are empty. With
-        branches, a row holds several continuations of one beginning. Attention was chosen for whole sequences of the
-        training length; those of other lengths run on its reference, which takes any and compiles nothing.
+        branches, a row holds several continuations of one beginning. Where cfg.within_documents, attention sees nothing
+        before the last bos; that a row with a cache holds one document is up to the caller.
         """
         d, cfg = self.dims, self.cfg
         B, T = idx.shape
         if cache is not None:
             cache.begin(B, T)
+        masks, seen = None, None
         if cache is not None and T == 1:  # each row at a position of its own
-            (cos, sin), masks = cache.rope_tables(), cache.masks()
+            (cos, sin), seen = cache.rope_tables(), cache.seen()
         elif branches is not None:
             tables = self.rope(branches.max_position + 1) or ()
             (cos, sin), masks = [t[branches.positions] for t in tables] or (None, None), branches.masks(d.windows)
         else:
-            (cos, sin), masks = self.rope(T) or (None, None), None
-        attend = self.attention if T == d.seq_len else [attention_ref] * d.n_layer
+            cos, sin = self.rope(T) or (None, None)
+        documents = self._documents(idx) if cache is None and branches is None else None
         # each bank is unbound once: see core/layers.py
         qkv_w, out_w, up_w, down_w = map(unbind_banks, (self.attn_qkv, self.attn_out, self.mlp_up, self.mlp_down))
         # products in fp8 are for training: scores and samples are those of the weights as they are
@@ -497,10 +515,12 @@ class GPT(nn.Module):
             q, k, v = self.rope_qk_norm(qkv, cos, sin, *gated, **heads)
             if cache is not None:
                 k, v = cache.extend(i, k, v)
-            if masks is None:
-                y = attend[i](q, k, v, window=d.windows[i])
-            else:
+            if seen is not None:
+                y = self.decode_attention(q, k, v, seen[i])
+            elif masks is not None:
                 y = masked_attention(q, k, v, masks[i])
+            else:
+                y = self.attention[i](q, k, v, window=d.windows[i], documents=documents)
             y = self._project_out(eight[i], y.reshape(B, T, d.d_model), out_w[i], out_sum[i])
             # residual sum and second norm in one pass
             normed = self.norm(x, y, scale=self._norm_scale(eight[i], "mlp_up"))

@@ -114,6 +114,10 @@ class RedlineForCausalLM(PreTrainedModel, GenerationMixin):
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # (T, 1, D/2)
         distance = t[:, None] - t
         seen = {window: (distance >= 0) & (distance <= window) for window in set(c.windows)}
+        if on["within_documents"]:
+            document = (idx == c.bos_token_id).cumsum(1)
+            same = (document[:, :, None] == document[:, None, :])[:, None]  # (B, 1, T, T)
+            seen = {window: mask & same for window, mask in seen.items()}
 
         def turned(z: Tensor) -> Tensor:
             z = z.float()
