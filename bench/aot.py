@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import kernels.op
 from bench.kernel_model import LIBRARY, traffic
@@ -133,7 +134,7 @@ def compile_only(capability: int = MAIN):
         here = {
             "programs": math.prod(grid),
             "bytes": traffic(given),
-            "itemsize": next((t.itemsize for t in given.values() if isinstance(t, torch.Tensor)), 0),
+            "itemsize": next((t.itemsize for t in operands(given)), 0),
             "arguments": {name: int(v) for name, v in given.items() if isinstance(v, (int, bool))},
         }
         if kernel not in _KNOWN:  # Triton compiles each specialisation once a process
@@ -158,6 +159,12 @@ def compile_only(capability: int = MAIN):
             yield compiled
     finally:
         JITFunction.run = run
+
+
+def operands(given: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors of a launch, those of descriptors first."""
+    described = [t.base for t in given.values() if isinstance(t, TensorDescriptor)]
+    return described + [t for t in given.values() if isinstance(t, torch.Tensor)]
 
 
 def with_instructions(compiled: Sequence[dict[str, Any]], capability: int = MAIN) -> list[dict[str, Any]]:
@@ -303,14 +310,16 @@ def launches(
 
 
 def cases(op: kernels.op.Op, capability: int) -> list[tuple[str, torch.dtype]]:
-    """Cases and dtypes to compile: all in bf16, which the tracks train in, and the first in fp32.
+    """Cases and dtypes to compile: all in bf16, which the tracks train in, and the first in fp32 if the op takes it.
 
     Elsewhere than on sm_90 only the last of depth 24.
     """
     if capability != MAIN:
         deep = [case for case in op.cases if "depth 24" in case] or list(op.cases)
         return [(deep[-1], torch.bfloat16)]
-    return [(next(iter(op.cases)), torch.float32), *((case, torch.bfloat16) for case in op.cases)]
+    found = [(next(iter(op.cases)), torch.float32), *((case, torch.bfloat16) for case in op.cases)]
+    limits = op.backends["triton"].limits
+    return [(case, dtype) for case, dtype in found if limits(op.cases[case], dtype) is None]
 
 
 def forms(op: kernels.op.Op, capability: int) -> list[str]:

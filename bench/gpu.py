@@ -65,7 +65,6 @@ RESERVE_S = 10  # to end in
 TESTS_END, TUNE_END, OPS_END = 0.12, 0.27, 0.45  # of the time: training has the rest
 TESTS = "float64"  # of the tests of an op, those that compare with the oracle: no torch.compile
 TUNED_OPS = 4
-OPS_OF_GROUPS = {"head": "lm_head_loss", "attention": "attention"}  # of the projection's rows that name no op
 SECONDS = 0.2  # for each variant of an item
 ITEM_S = 8  # that must be left for another item
 SHARES_SHOWN = 6
@@ -143,7 +142,9 @@ class Bench:
                 report = ("-p", "no:cacheprovider", f"--junitxml={self.scratch / stem}.xml")
                 # pyproject's options need pytest-xdist, which a bare machine lacks and one process a file does not need
                 report += ("-o", "addopts=", "-m", "not mutations")
-                running[stem] = self.child("-m", "pytest", f"tests/test_{stem}.py", "-k", TESTS, "-q", *report)
+                # of attention also those of its libraries
+                files = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "tests").glob(f"test_{stem}*.py"))]
+                running[stem] = self.child("-m", "pytest", *files, "-k", TESTS, "-q", *report)
             for stem, process in list(running.items()):
                 if process.poll() is not None:
                     del running[stem]
@@ -295,8 +296,8 @@ def values() -> dict[str, float]:
     for workload in (redline(), redline(fp8=True)):
         here: dict[str, float] = {}
         for projected in workload.rows:
-            op = projected.cost.op if projected.cost else OPS_OF_GROUPS.get(projected.group)
-            if op:
+            if projected.cost:
+                op = projected.cost.op
                 here[op] = here.get(op, 0.0) + projected.seconds()
         found = {op: max(found.get(op, 0.0), here.get(op, 0.0)) for op in found | here}
     return found

@@ -10,6 +10,11 @@ Products   a tile takes its K steps and an epilogue, and tiles come in waves of 
            products of one hide the epilogue of the other, up to its length
            No launch is faster than its operands and results come through HBM, each once
            A tile first waits for FILL, unless the loop is flattened, so that loads of the next one run meanwhile
+Attention  a program goes through tiles of queries and keys, of which it visits those with visible pairs. A step takes
+               tensor cores   as above; L2 cache: one tile of two operands
+               softmax        the issue of its instructions without those of edges, or exponentials, 16 a cycle and SM
+           one after the other, unless several programs share an SM: then one multiplies while another exponentiates.
+           Of that speed, ATTENTION
 Passes     the longest of memory (each tensor of the launch once, what changes in place twice, at a share of HBM that
            copies reach) and issue (all instructions of all warps at ISSUE of the peak rate)
 Library    torch's products, and its passes that look for a largest size, by the classes of bench/projection
@@ -30,6 +35,10 @@ TENSOR = {2: 4096, 1: 8192, 4: 256}  # fp32 in CUDA cores
 L2 = 7e12 / SMS / CLOCK  # bytes a cycle to an SM: the upper end of what microbenchmarks find, 5.5 to 7 TB/s
 MEMORY = 0.92  # of HBM's peak: what the best copies reach, an assumption like the next two
 ISSUE = 0.8  # of four instructions a cycle: dependences leave slots empty
+EXPONENTIALS = 16  # of an SM in a cycle
+# of the speed that this arithmetic gives attention: Triton's own forward, causal, 16k tokens, 128 channels, is
+# published with 395 TFLOP/s [FA3's paper], and tiles and instructions like ours say 556. Waiting is not modelled
+ATTENTION = 0.71
 FILL = 800  # cycles from a tile's first load to its first product: a way to L2 and back, and the first step
 # what a launch changes in place is read and written
 IN_PLACE = ("p_ptr", "low_ptr", "m_ptr", "v_ptr", "buf_ptr", "second_ptr")
@@ -47,6 +56,8 @@ def predict(launch: Mapping[str, Any]) -> Prediction:
     """Of one launch, by its facts out of bench/aot.py."""
     if launch["kernel"] == LIBRARY:
         return _library(launch)
+    if launch["kernel"].startswith("_attention_"):
+        return _attention(launch)
     cut = tiles(launch)
     return _tiles(launch, cut) if cut else _pass(launch)
 
@@ -116,6 +127,43 @@ def _tiles(launch: Mapping[str, Any], cut: Tiles) -> Prediction:
     return Prediction(memory, "memory") if memory > us else Prediction(us, max(each, key=each.__getitem__))
 
 
+def visited(seq_len: int, window: int, longest: int, tile: tuple[int, int], of_keys: bool) -> tuple[int, int]:
+    """Programs of one head of a row, in documents of `longest` tokens, and the tiles (queries, keys) they all visit:
+    each has queries and goes through their keys, or has keys and goes through the queries that see them."""
+    queries, keys = tile
+    begins = range(0, seq_len, keys if of_keys else queries)
+    steps = 0
+    for begin in begins:
+        last = min(begin + begins.step, seq_len) - 1
+        if of_keys:
+            end = min(last + window, last // longest * longest + longest - 1, seq_len - 1)
+            steps += math.ceil((end + 1 - begin // queries * queries) / queries)
+        else:
+            start = max(begin - window, begin // longest * longest)
+            steps += math.ceil((last + 1 - start // keys * keys) / keys)
+    return len(begins), steps
+
+
+def _attention(launch: Mapping[str, Any]) -> Prediction:
+    a, warps, itemsize = launch["arguments"], launch["num_warps"], launch["itemsize"]
+    part, (M, N, D) = launch["kernel"].split("_")[2], (a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_D"])
+    products = {"fwd": 2, "dq": 3, "dkv": 4}[part]
+    longest = launch["shape"][6] if a["DOCUMENTS"] else a["T"]
+    programs, steps = visited(a["T"], a["window"], longest, (M, N), part == "dkv")
+    if part == "dkv":
+        steps *= a["H"] // a["G"]
+    steps *= launch["programs"] // programs
+    tensor = 2 * M * N * D * products / TENSOR[itemsize]
+    softmax = max((launch["loop"] - launch["epilogue"]) * warps / 4, M * N / EXPONENTIALS)
+    l2 = 2 * (M if part == "dkv" else N) * D * itemsize / L2
+    each = max(tensor, softmax, l2, (tensor + softmax) / launch["ctas"])
+    besides = (FILL + (launch["length"] - launch["loop"]) * warps / 4) / launch["ctas"]
+    us = 1e6 * (steps * each + launch["programs"] * besides) / SMS / CLOCK / ATTENTION
+    memory = 1e6 * launch["bytes"] / (MEMORY * HBM["H100"])
+    bound = "L2" if each == l2 else "tensor cores" if tensor >= softmax else "issue"
+    return Prediction(memory, "memory") if memory > us else Prediction(us, bound)
+
+
 def _pass(launch: Mapping[str, Any]) -> Prediction:
     memory = launch["bytes"] / (MEMORY * HBM["H100"])
     # a loop is run as often as its tensor has blocks; of the code once
@@ -123,6 +171,8 @@ def _pass(launch: Mapping[str, Any]) -> Prediction:
     trips = arguments.get("STEPS", 1)
     if "columns" in arguments:
         trips = math.ceil(arguments["columns"] / arguments["BLOCK"])
+    if {"chunk", "BLOCK_N"} <= arguments.keys():  # slots of a part of a KV cache
+        trips = math.ceil(arguments["chunk"] / arguments["BLOCK_N"])
     instructions = (launch["length"] + (trips - 1) * launch["loop"]) * launch["num_warps"] * launch["programs"]
     issue = instructions / (4 * ISSUE * SMS * CLOCK)
     return Prediction(1e6 * max(memory, issue), "memory" if memory >= issue else "issue")
@@ -132,6 +182,7 @@ def traffic(arguments: Mapping[str, Any]) -> int:
     """Bytes of the tensors of a launch, by name, those that change in place twice."""
     total = 0
     for name, t in arguments.items():
+        t = getattr(t, "base", t)  # of a descriptor
         if isinstance(t, torch.Tensor):
             total += t.numel() * t.itemsize * (2 if name in IN_PLACE else 1)
     return total

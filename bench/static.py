@@ -245,10 +245,13 @@ def row(kernel: Row) -> Row:
     made |= {"atomics": sum(counts.get(name, 0) for name in aot.ATOMICS)}
     made |= {"local_loads": counts.get("LDL", 0), "local_stores": counts.get("STL", 0)}
     if warps:
-        capability, shared = kernel["capability"], kernel["shared_bytes"]
-        ctas = ctas_per_sm(capability, kernel["registers"], warps, shared, kernel["tensor_memory"])
-        made |= {"ctas": ctas, "occupancy": round(ctas * warps / LIMITS[capability].warps, 4)}
+        ctas = ctas_of(kernel)
+        made |= {"ctas": ctas, "occupancy": round(ctas * warps / LIMITS[kernel["capability"]].warps, 4)}
     return {name: n for name, n in made.items() if n}
+
+
+def ctas_of(k: Row) -> int:
+    return ctas_per_sm(k["capability"], k["registers"], k["num_warps"], k["shared_bytes"], k["tensor_memory"])
 
 
 def count(row: Row, name: str) -> int:
@@ -297,7 +300,7 @@ def roofline(kernels: Sequence[Row]) -> dict[str, Row]:
         us, bound = float(f"{1e6 * max(products, memory):.4g}"), "flops" if products > memory else "memory"
         key = f"{op.name} / {k['case']} / {k['form']} / {k['dtype']} / {direction}"
         rows[key] = {"us": us, "bound": bound}
-        launch = predict(k)
+        launch = predict(k if k["kernel"] == LIBRARY else k | {"ctas": ctas_of(k)})
         predicted.setdefault(key, Counter())[launch.bound] += launch.us
     for key, parts in predicted.items():
         total = float(f"{parts.total():.4g}")

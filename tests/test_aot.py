@@ -99,6 +99,23 @@ def test_relu2_mlp_multiplies_in_tensor_cores_fed_by_bulk_copies(kernels):
         assert "LDG" not in got and "STG" not in got and k["num_warps"] == 8, describe(k)
 
 
+def test_attention_multiplies_in_tensor_cores_fed_by_bulk_copies(kernels):
+    """Two products a step forward, three for dq, four for dk and dv; what threads load is a number a token: where
+    documents begin and end, logarithms and sums. Nothing adds to memory."""
+    of_attention = [k for k in kernels if k["op"] == "attention" and k["dtype"] == "bfloat16"]
+    assert len(of_attention) == 3 * len(BY_NAME["attention"].cases)
+    for k in of_attention:
+        got, (part, a) = k["instructions"], (k["kernel"].split("_")[2], k["arguments"])
+        across, queries, keys = a["BLOCK_D"] // 16, a["BLOCK_M"] // 16, a["BLOCK_N"] // 16
+        products = {"fwd": across + keys, "dq": 2 * across + keys, "dkv": 2 * across + 2 * queries}[part]
+        assert got["HGMMA"] == products and k["num_warps"] == 8 and a["BULK"], describe(k)
+        assert got["UTMALDG"] >= 5 and got["UTMASTG"] == (2 if part == "dkv" else 1), describe(k)
+        assert got.get("LDG", 0) <= 6 and got.get("STG", 0) <= 1 and not set(ATOMICS) & set(got), describe(k)
+        # tiles of a step are loaded while another is multiplied, and edges are a branch that most steps skip
+        assert part != "dkv" or got["LDGSTS"] >= 2, describe(k)
+        assert k["flat"] and k["epilogue"] > 100, describe(k)
+
+
 def test_polar_express_multiplies_in_tensor_cores_and_mirrors(kernels):
     """Three products a step; the two symmetric ones store a tile twice."""
     of_polar = [k for k in kernels if k["op"] == "polar_express" and k["dtype"] == "bfloat16"]
@@ -200,6 +217,24 @@ def test_rope_qk_norm_moves_16_bytes_at_a_time(kernels):
         if k["op"] == "rope_qk_norm" and k["dtype"] == "bfloat16" and k["case"] != "quickstart":
             got = k["instructions"]
             assert got["LDG"] - got["LDG.E.128"] <= 5 and got["STG"] - got["STG.E.128"] <= 2, describe(k)
+
+
+def test_decode_attention_reads_the_cache_16_bytes_at_a_time(kernels):
+    """In asynchronous copies, of two steps before the loop and one within it. Threads multiply their numbers, or tensor
+    cores where heads share them. Alone are a row's length and the query. Several programs share an SM."""
+    of_decode = [k for k in kernels if k["op"] == "decode_attention"]
+    assert {k["kernel"] for k in of_decode} == {"_decode_one_kernel", "_decode_group_kernel", "_decode_merge_kernel"}
+    for k in of_decode:
+        got, (B, _, H, G, _, _) = k["instructions"], k["shape"]
+        ctas = static.ctas_per_sm(90, k["registers"], k["num_warps"], k["shared_bytes"])
+        if k["kernel"] == "_decode_merge_kernel":
+            assert k["programs"] == B * H and "LDGSTS" not in got, describe(k)
+            continue
+        grouped = k["kernel"] == "_decode_group_kernel"
+        assert got["LDGSTS"] == got["LDGSTS.E.128"] == (48 if grouped else 24), describe(k)
+        assert got["LDG"] == 2 and ("HMMA" in got) == grouped == (H > G), describe(k)
+        assert ctas >= (3 if grouped else 4), describe(k)
+        assert k["programs"] == B * G * k["arguments"]["splits"], describe(k)
 
 
 def test_embedding_moves_16_bytes_at_a_time(kernels):
@@ -328,4 +363,28 @@ with compile_only() as compiled:
                 operands = (torch.empty(s.tokens, n, dtype=torch.bfloat16) for n in (M, N))
                 gemm(*operands, torch.empty(M, N), transposed=True, accumulate=True)
 print(json.dumps(with_instructions(compiled)))
+"""
+
+
+def test_attention_by_pointers_fits():
+    """Heads of 96 channels in rows that end within a tile: neither is for bulk copies."""
+    done = subprocess.run([sys.executable, "-c", POINTERS], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = json.loads(done.stdout)
+    assert [k["kernel"].split("_")[2] for k in compiled] == ["fwd", "dq", "dkv"]
+    for k in compiled:
+        got = k["instructions"]
+        assert k["spill_bytes"] == 0 and not k["serialized"] and k["shared_bytes"] <= 232_448, k
+        assert got["HGMMA"] >= 12 and "UTMALDG" not in got and got["LDGSTS.E.128"] >= 8, k
+
+
+POINTERS = """
+import json, torch
+import kernels.op
+from bench.aot import launches, with_instructions
+from kernels.attention import attention
+
+kernels.op.COMPILED_FOR = (9, 0)
+shape = (2, 2000, 4, 2, 96, 513, 0)
+print(json.dumps(with_instructions(launches(attention, shape, torch.bfloat16, "plain", 90))))
 """

@@ -231,7 +231,8 @@ def test_every_reference_and_kernel_passes_its_own_check():
         "fp8_linear": (32, 32, 48),
         "fp8_mlp": (48, 32, 64),
         "relu2_mlp": (32, 32, 64),
-        "attention": (1, 24, 2, 1, 16, 7),
+        "attention": (1, 24, 2, 1, 16, 7, 0),
+        "decode_attention": (2, 40, 4, 2, 16, 33),
         "polar_express": (2, 32, 32),
     }
     small |= {"muon_momentum": (2, 32, 48), "muon_apply": (2, 32, 48), "adam_update": (500,)}

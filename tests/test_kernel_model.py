@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import kernel_model as model
 from bench.kernel_model import LIBRARY, predict, tiles, traffic
@@ -112,6 +113,8 @@ def test_passes_take_the_longer_of_memory_and_issue():
     assert predict(row).us == pytest.approx(predict(passes(10**6, length=1700)).us)
     steps = passes(10**6, length=1000, loop=100, arguments={"STEPS": 8})
     assert predict(steps).us == predict(row).us
+    part = passes(10**6, length=1000, loop=100, arguments={"chunk": 250, "BLOCK_N": 32})
+    assert predict(part).us == predict(row).us
 
 
 def test_products_of_a_library_take_the_projections_efficiency():
@@ -163,3 +166,78 @@ def test_traffic_counts_what_changes_in_place_twice():
     a, b = torch.empty(10, dtype=torch.bfloat16), torch.empty(4)
     assert traffic({"x_ptr": a, "y_ptr": b, "n": 3}) == 36
     assert traffic({"x_ptr": a, "buf_ptr": b}) == 52
+
+
+# attention --------------------------------------------------------------------
+
+
+def attends(part="fwd", T=2048, window=2047, H=4, G=4, B=2, longest=0, tile=(128, 64), **changes):
+    """A launch of an attention kernel, as bench/aot.py finds it."""
+    of_keys = part == "dkv"
+    blocks = math.ceil(T / tile[of_keys])
+    arguments = {
+        "T": T, "H": H, "G": G, "window": window, "D": 128, "BLOCK_D": 128, "BLOCK_M": tile[0], "BLOCK_N": tile[1],
+        "DOCUMENTS": bool(longest),
+    }  # fmt: skip
+    return {
+        "kernel": f"_attention_{part}_kernel", "arguments": arguments, "itemsize": 2, "num_warps": 8, "loop": 240,
+        "epilogue": 140, "flat": True, "length": 600, "programs": blocks * B * (G if of_keys else H), "ctas": 1,
+        "bytes": 4 * B * T * H * 128 * 2, "shape": (B, T, H, G, 128, window + 1, longest),
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [0, 5, 63, 64, 200, 399])
+@pytest.mark.parametrize("longest", [100, 130, 400])
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_visited_tiles_are_those_with_visible_pairs(window, longest, of_keys):
+    """All between the first and the last one that hold a pair."""
+    T, (queries, keys) = 400, (128, 64)
+    q, k = torch.arange(T)[:, None], torch.arange(T)[None]
+    seen = (k <= q) & (q - k <= window) & (k // longest == q // longest)
+    steps = 0
+    for begin in range(0, T, keys if of_keys else queries):
+        part = seen[:, begin : begin + keys].any(1) if of_keys else seen[begin : begin + queries].any(0)
+        width = queries if of_keys else keys
+        first = begin // width if of_keys else int(part.nonzero().min()) // width
+        # forward ends with the diagonal's last key, which a query of the block sees
+        steps += int(part.nonzero().max()) // width - first + 1
+    programs = math.ceil(T / (keys if of_keys else queries))
+    assert model.visited(T, window, longest, (queries, keys), of_keys) == (programs, steps)
+
+
+def test_attention_is_bound_by_products_and_by_what_lies_between_them():
+    plain, window = predict(attends()), predict(attends(window=511))
+    assert plain.bound == "tensor cores" and 0.2 < window.us / plain.us < 0.6
+    # exponentials of a tile take 512 cycles whatever the issue; a second program an SM hides them
+    slow, shared = predict(attends(loop=1100, epilogue=0)), predict(attends(ctas=2))
+    assert slow.us > 1.5 * plain.us and slow.bound == "issue" and shared.us < 0.85 * plain.us
+    # dq has three products of a tile's two forward, dk and dv four; groups share keys, not work
+    assert predict(attends("dq")).us > plain.us
+    grouped, alone = predict(attends("dkv", tile=(64, 128), G=1)), predict(attends("dkv", tile=(64, 128)))
+    assert grouped.us == pytest.approx(alone.us, rel=0.1)
+    # documents of an eighth cost about an eighth
+    assert predict(attends(longest=256, bytes=0)).us < 0.3 * plain.us
+    assert predict(attends(bytes=10**12)).bound == "memory"
+    assert predict(attends(tile=(16, 64), ctas=4)).bound == "L2"  # few queries ask for all keys
+
+
+@pytest.mark.parametrize("part, products, step", [("fwd", 2, 1024), ("dq", 3, 1536), ("dkv", 4, 2048)])
+def test_each_attention_kernel_to_the_cycle(part, products, step):
+    """One row, one head, one tile of queries and its tiles of keys (dkv: one tile of keys, and of queries)."""
+    tile = (64, 128) if part == "dkv" else (128, 64)
+    launch = attends(part, T=128, window=127, H=1, G=1, B=1, tile=tile, bytes=0)
+    issue, steps = (240 - 140) * 8 / 4, 2
+    softmax = max(issue, 128 * 64 / 16)
+    assert 2 * 128 * 64 * 128 * products / 4096 == step
+    besides = model.FILL + (600 - 240) * 8 / 4
+    cycles = steps * (step + softmax) + besides
+    assert predict(launch).us == pytest.approx(1e6 * cycles / SMS / model.CLOCK / 0.71)
+    # two programs an SM: the longer of the two, and half of what is besides
+    cycles = steps * max(step, softmax, (step + softmax) / 2, 2 * 64 * 128 * 2 / model.L2) + besides / 2
+    assert predict(launch | {"ctas": 2}).us == pytest.approx(1e6 * cycles / SMS / model.CLOCK / 0.71)
+
+
+def test_traffic_counts_what_descriptors_describe():
+    t = torch.empty(64, 128, dtype=torch.bfloat16)
+    described = TensorDescriptor.from_tensor(t, [64, 64])
+    assert traffic({"x": t, "y_in": described, "n": 3}) == 2 * t.nbytes

@@ -39,8 +39,8 @@ CLASSES = {
     "Newton-Schulz": Class(BF16_PEAK, 0.60, "cuBLAS 536-634 TFLOP/s at 8192 (Dion3, appendix E); `product_fit`"),
     "attention forward": Class(BF16_PEAK, 0.77, "FA3 364-685 TFLOP/s at S 1k-8k (tritonbench#1267); `attention_fit`"),
     "attention backward": Class(BF16_PEAK, 0.71, "FA3 182-539 TFLOP/s at S 1k-8k (tritonbench#1267); `attention_fit`"),
-    "torch attention forward": Class(BF16_PEAK, 0.40, "SDPA, Flex: FA2 and Triton 370-395 TFLOP/s (FA3's paper)"),
-    "torch attention backward": Class(BF16_PEAK, 0.37, "SDPA, Flex: FA3's value by 74 / 142 ms, FA3 to FA2 (anemoi)"),
+    "own attention forward": Class(BF16_PEAK, 0.40, "Triton 395 TFLOP/s (FA3's paper); `attention_fit`"),
+    "own attention backward": Class(BF16_PEAK, 0.37, "FA3's value by 74 / 142 ms, FA3 to FA2 (anemoi): assumption"),
     # inductor's: norms 58-69 % (QuACK's figure), transposing copies 64-68 % (modded-nanogpt#240), sum and norm 95 %
     # (quack#55)
     "compiled pass": Class(H100_BYTES, 0.77, "inductor 58-95 % (QuACK, modded-nanogpt#240, quack#55)"),
@@ -181,17 +181,15 @@ def linears(op: str, group: str, M: int, sizes: Sequence[tuple[int, int]], count
     ]
 
 
-def attention(tokens: int, width: int, keys: Sequence[float], calls: int, provider: str = "") -> list[Row]:
-    """Both directions over layers with these mean numbers of visible keys; masked pairs count nothing.
-
-    Backward is 2.5 forwards.
-    """
+def attention(tokens: int, width: int, keys: Sequence[float], calls: int) -> list[Row]:
+    """FlashAttention 3, both directions, over layers with these mean numbers of visible keys; masked pairs count
+    nothing. Backward is 2.5 forwards."""
     rows = []
     for direction, factor, kernels in (("forward", 4, 1), ("backward", 10, 3)):
         each = [factor * width * k * tokens for k in keys]
         fit = sum(each) / sum(f / attention_fit(k, direction) for f, k in zip(each, keys))
         nbytes = len(keys) * tokens * width * 2 * (4 if direction == "forward" else 8)
-        name, kind, calls_made = f"attention, {direction}", f"{provider}attention {direction}", calls * len(keys)
+        name, kind, calls_made = f"attention, {direction}", f"attention {direction}", calls * len(keys)
         rows.append(Row(name, "attention", kind, sum(each), nbytes, fit, kernels=calls_made * kernels))
     return rows
 

@@ -22,6 +22,7 @@ from bench.projection.machine import (
     Shape,
     Workload,
     attention,
+    attention_fit,
     collectives,
     linears,
     mean_keys,
@@ -37,8 +38,10 @@ from core.params import Table, arenas
 from core.plan import make_plan
 from kernels.adam_update import adam_update_cost
 from kernels.muon_update import muon_apply_cost, muon_momentum_cost
+from kernels.op import distance
 from kernels.ops import BY_NAME
 from kernels.polar_express import polar_express_cost
+from kernels.windows import visible
 
 RESULTS = Path(__file__).parent.parent / "results"
 BASELINES = Path(__file__).parent.parent / "baselines"
@@ -92,6 +95,20 @@ def layers_in_fp8(M: int, C: int, qkv: int, F: int, n: int) -> list[Row]:
     return rows
 
 
+def own_attention(heads: tuple[int, int, int, int, int], windows: Sequence[int], micro: int) -> list[Row]:
+    """Attention by our kernels: one launch forward, two backward."""
+    B, T, *_ = heads
+    rows = []
+    for window, layers in Counter(windows).items():
+        for direction, kernels in (("forward", 1), ("backward", 2)):
+            n, keys = layers * micro, mean_keys(window, [T])
+            row = op("attention", (*heads, visible(T, window), 0), "plain", direction, n, "attention")
+            name, fit = f"attention, {window} keys back, {direction}", attention_fit(keys, direction)
+            kind = f"own attention {direction}"
+            rows.append(dataclasses.replace(row, op=name, kind=kind, fit=fit, kernels=n * kernels))
+    return rows
+
+
 def mlp_products(M: int, C: int, F: int) -> dict[str, list[Shape]]:
     up, down, wgrad = (1, M, F, C), (1, M, C, F), (1, F, C, M)
     return {"forward": [up, down], "backward": [up, down, wgrad, wgrad]}
@@ -139,8 +156,10 @@ def redline(depth: int = 24, target: bool = False, gpus: int = GPUS, fa3: bool =
         head = dataclasses.replace(head, op=f"lm_head_loss{' (fp8)' if fp8 else ''}, gradients included")
         shapes = [(1, M, V, C), (1, M, C, V), (1, C, V, M)]
         rows += multiplied(head, shapes, micro, "fp8 product" if fp8 else "bf16 product")
-    provider = "" if target or fa3 else "torch "
-    rows += attention(on_gpu, C, [mean_keys(w, [T]) for w in d.windows], micro, provider)
+    if target or fa3:
+        rows += attention(on_gpu, C, [mean_keys(w, [T]) for w in d.windows], micro)
+    else:
+        rows += own_attention(heads, d.windows, micro)
     # entry of a layer: the sum after the MLP, x0 and its gradient, first channels for gates; after attention a sum
     entries = {"mix3": L - ve - 1, "mix3_first": ve, "mix": 1, "add": L}
     norms = {"forward": entries, "backward": entries}
@@ -271,8 +290,7 @@ def with_measurements(w: Workload, results: Sequence[dict], models: Sequence[dic
 
     def nearest(c: Cost, candidates: Sequence[dict]) -> list[dict]:
         same = [r for r in candidates if (r["op"], r["form"], r["direction"]) == (c.op, c.form, c.direction)]
-        far = {id(r): sum(abs(math.log(a / b)) for a, b in zip(r["shape"], c.shape)) for r in same}
-        return sorted(same, key=lambda r: far[id(r)])
+        return sorted(same, key=lambda r: distance(r["shape"], c.shape))
 
     def known(c: Cost) -> tuple[dict, str, str] | None:
         """What was measured or predicted, of which GPU, and the source."""
