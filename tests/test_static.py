@@ -587,8 +587,15 @@ def test_baselines_are_committed(version):
         for op in static.compiled_ops()
         if aot.forms(BY_NAME[op], capability)
     }
-    assert file.stat().st_size < 240_000
-    without_backward = {"adam_update", "muon_momentum", "muon_apply", "polar_express", "quantise_weight"}
+    assert file.stat().st_size < 250_000
+    without_backward = {
+        "adam_update",
+        "decode_attention",
+        "muon_momentum",
+        "muon_apply",
+        "polar_express",
+        "quantise_weight",
+    }
     backward = {key.split(" / ")[0] for key in baseline["roofline"] if key.endswith("backward")}
     assert backward == set(static.compiled_ops()) - without_backward
 
