@@ -246,8 +246,8 @@ def activation_bytes(
 @functools.cache
 def _count_saved(cfg: ModelConfig, rows: int, dtype: torch.dtype, device_type: str, recipe: Recipe | None) -> int:
     """Runs the model's forward on tensors without storage and counts what is saved for backward: on a CPU by the
-    references, on a GPU by the Triton kernels and by attention that needs no mask in memory (dense masks are a third of
-    what 24 layers of one row of 2048 tokens keep on a CPU)."""
+    references, on a GPU by the Triton kernels, whose attention needs no mask in memory (dense masks are a third of what
+    24 layers of one row of 2048 tokens keep on a CPU)."""
     saved: dict[StorageWeakRef, int] = {}
 
     def keep(t: Tensor) -> Tensor:

@@ -210,6 +210,22 @@ def test_compiles_as_one_graph_with_the_loss_and_gradients_of_eager(monkeypatch,
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("kernels", ["ref", "triton"])
+def test_documents_are_found_within_the_graph(kernels):
+    cfg = dataclasses.replace(CFG, within_documents=True, seq_len=48, depth=2)
+    model = GPT(cfg, Backends(f"attention={kernels}", device=torch.device("cpu"), dtype=torch.float32), 2)
+    model.load_state_dict(awake(cfg).state_dict())
+    idx, targets = tokens(cfg), tokens(cfg, seed=1)
+    idx[0, 7] = idx[0, 30] = idx[1, 47] = CFG.vocab_size - len(SPECIAL_TOKENS)
+    torch._dynamo.reset()
+    results = []
+    for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        call(idx, targets).backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    torch.testing.assert_close(results[1], results[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_with_triton_the_model_is_one_graph_and_agrees_with_the_reference(dtype):
     # three layers: with two, the middle one is the last, and the gradient of its backout all but cancels

@@ -32,6 +32,7 @@ VARIANTS = [
     {"logit_softcap": 0.0},
     {"n_kv_head": None},
     {"depth": 10},  # several banks
+    {"within_documents": True},
 ]
 BYTES = Tokenizer([bytes([i]) for i in range(256)])
 
@@ -70,6 +71,7 @@ def test_transformers_gives_the_same_logits(tmp_path, changes):
     model = exported(tmp_path / "x", changes)
     theirs = by_transformers(tmp_path / "x")
     ids = tokens(CFG)
+    ids[0, 3] = ids[0, 10] = ids[1, 0] = BYTES.bos_id
     want = model(ids)
     got = theirs(ids).logits
     assert got.shape == want.shape and got.dtype == torch.float32

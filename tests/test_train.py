@@ -208,7 +208,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
     assert State.read(checkpoint.find(whole)).loader == State.read(checkpoint.find(killed)).loader
 
 
-@pytest.mark.parametrize("options", [["--precision", "bf16"], ["--packing", "crop", "--device-batch-size", "4"]])
+@pytest.mark.parametrize(
+    "options", [["--precision", "bf16"], ["--packing", "crop", "--device-batch-size", "4", "--within-documents"]]
+)
 def test_resume_is_exact_in_other_modes(tiny, tmp_path, options, capsys):
     whole = run(tiny, tmp_path / "whole", *options, "--keep-checkpoints", "9")
     other = tmp_path / "other"
