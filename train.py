@@ -193,7 +193,9 @@ def build(run: Run) -> tuple[Text, Trainer]:
     torch.manual_seed(cfg.seed)  # nothing draws from it in training; a resumed run restores it all the same
     backends = Backends(cfg.kernels, device=world.device, dtype=dtype)
     with world.device:
-        model = GPT(real.model, backends, plan.device_batch_size, fp8_head=cfg.fp8_head, recipe=recipe)
+        model = GPT(
+            real.model, backends, plan.device_batch_size, fp8_head=cfg.fp8_head, recipe=recipe, recompute=cfg.recompute
+        )
     model.init_weights(cfg.seed)
     optimizer = Optimizer(
         model,

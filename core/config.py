@@ -185,6 +185,9 @@ class Config:
     """Backend of the ops: auto, ref, triton, cuda, or op=backend pairs separated by commas."""
     compile: Annotated[bool | None, tyro.conf.arg(constructor=bool)] = option(None, resumable=True)
     """Compile the training forward and backward with torch.compile, before the clock starts; unset: on a GPU only."""
+    recompute: bool = option(False, resumable=True)
+    """Keep the inputs of each layer alone for backward, which makes the rest again: far less memory, a forward pass
+    more, the same result."""
     graph_optimizer: bool = option(False, resumable=True)
     """On a GPU, replay the optimizer's step as one CUDA graph, so that the host launches once. It keeps the memory of
     the step's intermediate results."""

@@ -88,7 +88,7 @@ def make_plan(
     def memory(device_batch: int) -> dict[str, int]:
         return predict_memory(
             cfg.model, device_batch, compute_dtype, device_type,
-            fp8_head=cfg.fp8_head, recipe=Recipe.of(cfg), graph_optimizer=cfg.graph_optimizer,
+            fp8_head=cfg.fp8_head, recipe=Recipe.of(cfg), graph_optimizer=cfg.graph_optimizer, recompute=cfg.recompute,
         )  # fmt: skip
 
     device_batch = _device_batch(cfg, rows // world_size, device_type, lambda n: memory(n)["total"])
@@ -154,14 +154,23 @@ def smaller_device_batch(plan: Plan) -> int | None:
 
 
 def _device_batch(cfg: Config, rows_per_rank: int, device_type: str, memory: Callable[[int], int]) -> int:
-    if cfg.device_batch_size is not None:
-        return cfg.device_batch_size
+    """Rows as asked for, or the most that divide those of a rank and fit a GPU. UserError where they cannot fit the GPU
+    that is there: before anything is built or compiled."""
     candidates = [n for n in divisors(rows_per_rank) if n <= MAX_DEVICE_BATCH[device_type]]
-    if device_type == "cuda":
-        there = torch.cuda.is_available()
-        total = torch.cuda.get_device_properties(0).total_memory if there else DEFAULT_GPU_BYTES
-        candidates = [n for n in candidates if memory(n) <= USABLE_MEMORY * total] or candidates[:1]
-    return candidates[-1]
+    if device_type == "cpu":
+        return cfg.device_batch_size or candidates[-1]
+    there = torch.cuda.is_available()
+    total = torch.cuda.get_device_properties(0).total_memory if there else DEFAULT_GPU_BYTES
+    fitting = [n for n in candidates if memory(n) <= USABLE_MEMORY * total]
+    asked = cfg.device_batch_size or (fitting or candidates[:1])[-1]
+    if there and memory(asked) > total:
+        rest = [] if cfg.recompute else ["--recompute"]
+        rest += [f"--device-batch-size {fitting[-1]}"] if fitting else ["a shorter --seq-len", "a smaller model"]
+        raise UserError(
+            f"{asked} rows per forward pass need {memory(asked) / 1e9:.1f} GB by prediction, the GPU has "
+            f"{total / 1e9:.1f}: try {' or '.join(rest)}"
+        )
+    return asked
 
 
 def is_compiled(cfg: Config, device_type: str) -> bool:
@@ -178,6 +187,7 @@ def predict_memory(
     fp8_head: bool = False,
     recipe: Recipe | None = None,
     graph_optimizer: bool = False,
+    recompute: bool = False,
 ) -> dict[str, int]:
     """Bytes per process at the peak: weights, gradients (their fp32 sums), optimizer state, copies of weights in fp8,
     activations kept for backward, loss, and what the optimizer's temporaries need besides.
@@ -192,7 +202,7 @@ def predict_memory(
         "weights": weight_bytes(table, dtype),
         "gradients": sum(p.numel for p in table) * 4,
         "optimizer": state_bytes(table, dtype),
-        "activations": activation_bytes(cfg, device_batch, dtype, device_type, recipe),
+        "activations": activation_bytes(cfg, device_batch, dtype, device_type, recipe, recompute),
         # with the gradient of the last hidden state
         "loss": reference_bytes(tokens, d.d_model, d.padded_vocab, device_type) + tokens * d.d_model * dtype.itemsize,
     }
@@ -234,35 +244,58 @@ class _KernelsOfGPU:
 
 
 def activation_bytes(
-    cfg: ModelConfig, rows: int, dtype: torch.dtype, device_type: str, recipe: Recipe | None = None
+    cfg: ModelConfig,
+    rows: int,
+    dtype: torch.dtype,
+    device_type: str,
+    recipe: Recipe | None = None,
+    recompute: bool = False,
 ) -> int:
-    """Bytes that autograd keeps of `rows` rows between forward and backward.
+    """Bytes that autograd keeps of `rows` rows between forward and backward; where layers are recomputed, with what one
+    of them keeps.
 
     They grow linearly from two rows on (one row has fewer copies: more of its views are contiguous)."""
-    first, second = (_count_saved(cfg, min(rows, n), dtype, device_type, recipe) for n in (2, 3))
+    first, second = (_count_saved(cfg, min(rows, n), dtype, device_type, recipe, recompute) for n in (2, 3))
     return first + max(rows - 2, 0) * (second - first)
 
 
 @functools.cache
-def _count_saved(cfg: ModelConfig, rows: int, dtype: torch.dtype, device_type: str, recipe: Recipe | None) -> int:
+def _count_saved(
+    cfg: ModelConfig, rows: int, dtype: torch.dtype, device_type: str, recipe: Recipe | None, recompute: bool
+) -> int:
     """Runs the model's forward on tensors without storage and counts what is saved for backward: on a CPU by the
     references, on a GPU by the Triton kernels, whose attention needs no mask in memory (dense masks are a third of what
     24 layers of one row of 2048 tokens keep on a CPU)."""
     saved: dict[StorageWeakRef, int] = {}
+    within: list[dict[StorageWeakRef, int]] = []  # recomputed layers, each by itself
 
-    def keep(t: Tensor) -> Tensor:
+    def keep(t: Tensor, into: dict[StorageWeakRef, int] = saved) -> Tensor:
         storage = t.untyped_storage()
-        saved[StorageWeakRef(storage)] = storage.nbytes()
+        into[StorageWeakRef(storage)] = storage.nbytes()
         return t
+
+    def layer_alone(layer: Callable[..., Any], *state: Any) -> Any:
+        """Keeps a layer's inputs, and counts what it keeps beside these while it is recomputed."""
+        for t in state:
+            if isinstance(t, Tensor):
+                keep(t)
+        own: dict[StorageWeakRef, int] = {}
+        within.append(own)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: keep(t, own), lambda t: t):
+            return layer(*state)
 
     with FakeTensorMode():
         model = GPT(cfg, _KernelsOfGPU() if device_type == "cuda" else None, rows, recipe=recipe)
         for row in model.table:
             p = model.get_parameter(row.name)
             p.data = p.data.to(row.dtype(dtype))
+        if recompute:
+            model.run_layer = layer_alone
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             hidden = model.hidden(torch.zeros(rows, cfg.seq_len, dtype=torch.int64))
         for t in (*model.parameters(), *model.buffers()):
-            saved.pop(StorageWeakRef(t.untyped_storage()), None)
+            for kept in (saved, *within):
+                kept.pop(StorageWeakRef(t.untyped_storage()), None)
         assert hidden.requires_grad
-    return sum(saved.values())
+        alone = [sum(size for storage, size in own.items() if storage not in saved) for own in within]
+    return sum(saved.values()) + max(alone, default=0)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from core import fp8, params
 from core.config import ModelConfig
@@ -185,6 +186,16 @@ def flops_per_token(cfg: ModelConfig) -> int:
 # the model
 
 
+def run_layer(layer: Callable[..., Any], *state: Any) -> Any:
+    """A layer from the residual stream to the next."""
+    return layer(*state)
+
+
+def recomputed_layer(layer: Callable[..., Any], *state: Any) -> Any:
+    """The same, of which only `state` is kept for backward."""
+    return checkpoint(layer, *state, use_reentrant=False, preserve_rng_state=False)  # no layer draws numbers
+
+
 class Chooser(Protocol):
     """Gives the function to call for an op on a shape: `Backends`, or what stands for it in a plan."""
 
@@ -309,10 +320,11 @@ class GPT(nn.Module):
         *,
         fp8_head: bool = False,
         recipe: Recipe | None = None,
+        recompute: bool = False,
     ):
         """backends: of the ops, chosen here for batches of batch_size rows (None: the references). fp8_head: the head's
         products are in fp8 where its loss is trained; recipe: so are those of the layers, wherever gradients are
-        recorded."""
+        recorded. recompute: of a layer, backward finds its inputs and makes the rest again."""
         super().__init__()
         # storage: every parameter is a row of the table
         self.cfg, self.dims, self.table = cfg, dims(cfg), parameter_table(cfg)
@@ -344,6 +356,7 @@ class GPT(nn.Module):
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
         self._sums: Mapping[str, Tensor] = {}
+        self.run_layer = recomputed_layer if recompute else run_layer
 
     # weights --------------------------------------------------------------
 
@@ -492,7 +505,8 @@ class GPT(nn.Module):
         # in `added` for the next norm, which reads it anyway: the sum is never a pass of its own
         x0, x_mid = x, None
         added: Tensor | None = None
-        for i in range(d.n_layer):
+
+        def layer(i: int, x: Tensor, x0: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             # entry: x <- resid (x + added) + share x0, in one pass with the norm where there is a share
             scale = None if resid is None else resid[i]
             first = VE_GATE_CHANNELS if i in d.ve_layers else 0
@@ -525,7 +539,10 @@ class GPT(nn.Module):
             # residual sum and second norm in one pass
             normed = self.norm(x, y, scale=self._norm_scale(eight[i], "mlp_up"))
             x = normed.h
-            added = self._mlp(eight[i], normed, (up_w[i], down_w[i]), (up_sum[i], down_sum[i]))
+            return x, x0, self._mlp(eight[i], normed, (up_w[i], down_w[i]), (up_sum[i], down_sum[i]))
+
+        for i in range(d.n_layer):
+            x, x0, added = self.run_layer(layer, i, x, x0, added)
             # backout: what the middle layer knew is subtracted before the head, in the last norm's pass
             if cfg.backout and i == d.n_layer // 2:
                 x = x_mid = x + added
