@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -322,7 +323,7 @@ def build_cuda(sources: Path, module: Path, *, nvcc: Path, folder: Path) -> Path
 def _replace(file: Path, content: bytes) -> None:
     """By renaming: a process that has the old file mapped keeps it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part = file.with_name(f".{file.name}.{threading.get_native_id()}")  # of one thread on this machine
     part.write_bytes(content)
     part.chmod(0o755 if file.suffix == ".so" else 0o644)
     part.replace(file)
