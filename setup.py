@@ -110,7 +110,7 @@ setup(
             "pybind11>=2.13",
             "hypothesis",
             "ruff",
-            "pyrefly",
+            "pyrefly<1.6",  # each release checks more
             "transformers",
         ],
         "wandb": ["wandb"],

@@ -114,7 +114,7 @@ class RunLog:
                 TextColumn("{task.fields[status]}"),
                 console=self.console,
             )
-            self._task = self._progress.add_task("", total=plan.steps, completed=start_step, status="")
+            self._progress.add_task("", total=plan.steps, completed=start_step, status="")
             self._progress.start()
 
     def event(self, event: str, step: int, **fields: Any) -> None:
@@ -211,7 +211,7 @@ class RunLog:
             left = (self.plan.steps - step - 1) * self.plan.total_batch_size / rates["tok_per_s"]
             status += f"  {human(rates['tok_per_s'], 'tok/s')}  {speed}  {hours(left)} left"
         if self._progress:
-            self._progress.update(self._task, completed=step + 1, status=status)
+            self._progress.update(self._progress.task_ids[0], completed=step + 1, status=status)
         elif step % self.log_every == 0 or step + 1 == self.plan.steps:
             self.print(f"step {step + 1}/{self.plan.steps}  {status}")
 

@@ -538,8 +538,8 @@ class _Fp8Products:
         (C, V), self.w, self.cuda = w.q_t.shape, w, cuda
         self.x_scale, self.w_scale, self.g_scale = scales
         self.x, self.x_t = x.new_empty(rows, C, dtype=E4M3), aligned_empty(x, C, rows, E4M3)
-        if need_grad:
-            self.dz, self.dz_t = aligned_empty(x, rows, V, E5M2), aligned_empty(x, V, rows, E5M2)
+        room = rows if need_grad else 0
+        self.dz, self.dz_t = aligned_empty(x, room, V, E5M2), aligned_empty(x, V, room, E5M2)
 
     def multiply(self, a: Tensor, b: Tensor, out: Tensor, scales: tuple[Tensor, Tensor]) -> None:
         """out (M, N) of a (M, K), b (N, K)."""
