@@ -255,6 +255,14 @@ def register(module: nn.Module, table: Iterable[Param]) -> None:
         setattr(module, kind, nn.ParameterList(parameters))
 
 
+def alias(t: Tensor) -> Tensor:
+    """The same memory as a tensor with a storage of its own, which begins where t does.
+
+    Code of torch.compile that writes to a view of a tensor which does not begin its storage writes elsewhere (Inductor,
+    torch 2.13 on a CPU: gradients of matrices went to those of others)."""
+    return torch.from_dlpack(t.detach())
+
+
 @torch.no_grad()
 def init_weights(module: nn.Module, table: Iterable[Param], seed: int) -> None:
     """Initialises every row from a generator of its own: a feature that is switched off leaves the other values

@@ -26,7 +26,7 @@ from core.data.tokenizer import SPECIAL_TOKENS
 from core.fp8 import IN_BF16, Fp8Layers, LayerInFp8, Recipe
 from core.kv_cache import KVCache
 from core.layers import Branches, masked_attention, rope_tables, unbind_banks
-from core.params import MuonView, Param, bank, constant, normal, ramp, uniform
+from core.params import MuonView, Param, alias, bank, constant, normal, ramp, uniform
 from core.stopping import UserError
 from kernels.attention import attention, attention_in_batches
 from kernels.decode_attention import decode_attention
@@ -355,7 +355,7 @@ class GPT(nn.Module):
             cos, sin = rope_tables(d.seq_len, d.d_head, device)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
-        self._sums: Mapping[str, Tensor] = {}
+        self._sums: dict[str, list[Tensor]] = {}  # of a bank, by layer
         self.run_layer = recomputed_layer if recompute else run_layer
 
     # weights --------------------------------------------------------------
@@ -378,14 +378,21 @@ class GPT(nn.Module):
     def accumulate(self, sums: Mapping[str, Tensor]) -> None:
         """From now on backward adds the gradients of weights that are multiplied or looked up to these fp32 tensors, by
         parameter name, and autograd gives them none."""
-        self._sums = sums
+        # the matrix of each layer by itself: compiled code shall write to no view
+        self._sums = {
+            name: [alias(t) for t in (total.unbind() if name.partition(".")[2] else (total,))]
+            for name, total in sums.items()
+        }
 
-    def _sums_of(self, kind: str) -> list[Tensor | None]:
-        """Where the gradient of each layer's matrix is added; None: it is left to autograd."""
-        banks = range(len(getattr(self, kind)))
+    def _sum_of(self, name: str) -> Tensor | None:
+        """Where the gradient of a parameter is added; None: it is left to autograd."""
+        return self._sums[name][0] if self._sums else None
+
+    def _sums_of(self, kind: str) -> Sequence[Tensor | None]:
+        """The same of each layer's matrix."""
         if not self._sums:
             return [None] * self.dims.n_layer
-        return [matrix for i in banks for matrix in self._sums[f"{kind}.{i}"].unbind(0)]
+        return [t for i in range(len(getattr(self, kind))) for t in self._sums[f"{kind}.{i}"]]
 
     # forward --------------------------------------------------------------
 
@@ -488,7 +495,7 @@ class GPT(nn.Module):
         ve: Sequence[Tensor] = ()
         gate_w: Sequence[Tensor] = ()
         if cfg.value_embeds:
-            parts = {"parts": len(d.ve_layers), "dw_sum": self._sums.get("value_embeds")}
+            parts = {"parts": len(d.ve_layers), "dw_sum": self._sum_of("value_embeds")}
             ve = [
                 part.unflatten(-1, (d.n_kv_head, d.d_head))
                 for part in self.embed_values(idx, self.value_embeds, **parts)
@@ -497,7 +504,7 @@ class GPT(nn.Module):
         heads = {"heads": d.n_head, "kv_heads": d.n_kv_head, "scale": QK_SCALE, "norm": cfg.qk_norm}
         heads |= {"gate_range": VE_GATE_RANGE}
 
-        (x,) = self.embed(idx, self.wte, dw_sum=self._sums.get("wte"))
+        (x,) = self.embed(idx, self.wte, dw_sum=self._sum_of("wte"))
         x = self.norm(x).y  # (B, T, C)
         if cfg.smear:
             x = self._smear(x, None if cache is None else cache.swap_embedding(x), branches)
@@ -565,7 +572,7 @@ class GPT(nn.Module):
         """
         options: dict[str, Any] = {
             "softcap": self.softcap, "reduction": reduction, "vocab_size": self.dims.vocab_size,
-            "dw_sum": self._sums.get("lm_head" if self.cfg.untied_head else "wte"),
+            "dw_sum": self._sum_of("lm_head" if self.cfg.untied_head else "wte"),
         }  # fmt: skip
         if self.fp8_head and reduction != "none":
             options["fp8"] = Fp8Tensor(self.head_q, self.head_q_t, self.head_scale)
