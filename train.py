@@ -370,12 +370,13 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
     # evaluated: whether the look that is due after these steps was taken, so that a resumed run does not take it twice
     losses, stopping, evaluated = LaggingLoss(), False, False
 
-    def save(step: int, *, evaluated: bool) -> None:
-        run.save(step, trainer.model, trainer.optimizer, trainer.loader, text.tokenizer, plan, evaluated=evaluated)
+    def save(step: int, *, evaluated: bool, wait: bool = True) -> None:
+        parts = trainer.model, trainer.optimizer, trainer.loader, text.tokenizer, plan
+        run.save(step, *parts, evaluated=evaluated, wait=wait)
 
     if plan.world_size > 1:
         stopping = any(communication.gather_objects(fault_ahead(trainer, run.start_step) is not None))
-    with StopFlag() as stop, ExitStack() as profiling:
+    with StopFlag(run.must_stop) as stop, ExitStack() as profiling:
         for step in range(run.start_step, plan.steps + 1):
             last = step == plan.steps
             again = step == run.start_step and run.evaluated  # the checkpoint was saved after what is due here
@@ -392,6 +393,7 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
                 if not math.isfinite(loss):
                     raise run.failed(done, f"the loss is {loss}")
                 stopping |= stops
+            run.settle(wait=False)  # what became of the save under way, if it has ended
             evaluated = False
             if stopping:
                 break
@@ -413,9 +415,10 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
                 if not whole:  # a signal ended the scoring; a resumed run does it again
                     stopping = True
                     break
-            # save: after the look, so that resuming goes on where the next step begins
+            # save: after the look, so that resuming goes on where the next step begins. The steps go on while a thread
+            # writes; the end waits
             if saves:
-                save(step, evaluated=True)
+                save(step, evaluated=True, wait=last)
             if last:
                 stopping, evaluated = any(communication.gather_objects(stop.signum)), True
                 break
@@ -442,8 +445,10 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
                 save(step, evaluated=looks or again)
                 raise run.went_wrong(step, error) from error
 
-        if stopping:  # after `step` steps, because a process had a signal, or one of several cannot read on
+        # after `step` steps, because a process had a signal, or cannot save, or one of several cannot read on
+        if stopping:
             clock.stop()
+            run.settle()
             fault = fault_ahead(trainer, step)
             heard, faults = zip(*communication.gather_objects((stop.signum, fault and str(fault))))
             if unreadable := next(filter(None, faults), None):
@@ -488,7 +493,7 @@ def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
         loss.backward()
         loss_sum += loss.detach()  # stays on the device: reading it here would wait for backward
     # ranks: the flag rides with the gradients, so that all stop at the same step
-    stops = stop.signum > 0 or fault_ahead(trainer, step + 1) is not None
+    stops = stop.wanted or fault_ahead(trainer, step + 1) is not None
     outcome = torch.stack((loss_sum, torch.full_like(loss_sum, stops)))
     if trainer.model.in_fp8 is not None:  # the next step's scales follow from what all ranks saw in this one
         saturated = trainer.model.in_fp8.next_step(communication.all_max)
@@ -568,7 +573,7 @@ def fewer_rows(run: Run, plan: Plan) -> str:
     rows = smaller_device_batch(plan)
     if rows is None:
         return f"fewer than one is impossible; try a shorter --seq-len, {LESS_MEMORY}; {run.how_to_go_on()}"
-    saved = checkpoint.checkpoints(run.out)
+    saved = run.checkpoints()
     again = f"continue {saved[-1].name} with: python train.py --resume {quote(str(run.out))}" if saved else None
     return f"{again or 'start again with'} --device-batch-size {rows}"
 

@@ -1,13 +1,16 @@
-"""Checkpoints of the quickstart's size: `pytest bench/bench_checkpoint.py`.
+"""Checkpoints of the quickstart's size and of 120 MB: `pytest bench/bench_checkpoint.py`.
 
-Written whole or not at all, and flushed to the disk, against torch.save and torch.load of the same tensors, flushed as
-well.
+save, load   written whole or not at all, and flushed to the disk, against torch.save and torch.load of the same
+             tensors, flushed as well
+stop         what the loop stops for while a thread writes, against a save that it waits for
 """
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,20 +18,24 @@ from torch import Tensor
 
 from bench.suite import HostPrograms, host_item
 from core import checkpoint
-from core.config import preset
+from core.config import ModelConfig, preset
 from core.data.tokenizer import Tokenizer
 from core.models.gpt2 import GPT
+from core.saving import HostCopy
 
 Tensors = dict[str, Tensor]
+QUICKSTART = preset("quickstart", "cpu").model
+LARGER = dataclasses.replace(QUICKSTART, depth=6, d_model=256)  # 120 MB with two moments
 
 
-def quickstart_tensors() -> Tensors:
+def run_tensors(cfg: ModelConfig) -> Tensors:
     torch.manual_seed(0)
-    model = GPT(preset("quickstart", "cpu").model)
+    model = GPT(cfg)
     model.init_weights(0)
     moments = ("exp_avg", "exp_avg_sq")
     states = {f"{name}.{m}": torch.randn(p.shape) for name, p in model.named_parameters() for m in moments}
-    return checkpoint.training_tensors(model, states)
+    tensors = checkpoint.training_tensors(model, states)
+    return {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
 
 
 def same(a: Tensors, b: Tensors) -> bool:
@@ -42,14 +49,20 @@ def same_files(a: Callable[[], Tensors], b: Callable[[], Tensors]) -> bool:
 class Files:
     """The same tensors in both forms, in a folder of their own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.tensors = quickstart_tensors()
+    def __init__(self, folder: Path, cfg: ModelConfig = QUICKSTART) -> None:
+        self.tensors = run_tensors(cfg)
+        self._copy = HostCopy()
         self._whole, self._plain = folder / "step_000001", folder / "plain.pt"
         self._tokenizer = Tokenizer([bytes([i]) for i in range(256)])
 
     def save(self) -> Callable[[], Tensors]:
         checkpoint.save(self._whole, self.tensors, {}, self._tokenizer)
         return self.load
+
+    def stop(self) -> Callable[[], Tensors]:
+        assert checkpoint.not_finite(self.tensors) is None
+        copies = self._copy.of(self.tensors)
+        return lambda: {name: t for name, t in copies.items() if isinstance(t, Tensor)}
 
     def load(self) -> Tensors:
         filled = {name: torch.empty_like(t) for name, t in self.tensors.items()}
@@ -69,10 +82,17 @@ class Files:
 
 
 @contextmanager
-def saving() -> Iterator[HostPrograms]:
+def saving(cfg: ModelConfig) -> Iterator[HostPrograms]:
     with tempfile.TemporaryDirectory() as folder:
-        files = Files(Path(folder))
+        files = Files(Path(folder), cfg)
         yield HostPrograms({"redline": files.save, "torch.save": files.torch_save}, "torch.save", same_files)
+
+
+@contextmanager
+def stopping() -> Iterator[HostPrograms]:
+    with tempfile.TemporaryDirectory() as folder:
+        files = Files(Path(folder), LARGER)
+        yield HostPrograms({"redline": files.stop, "synchronous": files.save}, "synchronous", same_files)
 
 
 @contextmanager
@@ -84,7 +104,9 @@ def loading() -> Iterator[HostPrograms]:
 
 
 ITEMS = [
-    host_item("checkpoint save", "quickstart", "torch.save", (), saving),
+    host_item("checkpoint save", "quickstart", "torch.save", (), partial(saving, QUICKSTART)),
+    host_item("checkpoint save", "120 MB", "torch.save", (), partial(saving, LARGER)),
+    host_item("checkpoint stop", "120 MB", "synchronous", (), stopping),
     host_item("checkpoint load", "quickstart", "torch.load", (), loading),
 ]
 

@@ -6,7 +6,8 @@ gradients are summed over ranks in a few flat buckets after backward.
 Waiting   tensors go through NCCL (gloo between CPUs), where a rank that is STEP_SECONDS late is taken for dead: nothing
           but a step's own work may lie between two of them. Objects and barriers go through a gloo group of their own,
           also between GPUs: there the others wait for what rank 0 does alone (reading the text, training a tokenizer,
-          saving), PATIENCE_SECONDS at most. A process that dies is noticed at once in either.
+          saving), PATIENCE_SECONDS at most. The threads that write checkpoints have another gloo group, since they
+          are anywhere in a save while the loop is anywhere in a step. A process that dies is noticed at once in each.
 """
 
 import ctypes
@@ -35,6 +36,7 @@ HOW_TO_START = "start all processes with torchrun --nproc-per-node=N train.py ..
 T = TypeVar("T")
 
 _objects: Any = None  # for objects and barriers, while the world is joined
+_saves: Any = None  # for the threads that write checkpoints
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,13 @@ def joined_world(device: str | None, *, deterministic: bool = False) -> Iterator
     processes."""
     device_type = machine.choose_device_type(device)
     machine.prepare_process(device_type, deterministic=deterministic)
-    global _objects
+    global _objects, _saves
     try:
         yield _join(device_type)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        _objects = None
+        _objects = _saves = None
 
 
 def _join(device_type: str) -> World:
@@ -109,7 +111,7 @@ def _end_with_launcher() -> None:
 
 def _meet(rank: int, world_size: int, device: torch.device) -> None:
     """Joins the process groups; UserError where the other processes are not found, after RENDEZVOUS_SECONDS at most."""
-    global _objects
+    global _objects, _saves
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: {HOW_TO_START}")
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -128,6 +130,7 @@ def _meet(rank: int, world_size: int, device: torch.device) -> None:
             device_id=device if device.type == "cuda" else None,
         )
         _objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_SECONDS))
+        _saves = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_SECONDS))
     except (dist.DistError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{world_size} processes did not meet at {address} ({reason}): {HOW_TO_START}") from error
@@ -288,3 +291,35 @@ def main_first(work: Callable[[], T], what: str) -> T:
         raise
     broadcast_object(0)
     return value
+
+
+# saves: for the threads that write checkpoints, beside whatever the loop does
+
+
+@contextmanager
+def saving_group(what: str) -> Iterator[Any]:
+    """The process group of those threads, None in a process that is alone. what: is waited for inside."""
+    with _waiting(what):
+        yield _saves
+
+
+def agreed(work: Callable[[], T], what: str) -> list[T]:
+    """`work()` of every rank, in rank order, on every rank. Where it fails on one, it fails on all; an OSError is
+    raised on each, since all have to know that a disk is full."""
+    if not dist.is_initialized():
+        return [work()]
+    value, failed = None, None
+    try:
+        value = work()
+    except Exception as error:
+        failed = error
+    told = failed
+    if failed is not None and not isinstance(failed, OSError):
+        told = TrainingError(f"another process failed in {what}: its message says why")
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    with _waiting(what):
+        dist.all_gather_object(outcomes, (value, told), group=_saves)
+    for _, error in outcomes:
+        if error is not None:
+            raise failed or error
+    return [value for value, _ in outcomes]

@@ -206,6 +206,8 @@ class Config:
     """Steps between checkpoints; unset: only at the end."""
     keep_checkpoints: int = option(2, 1, resumable=True)
     """Newest checkpoints kept."""
+    async_save: bool = option(True, resumable=True)
+    """Train on while a checkpoint is written, from a copy in the host's memory; off: wait for each, without a copy."""
     on_save_error: Literal["stop", "continue"] = option("stop", resumable=True)
     """When the disk takes no checkpoint: stop with the last one, or train on and say so at the end."""
     eval_every: int | None = option(250, 1, resumable=True)

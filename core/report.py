@@ -1,8 +1,12 @@
 """What a run shows and leaves behind: console, log.jsonl, summary.json, report.md with its loss curve.
 
 Only rank 0 writes. log.jsonl has one object per line with `event` (start, compile, step, eval, sample, checkpoint,
-unsaved, resume, stop, end), `step` and the event's own fields. A line is in the file when `event` returns, whole or
-not at all, and on the disk before a checkpoint that counts on it. Times are seconds, rates per second.
+saved, unsaved, resume, stop, end), `step` and the event's own fields. A line is in the file when `event` returns, whole
+or not at all, and on the disk before a checkpoint that counts on it. Times are seconds, rates per second.
+
+checkpoint   what is saved was taken; the log of a run that resumes from it ends here
+saved        it is on the disk: seconds that the loop stopped for it, write_seconds that the thread took
+unsaved      it is not, and why
 """
 
 import json

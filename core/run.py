@@ -16,13 +16,14 @@ import time
 import traceback
 import types
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core import checkpoint, communication, machine
 from core.communication import World
@@ -37,6 +38,8 @@ from core.optim import Optimizer
 from core.plan import Plan
 from core.profiling import StepProfile
 from core.report import RunLog
+from core.saving import HostCopy, Save
+from core.sharding import Shard
 from core.stopping import (
     STORAGE_ERRORS,
     Stopped,
@@ -174,6 +177,9 @@ class Run:
         self.cfg, self.world = cfg, world
         self.unsaved: str | None = None  # why the newest checkpoint is missing
         self._owned: int | None = None
+        self._under_way: Save | None = None  # that is under way, or of which nobody has asked yet what became
+        self._stopped_s = 0.0  # that the loop stopped for it
+        self._host_copy = HostCopy()
         self.checkpoint: Path | None = None
         self.saved: State | None = None
         stamp = f"runs/{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -232,6 +238,8 @@ class Run:
 
     def release(self) -> None:
         """The folder has no owner any more; done by the kernel where the process just ends."""
+        if self._under_way is not None:  # it writes into the folder
+            self._under_way.join()
         if self._owned is not None:
             os.close(self._owned)
             self._owned = None
@@ -331,6 +339,8 @@ class Run:
                 moved.append((path.name, path.rename(path.with_stem(f"{path.stem}-{steps}-steps")).name))
         return moved
 
+    # saving ---------------------------------------------------------------
+
     def save(
         self,
         step: int,
@@ -341,64 +351,113 @@ class Run:
         plan: Plan,
         *,
         evaluated: bool,
+        wait: bool,
     ) -> None:
-        """Saves a checkpoint of the model that `step` steps made; all ranks call it, rank 0 writes, and the others wait
-        here instead of in the next step. evaluated: see `State`."""
-        loader_states = communication.gather_objects(loader.state())
+        """Saves a checkpoint of the model that `step` steps made; all ranks call it. Without `wait`, and unless the
+        options say otherwise, it returns when the tensors are copied. evaluated: see `State`."""
+        self.settle()  # one save is under way at a time
+        started = time.perf_counter()
+        wait |= not self.cfg.async_save
+        everything = checkpoint.training_tensors(model, optimizer.state)
+        tensors = checkpoint.dealt(everything, self.world.rank, self.world.world_size)
+        if self.world.is_main:
+            tensors |= checkpoint.rng_tensors(self.world.device)
+        found = communication.gather_objects((loader.state(), checkpoint.not_finite(tensors)))
+        if name := next((name for _, name in found if name), None):  # it would replace a good checkpoint
+            raise self.failed(step, f"{name} is not finite") if self.world.is_main else SystemExit(1)
         memory = self.peak_memory()
+        if not wait:
+            what = "the copy of what is saved"
+            tensors = communication.together(lambda tensors=tensors: self._host_copy.of(tensors), what)
 
-        def write() -> None:
-            if self.world.is_main:
-                self._write(step, model, optimizer, merge_states(loader_states), tokenizer, plan, memory, evaluated)
+        folder = checkpoint.checkpoint_dir(self.out, step)
+        loader_state = merge_states([state for state, _ in found])
 
-        communication.main_first(write, f"the checkpoint of step {step}")
+        def described() -> dict[str, Any]:
+            if not self.world.is_main:
+                return {}
+            # first: a run that resumes here keeps the log up to this line
+            self.log.event("checkpoint", step, path=folder.name)
+            return State(
+                step=step,
+                evaluated=evaluated,
+                plan_steps=plan.steps,
+                config=to_dict(dataclasses.replace(self.cfg, out=None, resume=None, mended_data=False)),
+                model=dataclasses.asdict(model.cfg),
+                precision=str(optimizer.compute_dtype).removeprefix("torch."),
+                loader=loader_state,
+                log_bytes=self.log.log_bytes,
+                counted_s=self.clock.counted_s,
+                counted_steps=self.clock.counted_steps,
+                wall_time_s=time.time() - self.started,
+                peak_memory_bytes=memory,
+                profile=dict(self.profile.seconds),
+                wandb=self.log.mirror.id if self.log.mirror else None,
+            ).to_json()
+
+        state = communication.main_first(described, f"the checkpoint of step {step}")
+        self._under_way = Save(step, lambda commit: self._write(folder, tensors, state, tokenizer, commit))
+        self._stopped_s = time.perf_counter() - started
+        if wait:
+            self.settle()
 
     def _write(
         self,
-        step: int,
-        model: GPT,
-        optimizer: Optimizer,
-        loader: dict[str, Any],
+        folder: Path,
+        tensors: Mapping[str, Tensor | Shard],
+        state: dict[str, Any],
         tokenizer: Tokenizer,
-        plan: Plan,
-        memory: int,
-        evaluated: bool,
+        commit: AbstractContextManager[None],
     ) -> None:
-        tensors = checkpoint.training_tensors(model, optimizer.state)
-        for name, t in tensors.items():
-            if t.is_floating_point() and not t.isfinite().all():  # it would replace a good checkpoint
-                raise self.failed(step, f"{name} is not finite")
-        folder = checkpoint.checkpoint_dir(self.out, step)
-        before = self.log.log_bytes
-        self.log.event("checkpoint", step, path=folder.name)  # a run that resumes here keeps the log up to this line
-        state = State(
-            step=step,
-            evaluated=evaluated,
-            plan_steps=plan.steps,
-            config=to_dict(dataclasses.replace(self.cfg, out=None, resume=None, mended_data=False)),
-            model=dataclasses.asdict(model.cfg),
-            precision=str(optimizer.compute_dtype).removeprefix("torch."),
-            loader=loader,
-            log_bytes=self.log.log_bytes,
-            counted_s=self.clock.counted_s,
-            counted_steps=self.clock.counted_steps,
-            wall_time_s=time.time() - self.started,
-            peak_memory_bytes=memory,
-            profile=dict(self.profile.seconds),
-            wandb=self.log.mirror.id if self.log.mirror else None,
+        """What the thread of a save does, on every rank."""
+        communication.agreed(self.log.sync, "the log")  # first: a checkpoint counts on the log up to its own line
+        checkpoint.save(folder, tensors, state, tokenizer, commit=commit)
+        keep = self.cfg.keep_checkpoints
+        communication.agreed(
+            lambda: checkpoint.prune(self.out, keep) if self.world.is_main else None, "old checkpoints"
         )
-        try:
-            self.log.sync()  # first: a checkpoint counts on the log up to its own line
-            checkpoint.save(folder, tensors | checkpoint.rng_tensors(self.world.device), state.to_json(), tokenizer)
-            checkpoint.prune(self.out, self.cfg.keep_checkpoints)
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Logs what became of the last save, after waiting for it. TrainingError where it failed and the run shall not
+        go on; all ranks raise it together. wait: otherwise only if it has ended, and nothing is raised."""
+        save = self._under_way
+        if save is None or not (wait or save.ended and not self.must_stop()):
+            return
+        started = time.perf_counter()
+        save.join()
+        self._under_way = None
+        seconds = {"seconds": round(self._stopped_s + time.perf_counter() - started, 4)}
+        if save.error is None:
             self.unsaved = None
-        except OSError as error:
-            self.log.cut(before)
-            self.unsaved = f"the checkpoint of step {step} cannot be saved ({error.filename}: {error.strerror})"
-            if self.cfg.on_save_error == "stop":
-                raise TrainingError(f"{self.unsaved}; {self.how_to_go_on()}") from error
-            self.log.event("unsaved", step, reason=self.unsaved)
-            self.log.print(f"note: {self.unsaved}; the run goes on (--on-save-error continue)")
+            name = checkpoint.checkpoint_dir(self.out, save.step).name
+            self.log.event("saved", save.step, path=name, **seconds, write_seconds=round(save.seconds, 4))
+            return
+        if not isinstance(save.error, OSError):
+            raise save.error
+        why = f"the checkpoint of step {save.step} cannot be saved ({save.error.filename}: {save.error.strerror})"
+        stops = self.cfg.on_save_error == "stop"
+        with suppress(OSError):  # the disk may be full under the log as well
+            self.log.event("unsaved", save.step, reason=why)
+        if not self.world.is_main:
+            if stops:
+                raise SystemExit(1)
+            return
+        self.unsaved = why
+        if stops:
+            raise TrainingError(f"{why}; {self.how_to_go_on()}") from save.error
+        self.log.print(f"note: {why}; the run goes on (--on-save-error continue)")
+
+    def must_stop(self) -> bool:
+        """Whether the last save has failed so that the run shall not go on: `settle` says why."""
+        if self._under_way is None or not self._under_way.ended or self._under_way.error is None:
+            return False
+        return self.cfg.on_save_error == "stop" or not isinstance(self._under_way.error, OSError)
+
+    def checkpoints(self) -> list[Path]:
+        """The run's whole checkpoints, oldest first, after the save under way."""
+        if self._under_way is not None:
+            self._under_way.join()
+        return checkpoint.checkpoints(self.out)
 
     def peak_memory(self) -> int:
         """Most bytes that one process of the run has held, before it was resumed or since."""
@@ -409,7 +468,7 @@ class Run:
 
     def failed(self, step: int, why: str) -> TrainingError:
         """The error to raise when training cannot go on; the log has it too."""
-        saved = checkpoint.checkpoints(self.out)
+        saved = self.checkpoints()
         last = (
             f"the last good checkpoint is {saved[-1]}"
             if saved
@@ -436,7 +495,7 @@ class Run:
 
     def how_to_go_on(self) -> str:
         """What a run that ended early left, and the command that continues it."""
-        saved = checkpoint.checkpoints(self.out)
+        saved = self.checkpoints()
         if not saved:
             return "no checkpoint had been saved yet (see --save-every): start again"
         return f"{saved[-1]} is saved, continue with: python train.py --resume {self._quoted}"
@@ -470,6 +529,9 @@ class Run:
             communication.barrier()  # torchrun kills the others when one has ended: rank 0 closes its files first
             raise
         except KeyboardInterrupt as error:
+            if self._under_way is not None:
+                self._under_way.abandon()
+                self._under_way = None
             signum = signal_of(error)
             raise Stopped(f"stopped by {signum.name}; {self.how_to_go_on()}", signum) from None
         except OSError as error:

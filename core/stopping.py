@@ -212,11 +212,16 @@ class StopFlag:
     Inside `with StopFlag() as stop:` the first signal only sets `stop.signum` (0 before). It also puts the earlier
     handlers back, so that a second signal ends the process at once. A signal that the parent process set to be ignored
     stays ignored. When torchrun dies, the kernel may send SIGTERM once for each of its threads: those are one signal.
+    `stop.wanted` is whether there was a signal, or `also()` asks to stop as well.
     """
 
-    def __init__(self) -> None:
-        self.signum, self._noted = 0, 0.0
+    def __init__(self, also: Callable[[], bool] = lambda: False) -> None:
+        self.signum, self._noted, self._also = 0, 0.0, also
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def wanted(self) -> bool:
+        return self.signum > 0 or self._also()
 
     def __enter__(self) -> Self:
         for s in SIGNALS:

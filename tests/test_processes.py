@@ -1,4 +1,4 @@
-"""Two processes on one machine, over gloo: what they average, add up, wait for, and how they end together.
+"""Several processes on one machine, over gloo: what they average, add up, wait for, and how they end together.
 
 They are forked from a server that has imported torch once; a program under torchrun imports it twice more.
 """
@@ -28,18 +28,18 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.test_processes"])
 
 
-def together(work, *args):
-    """What work(*args) gives on rank 0 and on rank 1, or the exception that it raises there."""
+def together(work, *args, ranks=2):
+    """What work(*args) gives on each rank, or the exception that it raises there."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    with ProcessPoolExecutor(2, CONTEXT) as pool:
-        ranks = [pool.submit(_as_rank, rank, port, work, args) for rank in range(2)]
-        return [rank.exception(timeout=120) or rank.result() for rank in ranks]
+    with ProcessPoolExecutor(ranks, CONTEXT) as pool:
+        done = [pool.submit(_as_rank, rank, ranks, port, work, args) for rank in range(ranks)]
+        return [rank.exception(timeout=120) or rank.result() for rank in done]
 
 
-def _as_rank(rank, port, work, args):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _as_rank(rank, ranks, port, work, args):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     return work(*args)
 
@@ -228,9 +228,9 @@ def test_no_wait_is_without_end_and_its_error_says_for_what():
 def slow_save(argv):
     honest = checkpoint.save
 
-    def save(*args):
+    def save(*args, **options):
         time.sleep(1.6)
-        honest(*args)
+        honest(*args, **options)
 
     checkpoint.save, communication.STEP_SECONDS = save, 1
     trained(argv)
@@ -242,7 +242,7 @@ def test_ranks_wait_for_a_save_outside_of_the_next_step(tiny, tmp_path):
 
 
 def full_disk(argv):
-    def save(*args):
+    def save(*args, **options):
         raise OSError(28, "No space left on device", "checkpoints")
 
     checkpoint.save = save

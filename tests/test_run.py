@@ -11,12 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 import eval as evaluation
 import train
@@ -303,9 +303,11 @@ def test_a_full_disk_under_a_checkpoint_is_one_sentence(tiny, tmp_path, monkeypa
     assert f"the checkpoint of step 8 cannot be saved ({out}/checkpoints/step_000008: {os.strerror(code)})" in error
     assert f"step_000004 is saved, continue with: python train.py --resume {out}" in error
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000004"]
-    assert [e["step"] for e in events(out, "checkpoint")] == [4]
+    assert [e["step"] for e in events(out, "saved")] == [4]
+    assert [(e["step"], os.strerror(code) in e["reason"]) for e in events(out, "unsaved")] == [(8, True)]
     train.main(["--resume", str(out)])
-    assert losses(out) == losses(whole)
+    assert losses(out) == losses(whole) and not events(out, "unsaved")
+    assert [e["step"] for e in events(out, "checkpoint")] == [4, 8, 12]
 
 
 def test_the_files_of_a_checkpoint_meet_a_real_limit(tiny, tmp_path):
@@ -528,21 +530,21 @@ def test_under_nohup_a_hangup_is_not_heard(tiny, tmp_path):
 
 
 def test_a_second_signal_inside_a_save_is_one_sentence(tiny, tmp_path, monkeypatch, capsys):
-    """torch's checkpoint code wraps what is raised in it."""
+    """The thread that writes is not waited for, and leaves no checkpoint any more."""
     out = tmp_path / "run"
-    calls, write_data = [], HuggingFaceStorageWriter.write_data
+    calls, written, write_data = [], threading.Event(), checkpoint._Writer.write_data
 
     def interrupted(self, *args):
         calls.append(args)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            assert written.wait(60)
         return write_data(self, *args)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped, one_sentence():
-            patch.setattr(HuggingFaceStorageWriter, "write_data", interrupted)
+            patch.setattr(checkpoint._Writer, "write_data", interrupted)
             patch.setattr(train.StopFlag, "__enter__", lambda self: self)  # as after a first signal
             run(tiny, out)
     finally:
@@ -550,6 +552,10 @@ def test_a_second_signal_inside_a_save_is_one_sentence(tiny, tmp_path, monkeypat
     error = capsys.readouterr().err
     assert stopped.value.code == 130 and error.count("\n") == 1
     assert error.startswith("stopped by SIGINT; ") and "step_000004 is saved" in error
+    (writer,) = [thread for thread in threading.enumerate() if thread.name == "checkpoint of step 8"]
+    written.set()
+    writer.join()
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["step_000004"]
 
 
 # the outside

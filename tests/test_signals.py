@@ -54,7 +54,7 @@ def test_interrupted_runs_resume_to_the_same_bits(tiny, tmp_path, whole):
         assert child.returncode == 128 + sig and step <= made < 100
         assert f"stopped by {sig.name} after {made} of 120 steps" in error and f"train.py --resume {out}" in error
         assert "a second signal stops at once" in error and "Traceback" not in error
-        assert [e["event"] for e in events(out)][-2:] == ["stop", "checkpoint"]
+        assert [e["event"] for e in events(out)][-3:] == ["stop", "checkpoint", "saved"]
         assert max(losses(out)) == made - 1
         argv = ["--resume", str(out)]
     train.main(argv)

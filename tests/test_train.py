@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import eval as evaluation
 import train
@@ -59,8 +59,15 @@ def steps_logged(out):
 
 
 def final_tensors(out):
-    (file,) = checkpoint.find(out).glob("*.safetensors")
-    return load_file(file)
+    return tensors_of(checkpoint.find(out))
+
+
+def tensors_of(folder):
+    """Every tensor of a checkpoint, put together from the files of all its processes."""
+    metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in metadata.items()}
+    checkpoint.load_tensors(folder, tensors)
+    return tensors
 
 
 def run(tiny, out, *options):
