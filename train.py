@@ -13,6 +13,7 @@ if __name__ == "__main__":
     hear_signals()  # before the imports, which take seconds
 
 import dataclasses
+import functools
 import json
 import math
 import shlex
@@ -32,7 +33,7 @@ from torch import Tensor
 from core import checkpoint, communication, machine, report, schedule
 from core.command_line import parse_args
 from core.communication import LaggingLoss, World, joined_world
-from core.config import DATASETS, Config
+from core.config import DATASETS, Config, flat
 from core.data.corpus import Corpus, open_corpus
 from core.data.download import silent
 from core.data.loader import Loader
@@ -47,7 +48,8 @@ from core.evals.bits_per_byte import (
     validation_subset,
     validation_whole,
 )
-from core.evals.core_metric import CoreScore, GPTScorer, ScoringStopped, Task, core_score, fetch_tasks, read_examples
+from core.evals.core_metric import CoreScore, GPTScorer, Task, core_score, fetch_tasks, read_examples
+from core.exchange import Exchange
 from core.fp8 import Recipe
 from core.generate import sample_texts
 from core.machine import choose_dtype
@@ -55,21 +57,27 @@ from core.models.gpt2 import GPT, choose_ops
 from core.optim import Gradients, Optimizer
 from core.plan import Plan, is_compiled, make_plan, smaller_device_batch
 from core.profiling import SETTLING_STEPS, longest_quiet_steps
+from core.pulse import Pulse
 from core.run import AUTO, Run, State
+from core.sharding import deal
 from core.stopping import (
+    ScoringStopped,
     StopFlag,
     Stopped,
     TrainingError,
     UnreadableData,
     UserError,
     expanded,
+    never,
     one_sentence,
     out_of_memory,
 )
+from core.timing import StepTimes
 from core.wandb_mirror import load_wandb
 from kernels import dispatch
 from kernels.dispatch import Backends
 
+SAVE_GRACE_S = 10  # for the save under way, where a rank stands still
 PREFETCH_STEPS = 2  # beyond those that are looked at before their time
 LESS_MEMORY = "--precision bf16, a smaller --depth, or fewer other programs on this machine (--dry-run predicts memory)"
 
@@ -84,8 +92,15 @@ def main(argv: list[str]) -> None:
         return
     if cfg.wandb:
         load_wandb()  # fail early where it is not installed
-    with joined_world(cfg.device, deterministic=cfg.deterministic) as world:
+    with joined_world(
+        cfg.device, deterministic=cfg.deterministic, step_seconds=cfg.step_timeout, same=lambda: identity(cfg)
+    ) as world:
         train(cfg, world, started, command_line(argv, world.world_size))
+
+
+def identity(cfg: Config) -> dict[str, Any]:
+    """What must be the same on every process of a run, its text apart: weights that differ by rank drift apart."""
+    return {"the code (a hash of its sources)": machine.sources_digest()} | machine.versions() | flat(cfg)
 
 
 def command_line(argv: list[str], world_size: int) -> str:
@@ -159,6 +174,18 @@ class Trainer:
     optimizer: Optimizer
     gradients: Gradients
     loader: Loader
+    times: StepTimes
+    exchange: Exchange | None = None  # between ranks; None: there are no others
+
+    @property
+    def owned_gradients(self) -> list[Tensor]:
+        """As the optimizer takes them."""
+        return self.exchange.owned if self.exchange else self.gradients.sums
+
+    def weights_arrive(self) -> None:
+        """Waits until all weights of the last step are here; the next forward in training waits by itself."""
+        if self.exchange:
+            self.exchange.arrive()
 
 
 def build(run: Run) -> tuple[Text, Trainer]:
@@ -185,6 +212,8 @@ def build(run: Run) -> tuple[Text, Trainer]:
         lambda: read_text(cfg, plan.tokens, is_main=world.is_main, learned=run.tokenizer()),
         "the text and its tokenizer",
     )
+    same = {"the text of --data (its fingerprint)": text.train.fingerprint, "the tokenizer": text.tokenizer.digest}
+    communication.check_same(same, "the text of the other processes")
     if text.tokenizer.vocab_size != real.model.vocab_size:
         real, plan = plan_for(text.tokenizer.vocab_size)
 
@@ -197,6 +226,8 @@ def build(run: Run) -> tuple[Text, Trainer]:
             real.model, backends, plan.device_batch_size, fp8_head=cfg.fp8_head, recipe=recipe, recompute=cfg.recompute
         )
     model.init_weights(cfg.seed)
+    peers = communication.peers(world, cfg.step_timeout)
+    place, dealing = peers.grid.place(world.rank), deal(model.table, world.world_size)
     optimizer = Optimizer(
         model,
         lrs=plan.lr,
@@ -204,7 +235,14 @@ def build(run: Run) -> tuple[Text, Trainer]:
         ns_steps=cfg.optim.ns_steps,
         compute_dtype=dtype,
         backends=backends,
+        own=(lambda arena: dealing.own(arena, place)) if world.world_size > 1 else None,
     )
+    gradients, times = Gradients(model, optimizer), StepTimes(world.device)
+    exchange = None
+    if world.world_size > 1:
+        exchange = Exchange(
+            model, optimizer, gradients, world=world, peers=peers, dealing=dealing, span=times.span
+        )  # fmt: skip
     compiled = is_compiled(cfg, world.device.type)
     # a checkpoint replaces weights, low halves of masters, momenta and variances; schedules need none: they are
     # functions of the step
@@ -235,8 +273,10 @@ def build(run: Run) -> tuple[Text, Trainer]:
         # one graph for one shape: a break would hide host time in every micro-step, a dynamic shape costs fusions
         forward=torch.compile(model, fullgraph=True, dynamic=False) if compiled else model,
         optimizer=optimizer,
-        gradients=Gradients(model, optimizer),
+        gradients=gradients,
         loader=loader,
+        times=times,
+        exchange=exchange,
     )
 
 
@@ -336,7 +376,7 @@ def warm_up(run: Run, trainer: Trainer, setup: dict[str, Any]) -> None:
         return
     if not compiled:
         if records:
-            trainer.optimizer.warm_up(trainer.gradients.sums, record=True)
+            trainer.optimizer.warm_up(trainer.owned_gradients, record=True)
         return
     run.log.print("compiling the model, once: this can take minutes (--no-compile starts at once)")
     started = time.perf_counter()
@@ -347,7 +387,7 @@ def warm_up(run: Run, trainer: Trainer, setup: dict[str, Any]) -> None:
         trainer.gradients.zero()
         if trainer.model.in_fp8 is not None:
             trainer.model.in_fp8.forget()
-        trainer.optimizer.warm_up(trainer.gradients.sums, record=records)
+        trainer.optimizer.warm_up(trainer.owned_gradients, record=records)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         reason = str(error.inner_exception).splitlines()[0]
         raise TrainingError(
@@ -367,8 +407,9 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
     """The steps of the run. Returns when all are made; raises Stopped after a signal and TrainingError when it cannot
     go on."""
     cfg, plan, log, clock = run.cfg, trainer.plan, run.log, run.clock
-    # evaluated: whether the look that is due after these steps was taken, so that a resumed run does not take it twice
-    losses, stopping, evaluated = LaggingLoss(), False, False
+    # evaluated: whether the look that is due after these steps was taken, so that a resumed run does not take it twice;
+    # saved: whether they are saved already
+    losses, stopping, evaluated, saved = LaggingLoss(), False, False, False
 
     def save(step: int, *, evaluated: bool, wait: bool = True) -> None:
         parts = trainer.model, trainer.optimizer, trainer.loader, text.tokenizer, plan
@@ -376,9 +417,10 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
 
     if plan.world_size > 1:
         stopping = any(communication.gather_objects(fault_ahead(trainer, run.start_step) is not None))
-    with StopFlag(run.must_stop) as stop, ExitStack() as profiling:
+    pulse = Pulse(trainer.times, cfg.step_timeout, functools.partial(run.failed, wait_s=SAVE_GRACE_S))
+    with StopFlag(run.must_stop) as stop, pulse, ExitStack() as profiling, machine.frozen_objects():
         for step in range(run.start_step, plan.steps + 1):
-            last = step == plan.steps
+            run.step, last = step, step == plan.steps
             again = step == run.start_step and run.evaluated  # the checkpoint was saved after what is due here
             evaluates = due(cfg.eval_every, step) and not last and (not again or run.extended(plan))
             answers = cfg.core and step > 0 and not again and due(cfg.core_every, step) and not last
@@ -389,59 +431,72 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
 
             # log: losses lag by a step on a GPU, but all are known before anything else happens than training
             for done, loss, stops, saturated in losses.take(flush=pauses):
-                log.step(done, loss, saturated)
+                log.step(done, loss, saturated, trainer.times.take(done, counts=done not in profiled))
                 if not math.isfinite(loss):
                     raise run.failed(done, f"the loss is {loss}")
                 stopping |= stops
             run.settle(wait=False)  # what became of the save under way, if it has ended
-            evaluated = False
+            evaluated = saved = False
+            if pauses or stopping:
+                with pulse.naming(step):
+                    trainer.weights_arrive()
             if stopping:
+                trainer.times.pause()
                 break
             if pauses:
                 clock.stop()
                 log.pause_rate()
+                trainer.times.pause()
 
             # look: the end scores the whole split instead of the subset. An error here is not one of training: what was
             # trained is saved first. All ranks take part, since any may be the one that failed
             if looks:
                 error, whole = None, True
                 try:
-                    whole = look(run, text, trainer, step, subset if evaluates else None, stop, answers, samples)
+                    look(run, text, trainer, step, subset if evaluates else None, stop, answers, samples)
+                except ScoringStopped:
+                    whole = False
                 except Exception as e:
                     error = e
-                if any(communication.gather_objects(error is not None)):
+                failed, done_with = zip(*communication.gather_objects((error is not None, whole)))
+                if any(failed):
                     save(step, evaluated=False)
                     raise run.went_wrong(step, error) if error else SystemExit(1)
-                if not whole:  # a signal ended the scoring; a resumed run does it again
+                if not all(done_with):  # a signal broke it off; a resumed run does it again
                     stopping = True
                     break
             # save: after the look, so that resuming goes on where the next step begins. The steps go on while a thread
             # writes; the end waits
             if saves:
                 save(step, evaluated=True, wait=last)
-            if last:
-                stopping, evaluated = any(communication.gather_objects(stop.signum)), True
-                break
+                saved = True
+            if looks or saves or last:  # a signal may have come meanwhile: then no step is begun
+                stopping = any(communication.gather_objects(stop.wanted))
+                if evaluated := stopping or last:
+                    break
 
             # step: on the clock, unless it is profiled, which slows it. The clock leaves the first steps out, as the
             # board's does [nanochat 92d63d4, base_train.py]
             try:
-                if step in profiled:
-                    if step == profiled.start:
-                        profiling.enter_context(run.profile)
-                    losses.put(step, train_step(trainer, step, stop))
-                    if step + 1 == profiled.stop:
-                        profiling.close()
-                else:
-                    clock.before_step(step)
-                    losses.put(step, train_step(trainer, step, stop))
-                    clock.after_step()
+                with pulse.naming(step):
+                    if step in profiled:
+                        if step == profiled.start:
+                            profiling.enter_context(run.profile)
+                        losses.put(step, train_step(trainer, step, stop))
+                        if step + 1 == profiled.stop:
+                            # PyTorch's profiler crashes where it ends while messages are under way
+                            trainer.weights_arrive()
+                            profiling.close()
+                    else:
+                        clock.before_step(step)
+                        losses.put(step, train_step(trainer, step, stop))
+                        clock.after_step()
             except UnreadableData as error:  # before the step: what `step` steps made is whole
                 if plan.world_size > 1:  # the others are in the step's reduction and cannot join a save
                     raise
                 clock.stop()
                 for done, loss, _, saturated in losses.take(flush=True):
-                    log.step(done, loss, saturated)
+                    log.step(done, loss, saturated, trainer.times.take(done, counts=done not in profiled))
                 save(step, evaluated=looks or again)
                 raise run.went_wrong(step, error) from error
 
@@ -450,15 +505,23 @@ def loop(run: Run, text: Text, trainer: Trainer, subset: ValidationSet, profiled
             clock.stop()
             run.settle()
             fault = fault_ahead(trainer, step)
-            heard, faults = zip(*communication.gather_objects((stop.signum, fault and str(fault))))
+            heard, since, faults = zip(*communication.gather_objects((stop.signum, stop.since_s, fault and str(fault))))
             if unreadable := next(filter(None, faults), None):
                 save(step, evaluated=evaluated)
                 raise run.went_wrong(step, UnreadableData(unreadable)) if run.world.is_main else SystemExit(2)
-            signum = max(heard)
+            signum, told = max(heard), time.monotonic()
             name = signal.Signals(signum).name
-            log.event("stop", step, reason=name)
-            save(step, evaluated=evaluated)
-            raise Stopped(f"stopped by {name} after {step} of {plan.steps} steps; {run.how_to_go_on()}", signum)
+            log.event("stop", step, reason=name, after_signal_s=round(max(since), 3))
+            if not saved:
+                save(step, evaluated=evaluated)
+            # what the grace of a cluster is to be held against: the step, or the look broken off, and the checkpoint
+            seconds = max(since) + time.monotonic() - told
+            log.event("stopped", step, after_signal_s=round(seconds, 3))
+            raise Stopped(
+                f"stopped by {name} after {step} of {plan.steps} steps, {seconds:.1f} s after the signal; "
+                f"{run.how_to_go_on()}",
+                signum,
+            )
 
 
 def due(every: int | None, step: int) -> bool:
@@ -480,29 +543,43 @@ def fault_ahead(trainer: Trainer, step: int) -> UserError | None:
 
 def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
     """One optimizer step. Returns its outcome as LaggingLoss takes it: means over ranks, on the device."""
-    cfg, plan, world = trainer.cfg, trainer.plan, trainer.world
+    cfg, plan, world, times = trainer.cfg, trainer.plan, trainer.world, trainer.times
+    times.begin(step)
     # data: prepared ahead by the loader's thread, on its way to the device
-    try:
-        inputs, targets = trainer.loader.next_step()  # each (micro-steps, B, T)
-    except UserError as error:
-        raise UnreadableData(str(error)) from error
+    with times.span("data"):
+        try:
+            inputs, targets = trainer.loader.next_step()  # each (micro-steps, B, T)
+        except UserError as error:
+            raise UnreadableData(str(error)) from error
     # micro-steps: each loss is a mean over its tokens, so their mean is that of the step
     loss_sum = torch.zeros((), device=world.device)
-    for micro_inputs, micro_targets in zip(inputs, targets):
-        loss = trainer.forward(micro_inputs, micro_targets) / plan.grad_accum_steps
-        loss.backward()
-        loss_sum += loss.detach()  # stays on the device: reading it here would wait for backward
+    exchange = trainer.exchange
+    if exchange:
+        exchange.arrive(0)  # tables; forward waits for layers where it needs them
+    for i, (micro_inputs, micro_targets) in enumerate(zip(inputs, targets)):
+        with times.span("compute"):
+            if exchange and i + 1 == len(inputs):
+                exchange.last_micro_step()
+            loss = trainer.forward(micro_inputs, micro_targets) / plan.grad_accum_steps
+            loss.backward()
+            loss_sum += loss.detach()  # stays on the device: reading it here would wait for backward
     # ranks: the flag rides with the gradients, so that all stop at the same step
-    stops = stop.wanted or fault_ahead(trainer, step + 1) is not None
+    with times.span("data"):
+        stops = stop.wanted or fault_ahead(trainer, step + 1) is not None
     outcome = torch.stack((loss_sum, torch.full_like(loss_sum, stops)))
     if trainer.model.in_fp8 is not None:  # the next step's scales follow from what all ranks saw in this one
-        saturated = trainer.model.in_fp8.next_step(communication.all_max)
+        saturated = trainer.model.in_fp8.next_step(exchange.largest if exchange else lambda sizes: sizes)
         outcome = outcome if saturated is None else torch.cat((outcome, saturated[None].float()))
-    if world.world_size > 1:
-        trainer.gradients.average(lambda grads: communication.average_([*grads, outcome]))
     # update, with hyperparameters that are functions of the step alone: a resumed run needs no scheduler state
-    trainer.optimizer.step(trainer.gradients.sums, step=step, **schedule.at(step, plan.steps, cfg.optim))
-    trainer.gradients.zero()
+    with times.span("optimizer"):
+        if exchange:
+            exchange.backward_is_done(outcome)
+        at = schedule.at(step, plan.steps, cfg.optim)
+        trainer.optimizer.step(trainer.owned_gradients, step=step, **at, partner=exchange)
+        if exchange:
+            exchange.gradients_are_out()
+        trainer.gradients.zero()
+    times.end()
     return outcome
 
 
@@ -515,31 +592,28 @@ def look(
     stop: StopFlag,
     answers: bool,
     samples: bool,
-) -> bool:
-    """What the model is like after `step` steps: its score on the subset, CORE, and samples. False where a signal ended
-    it before it was done."""
+) -> None:
+    """What the model is like after `step` steps: its score on the subset, CORE, and samples. ScoringStopped where a
+    signal broke it off, on one rank at least."""
+    stopped = lambda: stop.signum > 0  # noqa: E731
     if subset is not None:
-        bpb = evaluate(trainer, text, subset)
+        bpb = evaluate(trainer, text, subset, stopped)
         if not math.isfinite(bpb):
             raise TrainingError(f"training stopped at step {step}: validation gives {bpb} bits per byte")
         run.log.eval(step, bpb, subset.scope, data_stats(trainer), waited(trainer))
     if answers:
-        try:
-            answer(run, text, trainer, step, lambda: stop.signum > 0)
-        except ScoringStopped:
-            return False
+        answer(run, text, trainer, step, stopped)
     if samples:
-        sample(run, text, trainer, step)
-    return True
+        sample(run, text, trainer, step, stopped)
 
 
-def evaluate(trainer: Trainer, text: Text, valset: ValidationSet) -> float:
+def evaluate(trainer: Trainer, text: Text, valset: ValidationSet, stopped: Callable[[], bool] = never) -> float:
     """Bits per byte of the model on a validation set."""
-    rows = trainer.plan.device_batch_size
-    return score(trainer.model, valset, text.tokenizer, batch_size=rows, world=trainer.world).bpb
+    options: dict[str, Any] = {"batch_size": trainer.plan.device_batch_size, "world": trainer.world, "stopped": stopped}
+    return score(trainer.model, valset, text.tokenizer, **options).bpb
 
 
-def answer(run: Run, text: Text, trainer: Trainer, step: int, stopped: Callable[[], bool] = lambda: False) -> CoreScore:
+def answer(run: Run, text: Text, trainer: Trainer, step: int, stopped: Callable[[], bool] = never) -> CoreScore:
     """CORE of the model as written (not compiled, nothing in fp8)."""
     scorer = GPTScorer(trainer.model, text.tokenizer, max_tokens=trainer.plan.device_batch_size * trainer.plan.seq_len)
     options: dict[str, Any] = {"max_per_task": run.cfg.core_max_per_task, "on_task": run.log.task, "stopped": stopped}
@@ -558,13 +632,14 @@ def waited(trainer: Trainer) -> float:
     return max(communication.gather_objects(trainer.loader.waited_s))
 
 
-def sample(run: Run, text: Text, trainer: Trainer, step: int) -> None:
+def sample(run: Run, text: Text, trainer: Trainer, step: int, stopped: Callable[[], bool] = never) -> None:
     if not run.world.is_main:
         return
     cfg = run.cfg
-    options = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
+    options: dict[str, Any] = {"temperature": cfg.temperature, "top_k": cfg.top_k, "seed": cfg.seed}
+    prompts = list(cfg.sample_prompts)
     with out_of_memory("samples", lambda: "try fewer --sample-tokens or shorter --sample-prompts"):
-        texts = sample_texts(trainer.model, text.tokenizer, list(cfg.sample_prompts), cfg.sample_tokens, **options)
+        texts = sample_texts(trainer.model, text.tokenizer, prompts, cfg.sample_tokens, **options, stopped=stopped)
     run.log.sample(step, list(zip(cfg.sample_prompts, texts)), **options)
 
 
@@ -591,6 +666,7 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
     packed = board_score(run, text, trainer)
     core = answer(run, text, trainer, plan.steps) if run.cfg.core else None  # all ranks share the examples
     stats, wait_s, memory = data_stats(trainer), waited(trainer), run.peak_memory()
+    times = step_times(communication.gather_objects(trainer.times.means()))
     joules = communication.gather_objects(clock.counted_j)
     known_j = [j for j in joules if j is not None]
     if not math.isfinite(bpb):
@@ -621,9 +697,12 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
         "peak_memory_bytes": memory,
         "predicted_memory_bytes": plan.memory_bytes["total"],
         "energy_j": sum(known_j) if len(known_j) == len(joules) else None,
+        "kwh": run.log.meter.kwh,
+        "gpus_metered": run.log.meter.num_gpus,
         "cost_dollars": machine.cost_dollars(wall_time, num_gpus, run.cfg.dollars_per_gpu_hour),
         "data_stats": stats,
         "data_wait_s": wait_s,
+        "step_times": times,
         **run.profile.shares(),
         "wall_time_s": wall_time,
     }
@@ -637,6 +716,21 @@ def finish(run: Run, text: Text, trainer: Trainer, setup: dict[str, Any]) -> Non
     report.write_report(run.out, summary)
     run.log.close()
     run.log.print(report.verdict(run.out, summary))
+
+
+def step_times(means: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Seconds of each span in a step of rank 0, their share of it, and where there are several ranks, the most that
+    one spends in it. means: of all ranks."""
+    if not means[0]:
+        return {}
+    mine, *_ = ranks = [{k: v for k, v in m.items() if k != "step"} for m in means]
+    for spans, m in zip(ranks, means):
+        spans |= {"other": m["step"] - sum(spans.values()), "step": m["step"]}
+    found = {name: {"mean_s": s, "share": s / mine["step"]} for name, s in mine.items()}
+    if len(ranks) > 1:
+        for name, t in found.items():
+            t["slowest_rank_s"] = max(spans[name] for spans in ranks)
+    return found
 
 
 def board_score(run: Run, text: Text, trainer: Trainer) -> dict[str, Any]:

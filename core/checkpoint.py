@@ -102,7 +102,7 @@ def save(
 
     def end(digests: dict[str, str]) -> None:
         tokenizer.save(tmp)
-        digests |= _settled(path for path in tmp.iterdir() if path.suffix != ".safetensors")
+        digests |= _settled(path for path in tmp.iterdir() if path.name not in digests)
         values = state | {"files": dict(sorted(digests.items()))}
         write_json(tmp / STATE_FILE, values | {"sha256": _json_digest(values)})
         for path in (tmp / STATE_FILE, tmp):

@@ -1,21 +1,25 @@
-"""Processes: who am I among them, and what passes between them.
+"""Processes: who am I among them, and what passes between them besides gradients and weights (core/exchange.py).
 
-One process per device, started by torchrun or alone. Averaging is plain for now: every rank holds every parameter,
-gradients are summed over ranks in a few flat buckets after backward.
+One process per device, started by torchrun or alone.
 
 Waiting   tensors go through NCCL (gloo between CPUs), where a rank that is STEP_SECONDS late is taken for dead: nothing
-          but a step's own work may lie between two of them. Objects and barriers go through a gloo group of their own,
-          also between GPUs: there the others wait for what rank 0 does alone (reading the text, training a tokenizer,
-          saving), PATIENCE_SECONDS at most. The threads that write checkpoints have another gloo group, since they
-          are anywhere in a save while the loop is anywhere in a step. A process that dies is noticed at once in each.
+          but a step's own work may lie between two of them. core/pulse.py says which rank it is; the collective's own
+          timeout comes later. Objects and barriers go through a gloo group of their own, also between GPUs: there the
+          others wait for what rank 0 does alone (reading the text, training a tokenizer), PATIENCE_SECONDS at most. The
+          threads that write checkpoints have another gloo group, since they are anywhere in a save while the loop is
+          anywhere in a step. A process that dies is noticed at once in each.
 """
 
 import ctypes
+import json
 import os
+import re
 import signal
+import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -25,11 +29,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core import machine
+from core.sharding import Grid
 from core.stopping import TrainingError, UserError
 
-BUCKET_BYTES = 64 * 2**20
 RENDEZVOUS_SECONDS = 300  # for the slowest process to import what it needs
+REPLACED_SECONDS = 30  # after which what a dead process left where all meet is replaced by its successor
 STEP_SECONDS = 600  # that ranks may be apart in training
+PULSE_SECONDS = 60  # after which a collective ends by itself, where core/pulse.py did not end the process
 PATIENCE_SECONDS = 6 * 3600  # for what rank 0 does alone: the tokenizer of a terabyte, a checkpoint on a slow disk
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 HOW_TO_START = "start all processes with torchrun --nproc-per-node=N train.py ..., or unset WORLD_SIZE"
@@ -37,6 +43,7 @@ T = TypeVar("T")
 
 _objects: Any = None  # for objects and barriers, while the world is joined
 _saves: Any = None  # for the threads that write checkpoints
+store: Any = None  # where several processes met, while the world is joined
 
 
 @dataclass(frozen=True)
@@ -70,21 +77,30 @@ def _from_environment(name: str, default: str) -> int:
 
 
 @contextmanager
-def joined_world(device: str | None, *, deterministic: bool = False) -> Iterator[World]:
+def joined_world(
+    device: str | None,
+    *,
+    deterministic: bool = False,
+    step_seconds: float | None = None,
+    same: Callable[[], dict[str, Any]] = dict,
+) -> Iterator[World]:
     """How every program starts: prepares the process for the device (unset: a GPU if there is one) and joins all
-    processes."""
+    processes.
+
+    step_seconds: that ranks may be apart, unset: STEP_SECONDS. same: facts that must be the same on every rank, asked
+    where there are several; UserError on rank 0 where one differs, the others end quietly."""
     device_type = machine.choose_device_type(device)
     machine.prepare_process(device_type, deterministic=deterministic)
-    global _objects, _saves
+    global _objects, _saves, store
     try:
-        yield _join(device_type)
+        yield _join(device_type, step_seconds or STEP_SECONDS, same)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        _objects = _saves = None
+        _objects = _saves = store = None
 
 
-def _join(device_type: str) -> World:
+def _join(device_type: str, step_seconds: float, same: Callable[[], dict[str, Any]]) -> World:
     rank, world_size = rank_and_size()
     device = torch.device("cpu")
     if device_type == "cuda":
@@ -98,7 +114,7 @@ def _join(device_type: str) -> World:
         torch.cuda.set_device(device)
     if world_size > 1:
         _end_with_launcher()
-        _meet(rank, world_size, device)
+        _meet(rank, world_size, device, step_seconds, {"--device": device_type} | same())
     return World(rank, world_size, device)
 
 
@@ -109,75 +125,153 @@ def _end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
-def _meet(rank: int, world_size: int, device: torch.device) -> None:
-    """Joins the process groups; UserError where the other processes are not found, after RENDEZVOUS_SECONDS at most."""
-    global _objects, _saves
+def _meet(rank: int, world_size: int, device: torch.device, step_seconds: float, facts: dict[str, Any]) -> None:
+    """Joins the process groups; UserError where the other processes are not found, after RENDEZVOUS_SECONDS at most, or
+    are not what this one is."""
+    global _objects, _saves, store
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: {HOW_TO_START}")
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))
-        # torchrun keeps one store over its restarts on one node: a process must not find addresses of the dead ones
-        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+        found, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))
+        store = dist.PrefixStore(_attempt(found, rank, world_size), found)
+        _compare_first(rank, world_size, facts)  # a GPU here and a CPU there would never meet
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore(f"attempt_{attempt}", store),
+            store=store,
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=STEP_SECONDS),
+            timeout=timedelta(seconds=step_seconds + PULSE_SECONDS),
             device_id=device if device.type == "cuda" else None,
         )
         _objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_SECONDS))
         _saves = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_SECONDS))
+    except Differ:
+        raise
     except (dist.DistError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{world_size} processes did not meet at {address} ({reason}): {HOW_TO_START}") from error
 
 
+# nodes
+
+
+class Peers(NamedTuple):
+    """Ranks by node and local rank, with this rank's two groups."""
+
+    grid: Grid
+    local: Any  # of its node; None: all ranks
+    node: Any  # of its local rank on all nodes; None: itself alone
+
+
+def peers(world: World, step_seconds: float = STEP_SECONDS) -> Peers:
+    """Every rank calls it. Nodes are told apart where torchrun started equally many processes on each of them, and
+    ranks follow each other node by node; all ranks count as one node otherwise."""
+    local_size, local = _from_environment("LOCAL_WORLD_SIZE", "1"), _from_environment("LOCAL_RANK", "0")
+    sizes = gather_objects((local_size, local == world.rank % max(local_size, 1)))
+    equal = set(sizes) == {(local_size, True)} and world.world_size % max(local_size, 1) == 0
+    if not equal or local_size in (0, 1, world.world_size):
+        return Peers(Grid(1, world.world_size), None, None)
+    grid = Grid(world.world_size // local_size, local_size)
+    timeout = timedelta(seconds=step_seconds + PULSE_SECONDS)
+    nodes = [list(range(first, first + local_size)) for first in range(0, grid.size, local_size)]
+    inside, _ = dist.new_subgroups_by_enumeration(nodes, timeout=timeout)
+    across, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in zip(*nodes)], timeout=timeout)
+    return Peers(grid, inside, across)
+
+
+def _attempt(found: Any, rank: int, world_size: int) -> str:
+    """A name that this attempt's processes alone have in common.
+
+    torchrun keeps one store over its restarts, and counts them on each node by itself: without a name, a process finds
+    what the dead ones wrote. Each other rank makes up a word, rank 0 answers it with its own, until all have heard it.
+    """
+    mine, refused = uuid.uuid4().hex, "refused"
+    if rank:
+        found.set(f"hello {rank}", f"{world_size} {mine}")
+        attempt = found.get(f"answer to {mine}").decode()
+        if attempt == refused:
+            found.set(f"heard {mine}", "")
+            raise SystemExit(2)  # rank 0 says why
+        found.set(f"{attempt} {rank}", "")
+        return attempt
+    deadline = time.monotonic() + RENDEZVOUS_SECONDS
+    while missing := [r for r in range(1, world_size) if not found.check([f"{mine} {r}"])]:
+        if time.monotonic() > deadline:
+            raise ValueError(f"{ranks_in_words(missing)} did not come in {RENDEZVOUS_SECONDS} s")
+        for r in missing:
+            if found.check([f"hello {r}"]):  # perhaps of a dead process, and soon replaced
+                size, word = found.get(f"hello {r}").decode().split()
+                if int(size) == world_size:
+                    found.set(f"answer to {word}", mine)
+                elif time.monotonic() > deadline - RENDEZVOUS_SECONDS + REPLACED_SECONDS:
+                    found.set(f"answer to {word}", refused)
+                    with suppress(dist.DistError):  # it reads the answer before the store may end with this process
+                        found.wait([f"heard {word}"], timedelta(seconds=REPLACED_SECONDS))
+                    sizes = f"rank {r} was started as one of {size} processes, rank 0 as one of {world_size}"
+                    raise Differ(f"{sizes}; {HOW_TO_START}")
+        time.sleep(0.02)
+    return mine
+
+
+# what must be the same on every rank
+
+
+class Differ(UserError):
+    """Ranks differ in what must be the same."""
+
+
+def _compare_first(rank: int, world_size: int, facts: dict[str, Any]) -> None:
+    """`check_same` through the store, before there is a process group."""
+    store.set(f"facts {rank}", json.dumps(facts))
+    everyone = [json.loads(text) for text in store.multi_get([f"facts {r}" for r in range(world_size)])]
+    store.set(f"compared {rank}", "")
+    try:
+        _check_same(rank, everyone)
+    except Differ:  # rank 0 may keep the store and its end be that of all: the others read it first
+        store.wait([f"compared {r}" for r in range(world_size)], timedelta(seconds=RENDEZVOUS_SECONDS))
+        raise
+
+
+def check_same(facts: dict[str, Any], what: str) -> None:
+    """UserError on rank 0 where a value is not the same on every rank, naming it, and the others end quietly. Values
+    are of JSON."""
+    everyone = gather_objects(facts, what)
+    _check_same(dist.get_rank() if dist.is_initialized() else 0, everyone)
+
+
+def _check_same(rank: int, everyone: list[dict[str, Any]]) -> None:
+    for name in everyone[0]:
+        values: dict[str, list[int]] = {}
+        for r, facts in enumerate(everyone):
+            values.setdefault(json.dumps(facts.get(name)), []).append(r)
+        if len(values) > 1:
+            if rank:
+                raise SystemExit(2)
+            parts = [f"{json.loads(value)} on {ranks_in_words(where)}" for value, where in values.items()]
+            raise Differ(f"processes differ in {name}: {', '.join(parts[:3])}; start all of them alike")
+
+
+def ranks_in_words(ranks: Iterable[int]) -> str:
+    """ "rank 3", "ranks 0, 2-5"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank {text}" if len(runs) == 1 and runs[0][0] == runs[0][1] else f"ranks {text}"
+
+
 # tensors
-
-
-@torch.no_grad()
-def average_(tensors: Iterable[Tensor]) -> None:
-    """Replaces each tensor by its mean over ranks, in place; same tensors in the same order on every rank."""
-    if not dist.is_initialized():
-        return
-    bucket: list[Tensor] = []
-    size = 0
-    for t in tensors:
-        nbytes = t.numel() * t.element_size()
-        if bucket and (size + nbytes > BUCKET_BYTES or t.dtype != bucket[0].dtype):
-            _average_bucket_(bucket)
-            bucket, size = list[Tensor](), 0
-        bucket.append(t)
-        size += nbytes
-    if bucket:
-        _average_bucket_(bucket)
-
-
-def _average_bucket_(tensors: list[Tensor]) -> None:
-    # contiguous: gloo reduces the memory from the first element on, whatever the strides
-    flat = torch.cat([t.reshape(-1) for t in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1).contiguous()
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    torch._foreach_copy_(
-        tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
-    )
 
 
 def all_sum(values: Tensor) -> Tensor:
     """Sum over ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
-    return values
-
-
-def all_max(values: Tensor) -> Tensor:
-    """Maxima over ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 
@@ -227,15 +321,25 @@ class LaggingLoss:
 # objects
 
 
+class Lost(TrainingError):
+    """Another process has ended, or does not come."""
+
+
 @contextmanager
 def _waiting(what: str) -> Iterator[None]:
-    """Turns gloo's errors into a TrainingError that says what this process waited for."""
+    """Turns gloo's errors into a Lost that says what this process waited for."""
     try:
         yield
     except RuntimeError as error:
         late = "imed out" in str(error)
         why = f"did not come in {PATIENCE_SECONDS:,} s" if late else "will not come: another process has ended"
-        raise TrainingError(f"waiting for {what}, which {why} ({str(error).splitlines()[0]})") from error
+        raise Lost(f"waiting for {what}, which {why} ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error says, without where in its source and what its authors advise."""
+    text = (str(error).splitlines() or [""])[0]
+    return re.sub(r"^\[[^]]*\] |[.:]? *This (may|likely|can) .*$|[.:]? *Please check .*$", "", text).strip()
 
 
 def gather_objects(value: T, what: str = "word from the other processes") -> list[T]:

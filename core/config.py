@@ -195,6 +195,8 @@ class Config:
     """On a GPU, use deterministic algorithms only (slower), so that a run repeats and resumes to the same bits; on a
     CPU it always does."""
 
+    step_timeout: float = option(600, 1, 1e6, resumable=True)
+    """Seconds that a step of several processes may stand still before it ends with the ranks that did not come."""
     out: str | None = option(None, resumable=True)
     """Run folder; unset: runs/<preset>-<time>."""
     resume: str | None = option(None, resumable=True)
@@ -325,6 +327,21 @@ def check_ranges(config: Any) -> None:
         elif low is not None and value is not None and not low <= value <= high:
             expected = f"{low} or more" if high == math.inf else f"{low} to {high:g}"
             raise UserError(f"--{f.name.replace('_', '-')} is {value}: expected {expected}")
+
+
+MAY_DIFFER = {"data", "cache_dir", "core_bundle"}  # between ranks: paths of machines
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The options by their names on the command line, with what JSON holds of them."""
+    options: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            options |= flat(value)
+        elif (name := "data" if f.name == "path" else f.name) not in MAY_DIFFER:
+            options[f"--{name.replace('_', '-')}"] = list(value) if isinstance(value, tuple) else value
+    return options
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Scales      of a normed input: a constant, since the norm bounds it. Of everythi
 Saturation  what exceeds a delayed scale's range is clamped to it. Counted are the sites of a step where that happened
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -193,8 +193,11 @@ class Fp8Layers(nn.Module):
             for i, bank in enumerate(parameters):
                 for name, t in empty_fp8(bank.detach())._asdict().items():
                     self.register_buffer(f"{kind}_{i}_{name}", t, persistent=False)
-        shapes = [tuple(bank.shape) for parameters in self._banks.values() for bank in parameters]
-        self._quantise = backends.choose_many(quantise_weight, [(shape, None) for shape in shapes])
+        # the banks of the same layers together, by number
+        self._quantise: list[Callable[[Sequence[dict[str, Any]]], None]] = []
+        for i in range(max((len(parameters) for parameters in self._banks.values()), default=0)):
+            shapes = [tuple(parameters[i].shape) for parameters in self._banks.values()]
+            self._quantise.append(backends.choose_many(quantise_weight, [(shape, None) for shape in shapes]))
         self.register_buffer("norm_scale", torch.tensor(norm_scale(banks["attn_qkv"][0].size(2))), persistent=False)
         self.activations: DelayedScales | None = None
         self.gradients: DelayedScales | None = None
@@ -202,13 +205,12 @@ class Fp8Layers(nn.Module):
             self.activations = DelayedScales(n_layer, ACTIVATIONS, E4M3)
             self.gradients = DelayedScales(n_layer, GRADIENTS, E5M2)
 
-    def refresh(self) -> None:
-        """Makes the copies anew from the weights."""
-        calls: list[dict[str, Any]] = []
-        for kind, parameters in self._banks.items():
-            for i, bank in enumerate(parameters):
-                calls.append({"w": bank.detach(), **self._bank(kind, i)._asdict()})
-        self._quantise(calls)
+    def refresh(self, names: Container[str] | None = None) -> None:
+        """Makes the copies anew from the weights, or those of some layers: names holds at least one of their banks."""
+        for i, quantise in enumerate(self._quantise):
+            if names is None or any(f"{kind}.{i}" in names for kind in self._banks):
+                banks = self._banks.items()
+                quantise([{"w": bank[i].detach(), **self._bank(kind, i)._asdict()} for kind, bank in banks])
 
     def _bank(self, kind: str, i: int) -> Fp8Tensor:
         return Fp8Tensor(*(self.get_buffer(f"{kind}_{i}_{part}") for part in Fp8Tensor._fields))

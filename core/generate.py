@@ -6,13 +6,14 @@ A text may become longer than the model's T: the windows limit what each layer s
 
 import codecs
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from core.data.tokenizer import Tokenizer
 from core.models.gpt2 import GPT
+from core.stopping import ScoringStopped, never
 
 
 @torch.no_grad()
@@ -78,11 +79,18 @@ def sample_texts(
     temperature: float,
     top_k: int,
     seed: int,
+    stopped: Callable[[], bool] = never,
 ) -> list[str]:
-    """What the model writes after each prompt as the beginning of a document; the prompts are not repeated."""
+    """What the model writes after each prompt as the beginning of a document; the prompts are not repeated.
+
+    stopped: asked between tokens; ScoringStopped where it is true."""
     starts = [_document(tokenizer, prompt) for prompt in prompts]
     options = {"temperature": temperature, "top_k": top_k, "seed": seed, "stop": tokenizer.bos_id}
-    steps = list(generate(model, starts, max_tokens, **options))
+    steps = []
+    for ids in generate(model, starts, max_tokens, **options):
+        if stopped():
+            raise ScoringStopped
+        steps.append(ids)
     texts = [[token for step in steps if (token := step[i]) is not None] for i in range(len(prompts))]
     return [tokenizer.decode(ids) for ids in texts]
 

@@ -1,6 +1,8 @@
 """This machine: its devices and their peaks, memory, versions, and how fast a run is on it."""
 
 import ctypes
+import gc
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -8,7 +10,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,8 @@ import torch
 from core.stopping import UserError
 from kernels.fp8 import FP8_CAPABILITY
 
+METER_S = 1.0  # between readings of a meter: NVML renews its counters every 20 to 100 ms
+J_PER_KWH = 3.6e6
 UNCOUNTED_STEPS = 11  # steps 0..10 warm caches and compilers; the training clock leaves them out, as nanochat's does
 
 # dense bf16 tensor-core peak in FLOP/s by a part of the device's name, first match counts [nanochat 92d63d4
@@ -123,6 +128,55 @@ def energy_counter(device: torch.device) -> Callable[[], float] | None:
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000  # it counts mJ
 
 
+def node_energy_counter(device: torch.device, world_size: int) -> tuple[int, Callable[[], float]] | None:
+    """How many GPUs of a run are on this node, and what reads the joules of all of them; None as of one."""
+    if device.type != "cuda":
+        return None
+    n = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size > 1 else 1
+    devices = [torch.device("cuda", i) for i in range(n)] if world_size > 1 else [device]
+    counters = [energy_counter(d) for d in devices]
+    known = [c for c in counters if c is not None]
+    return (n, lambda: sum(read() for read in known)) if len(known) == n else None
+
+
+class Meter:
+    """Watts, and the energy and the cost of a run so far, for the lines of its log."""
+
+    def __init__(
+        self,
+        energy: Callable[[], float] | None,
+        dollars: Callable[[], float | None] = lambda: None,
+        kwh: float = 0.0,
+        num_gpus: int = 0,
+    ) -> None:
+        """energy: reads joules of num_gpus GPUs, which only grow; None: not known. dollars: the cost so far. kwh: used
+        before."""
+        self._energy, self._dollars, self._kwh, self.num_gpus = energy, dollars, kwh, num_gpus
+        self._start_j = self._last_j = energy() if energy else 0.0
+        self._last = time.perf_counter()
+
+    @property
+    def kwh(self) -> float | None:
+        return None if self._energy is None else self._kwh + (self._energy() - self._start_j) / J_PER_KWH
+
+    def read(self) -> dict[str, float]:
+        """watts, the mean since the last reading, kwh and dollars: those that are known; {} within METER_S of the
+        last reading."""
+        now = time.perf_counter()
+        if now - self._last < METER_S:
+            return {}
+        found: dict[str, float] = {}
+        if self._energy:
+            joules = self._energy()
+            found["watts"] = round((joules - self._last_j) / (now - self._last), 1)
+            found["kwh"] = round(self._kwh + (joules - self._start_j) / J_PER_KWH, 6)
+            self._last_j = joules
+        if (cost := self._dollars()) is not None:
+            found["dollars"] = round(cost, 4)
+        self._last = now
+        return found
+
+
 def cost_dollars(seconds: float, num_gpus: int, dollars_per_gpu_hour: float | None) -> float | None:
     """What renting the GPUs for so long costs; None without a price or a GPU."""
     return None if dollars_per_gpu_hour is None or not num_gpus else seconds / 3600 * num_gpus * dollars_per_gpu_hour
@@ -161,6 +215,18 @@ def keep_freed_memory() -> None:
     libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Inside, the garbage collector passes over all objects that were there before, those of every module: the full
+    collection that now and then falls into a step would walk through them."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 # versions
 
 
@@ -175,6 +241,19 @@ def git_state() -> dict[str, Any] | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"commit": run[1], "dirty": bool(run[2])} if Path(run[0]) == root else None
+
+
+SOURCES = ("train.py", "core/**/*.py", "kernels/**/*.py", "csrc/*.py", "csrc/*.cu", "csrc/*.h")
+
+
+def sources_digest() -> str:
+    """What tells apart the code of two processes: 12 hex digits over names and contents of the sources."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in root.glob(pattern)):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def versions() -> dict[str, str]:

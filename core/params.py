@@ -158,29 +158,49 @@ def bank(kind: str, n_layer: int, rows: int, cols: int, init: Init, *views: Muon
 @dataclass(frozen=True)
 class Arena:
     """Parameters side by side. Those of Muon are matrices (n, rows, cols) of one shape; of AdamW's, each has an arena
-    of its own but for the small ones (n,), which share one."""
+    of its own but for the small ones (n,), which share one.
+
+    Its units, along the first dimension, are matrices, rows of a table, or single numbers. An arena may hold some units
+    of its parameters only: those that one of several ranks owns (core/sharding.py).
+    """
 
     shape: tuple[int, ...]
     params: Table
     # of Muon's: what it sees in the whole arena, but for which matrices are transposed
     views: tuple[MuonView, ...] = ()
+    ranges: tuple[tuple[int, int], ...] | None = None  # of each parameter's units; None: all of them
+
+    def units(self, p: Param) -> int:
+        """Number of units of one of the arena's parameters, of all of it."""
+        return p.numel // torch.Size(self.shape[1:]).numel()
+
+    @property
+    def held(self) -> tuple[tuple[int, int], ...]:
+        """First unit and end of what is here of each parameter."""
+        return self.ranges or tuple((0, self.units(p)) for p in self.params)
+
+    def of(self, ranges: Sequence[tuple[int, int]]) -> "Arena":
+        """The part of a whole arena that holds these units of each parameter."""
+        count = sum(end - begin for begin, end in ranges)
+        return Arena((count, *self.shape[1:]), self.params, self.views, tuple(ranges))
 
     def cut(self, storage: Tensor) -> dict[str, Tensor]:
-        """Each parameter's part, shaped like it, of a tensor that is shaped like the arena."""
-        size = torch.Size(self.shape[1:]).numel()
-        parts = storage.split([p.numel // size for p in self.params])
-        return {p.name: part.view(p.shape) for p, part in zip(self.params, parts)}
+        """Each parameter's part of a tensor that is shaped like the arena: shaped like the parameter where all of it is
+        there, else by units."""
+        parts = storage.split([end - begin for begin, end in self.held])
+        whole = self.ranges is None
+        return {p.name: part.view(p.shape) if whole else part for p, part in zip(self.params, parts)}
 
     def turned(self) -> list[tuple[slice, MuonView]]:
         """The matrices of an arena of Muon's, in runs of those that are all stored as they are, or all transposed."""
         runs: list[tuple[slice, MuonView]] = []
         begin = 0
-        for p in self.params:
-            end = begin + p.shape[0] * p.views[0].split
+        for p, (first, last) in zip(self.params, self.held):
+            end = begin + last - first
             turn = MuonView(transposed=p.views[0].transposed)
             if runs and runs[-1][1] == turn:
                 runs[-1] = (slice(runs[-1][0].start, end), turn)
-            else:
+            elif end > begin:
                 runs.append((slice(begin, end), turn))
             begin = end
         return runs

@@ -23,7 +23,8 @@ from core.data.loader import check_batch, divisors
 from core.fp8 import Recipe
 from core.models.gpt2 import COUNTED, GPT, SCALING, dims, flops_per_token, fp8_choices, parameter_table
 from core.optim import learning_rates
-from core.params import Table, arenas, num_params, state_bytes, weight_bytes
+from core.params import MUON, Table, arenas, num_params, state_bytes, weight_bytes
+from core.sharding import deal
 from core.stopping import UserError
 from kernels.lm_head_loss import reference_bytes
 from kernels.op import Op
@@ -89,6 +90,7 @@ def make_plan(
         return predict_memory(
             cfg.model, device_batch, compute_dtype, device_type,
             fp8_head=cfg.fp8_head, recipe=Recipe.of(cfg), graph_optimizer=cfg.graph_optimizer, recompute=cfg.recompute,
+            world_size=world_size,
         )  # fmt: skip
 
     device_batch = _device_batch(cfg, rows // world_size, device_type, lambda n: memory(n)["total"])
@@ -188,9 +190,12 @@ def predict_memory(
     recipe: Recipe | None = None,
     graph_optimizer: bool = False,
     recompute: bool = False,
+    world_size: int = 1,
 ) -> dict[str, int]:
     """Bytes per process at the peak: weights, gradients (their fp32 sums), optimizer state, copies of weights in fp8,
-    activations kept for backward, loss, and what the optimizer's temporaries need besides.
+    activations kept for backward, loss, and what the optimizer's temporaries need besides. Of several processes, each
+    has its share of the state, side by side with copies of its weights and gradients, and what is exchanged of a stage
+    at a time.
 
     The loss is at its peak when all activations are there. Temporaries come when both are gone, so only what they need
     more counts, unless a CUDA graph of the update keeps their memory. Backward adds gradients of weights to their sums
@@ -213,19 +218,32 @@ def predict_memory(
         banks = sum(p.numel for p in table if p.name.partition(".")[0] in converting)
         memory["fp8 weights"] = 2 * (banks + fp8_head * d.padded_vocab * d.d_model)
     free = 0 if graph_optimizer else memory["activations"] + memory["loss"]
-    memory["update"] = max(_update_bytes(table, dtype) - free, 0)
+    update = _update_bytes(table, dtype, world_size)
+    if world_size > 1:
+        owned = [p for p in table if p.computes and p.name in deal(table, world_size).bounds]
+        shared = state_bytes(owned, dtype) - state_bytes(owned, dtype) // world_size
+        memory["optimizer"] -= shared
+        memory["owned"] = (weight_bytes(owned, dtype) + 4 * sum(p.numel for p in owned)) // world_size
+        # what leaves, of all banks, since the host is far ahead of the GPU, and what has come, of those of the same
+        # layers; or both of tables after backward
+        banks = Counter[str]()
+        for p in owned:
+            if p.group == MUON:
+                banks[p.name.partition(".")[2]] += p.numel
+        memory["exchange"] = dtype.itemsize * (sum(banks.values()) + max(banks.values(), default=0))
+        update = max(update, 2 * dtype.itemsize * sum(p.numel for p in owned if p.group != MUON))
+    memory["update"] = max(update - free, 0)
     return memory | {"total": sum(memory.values())}
 
 
-def _update_bytes(table: Table, dtype: torch.dtype) -> int:
+def _update_bytes(table: Table, dtype: torch.dtype, ranks: int = 1) -> int:
     """What Polar Express is given, or has made of it, for the matrices of every shape; and of one shape the matrices of
-    a step and of the next, and two Gram matrices. AdamW's kernel has no temporaries, and the rounded gradients that
-    ranks exchange before are less."""
+    a step and of the next, and two Gram matrices. AdamW's kernel has no temporaries."""
     counts = Counter[tuple[int, int]]()
     for arena in arenas(table):
         for view in arena.views:
             K, R, C = view.stored(arena.shape)
-            counts[R, C] += K
+            counts[R, C] += -(-K // ranks)
     all_shapes = sum(K * R * C for (R, C), K in counts.items())
     one_shape = max((2 * K * (R * C + min(R, C) ** 2) for (R, C), K in counts.items()), default=0)
     return (all_shapes + one_shape) * dtype.itemsize

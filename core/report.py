@@ -1,12 +1,14 @@
 """What a run shows and leaves behind: console, log.jsonl, summary.json, report.md with its loss curve.
 
 Only rank 0 writes. log.jsonl has one object per line with `event` (start, compile, step, eval, sample, checkpoint,
-saved, unsaved, resume, stop, end), `step` and the event's own fields. A line is in the file when `event` returns, whole
-or not at all, and on the disk before a checkpoint that counts on it. Times are seconds, rates per second.
+saved, unsaved, resume, stop, stopped, end), `step` and the event's own fields. A line is in the file when `event`
+returns, whole or not at all, and on the disk before a checkpoint that counts on it. Times are seconds, rates per
+second.
 
 checkpoint   what is saved was taken; the log of a run that resumes from it ends here
 saved        it is on the disk: seconds that the loop stopped for it, write_seconds that the thread took
 unsaved      it is not, and why
+stop         what ended the run early; stopped: when its last checkpoint was on the disk
 """
 
 import json
@@ -14,7 +16,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +35,12 @@ from kernels import dispatch
 
 HIGH_NON_MATMUL_SHARE = 0.4  # above this the report says why
 PLAIN_WIDTH = 140  # of lines that go to a file
+WAITS = {
+    "data": "waiting for data",
+    "compute": "forward and backward",
+    "communication": "communication, exposed",
+    "optimizer": "optimizer",
+}  # spans of a step in words
 RATE_STEPS = 20  # the shown rate is over this many steps
 
 
@@ -89,6 +97,7 @@ class RunLog:
         written is left out, instead of an OSError."""
         self.out, self.plan, self.log_every, self.mirror = out, plan, log_every, mirror
         self.drops_lines = drops_lines
+        self.meter = machine.Meter(None)
         self.notes: list[str] = []  # what was wrong with the log of a resumed run
         self.is_main = world.is_main
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.is_main)
@@ -203,12 +212,24 @@ class RunLog:
         """Forgets step times: what follows is not training."""
         self._times.clear()
 
-    def step(self, step: int, loss: float, saturated: int | None = None) -> None:
-        """Logs one finished step (its loss as the mean over its tokens, nats); saturated: sites in fp8."""
+    def last(self, field: str) -> float:
+        """The field's newest value in the log; 0 where it has none."""
+        if not self.is_main:
+            return 0.0
+        values = (e[field] for e in reversed(read_log(self._path)) if field in e)
+        return next(values, 0.0)
+
+    def step(
+        self, step: int, loss: float, saturated: int | None = None, seconds: Mapping[str, float] | None = None
+    ) -> None:
+        """Logs one finished step (its loss as the mean over its tokens, nats); saturated: sites in fp8; seconds: of its
+        spans."""
         self._times.append((step, time.perf_counter()))
         rates = self._rates()
         fp8 = {} if saturated is None else {"fp8_saturated": saturated}
-        self.event("step", step, loss=loss if math.isfinite(loss) else str(loss), **rates, **fp8)
+        spans = {f"{name}_s": round(value, 6) for name, value in (seconds or {}).items()}
+        more = rates | fp8 | spans | self.meter.read()
+        self.event("step", step, loss=loss if math.isfinite(loss) else str(loss), **more)
         status = f"loss {loss:.4f}" + (f"  {saturated} saturated" if saturated else "")
         if rates:
             speed = f"MFU {100 * rates['mfu']:.1f} %" if "mfu" in rates else f"{rates['gflop_per_s']:.0f} GFLOP/s"
@@ -349,12 +370,8 @@ def step_seconds(events: Sequence[dict[str, Any]]) -> dict[int, float]:
     return passed
 
 
-def plot_loss(events: list[dict[str, Any]], path: Path, summary: dict[str, Any]) -> None:
-    """Training loss (nats per token) over steps, with validation bits per byte, over training time, tokens and FLOPs,
-    as a PNG."""
-    steps = [(e["step"], e["loss"]) for e in events if e["event"] == "step" and isinstance(e["loss"], float)]
-    evals = [(e["step"], e["val_bpb"]) for e in events if e["event"] == "eval"]
-    seconds = step_seconds(events)
+def _figure(path: Path, size: tuple[float, float]) -> tuple[Any, Callable[[], None]]:
+    """An empty figure, and what writes it to `path`."""
     # here, since importing matplotlib takes half a second that no start should wait for; it reads this variable then,
     # and fails on a backend that a notebook has set or nobody has heard of
     os.environ["MPLBACKEND"] = "agg"
@@ -362,8 +379,25 @@ def plot_loss(events: list[dict[str, Any]], path: Path, summary: dict[str, Any])
     from matplotlib.figure import Figure
 
     # an Agg canvas of its own: the figure needs no display, whatever MPLBACKEND says
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
+
+    def save() -> None:
+        tmp = path.with_name(f".{path.stem}.tmp.png")
+        with naming(path):
+            figure.savefig(tmp, dpi=100)
+            os.replace(tmp, path)
+
+    return figure, save
+
+
+def plot_loss(events: list[dict[str, Any]], path: Path, summary: dict[str, Any]) -> None:
+    """Training loss (nats per token) over steps, with validation bits per byte, over training time, tokens and FLOPs,
+    as a PNG."""
+    steps = [(e["step"], e["loss"]) for e in events if e["event"] == "step" and isinstance(e["loss"], float)]
+    evals = [(e["step"], e["val_bpb"]) for e in events if e["event"] == "eval"]
+    seconds = step_seconds(events)
+    figure, save = _figure(path, (12, 7))
     panels = figure.subplots(2, 2, sharey=True)
     scales = {
         "step": [step + 1 for step, _ in steps],
@@ -383,10 +417,29 @@ def plot_loss(events: list[dict[str, Any]], path: Path, summary: dict[str, Any])
         right = panels[0, 0].twinx()
         right.plot(*zip(*evals), "o-", color="tab:red", markersize=4)
         right.set_ylabel("validation, fixed subset (bits per byte)", color="tab:red")
-    tmp = path.with_name(f".{path.stem}.tmp.png")
-    with naming(path):
-        figure.savefig(tmp, dpi=100)
-        os.replace(tmp, path)
+    save()
+
+
+def span_shares(events: Sequence[dict[str, Any]]) -> tuple[list[int], dict[str, list[float]]]:
+    """Steps, and of each the shares of its spans, in the order of `WAITS`; what is left is "other"."""
+    timed = [e for e in events if e["event"] == "step" and e.get("step_s")]
+    names = [name for name in WAITS if any(f"{name}_s" in e for e in timed)]
+    shares = {name: [e.get(f"{name}_s", 0.0) / e["step_s"] for e in timed] for name in names}
+    shares["other"] = [max(0.0, 1 - sum(parts)) for parts in zip(*shares.values())]
+    return [e["step"] + 1 for e in timed], shares
+
+
+def plot_time(events: Sequence[dict[str, Any]], path: Path) -> None:
+    """Shares of a step's spans over steps, one above the other, as a PNG."""
+    steps, shares = span_shares(events)
+    if not steps:  # a log that lacks lines
+        return
+    figure, save = _figure(path, (12, 3.5))
+    ax = figure.subplots()
+    ax.stackplot(steps, [smoothed(part) for part in shares.values()], labels=[WAITS.get(n, n) for n in shares])
+    ax.set(xlabel="step", ylabel="share of a step", xlim=(steps[0], max(steps[-1], steps[0] + 1)), ylim=(0, 1))
+    figure.legend(loc="outside right center", reverse=True)
+    save()
 
 
 def commands(summary: dict[str, Any]) -> str:
@@ -427,6 +480,8 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
         lines.append(f"| tensors that exceeded their range in fp8 | {sum(clipped):,} in {len(clipped):,} steps |")
     if s["energy_j"] is not None:
         lines.append(f"| energy of the GPUs over the training time | {s['energy_j'] / 3.6e6:.4g} kWh |")
+    if s.get("kwh") is not None:
+        lines.append(f"| energy of {s['gpus_metered']} GPUs, command to report | {s['kwh']:.4g} kWh |")
     if s["cost_dollars"] is not None:
         lines.append(f"| cost of the GPUs, command to report | ${s['cost_dollars']:.2f} |")
     if (share := s.get("non_matmul_share")) is not None:
@@ -450,6 +505,15 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
             "The compressors saw the same bytes, files concatenated in path order; the model was trained on "
             "other files.",
         ]
+    if times := s.get("step_times"):
+        several = any("slowest_rank_s" in t for t in times.values())
+        lines += ["", "## A step of rank 0", "", "![shares of a step over steps](time.png)", ""]
+        lines += [f"| | ms | share |{' slowest rank, ms |' if several else ''}", f"|---|--:|--:|{'--:|' * several}"]
+        for name, t in times.items():
+            slowest = f" {1e3 * t['slowest_rank_s']:.1f} |" if several else ""
+            label = WAITS.get(name, name)
+            lines.append(f"| {label} | {1e3 * t['mean_s']:.1f} | {100 * t['share']:.1f} % |{slowest}")
+        lines += ["", f"Means over steps from {UNCOUNTED_STEPS} on, since the run was last resumed."]
     if s.get("time_by_op"):
         lines += ["", "## Where a step's time goes", "", "| op | share |", "|---|--:|"]
         lines += [f"| {name} | {100 * part:.1f} % |" for name, part in s["time_by_op"].items()]
@@ -491,4 +555,6 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
     with naming(out / "report.md"):
         tmp.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
         os.replace(tmp, out / "report.md")
+    if s.get("step_times"):
+        plot_time(events, out / "time.png")
     plot_loss(events, out / "loss.png", s)  # last: the numbers are safe whatever matplotlib meets

@@ -56,6 +56,7 @@ from core.wandb_mirror import WandbMirror
 FORMAT = 4
 AUTO = "auto"  # --resume auto: continue what --out holds, else start
 OWNER_FILE = "owner"
+RELEASE_S = 60  # that a save under way is waited for where the run has failed
 
 
 # the state of a checkpoint
@@ -175,6 +176,7 @@ class Run:
         """Finds the checkpoint to continue, as the owner of its folder, or sees that a new run's folder is free;
         UserError where neither can be. started: the wall clock's time at the start of the program."""
         self.cfg, self.world = cfg, world
+        self.step = 0  # that the loop is at
         self.unsaved: str | None = None  # why the newest checkpoint is missing
         self._owned: int | None = None
         self._under_way: Save | None = None  # that is under way, or of which nobody has asked yet what became
@@ -238,8 +240,8 @@ class Run:
 
     def release(self) -> None:
         """The folder has no owner any more; done by the kernel where the process just ends."""
-        if self._under_way is not None:  # it writes into the folder
-            self._under_way.join()
+        if self._under_way is not None:  # it writes into the folder, unless another process stands still
+            self._under_way.join(RELEASE_S)
         if self._owned is not None:
             os.close(self._owned)
             self._owned = None
@@ -297,6 +299,10 @@ class Run:
             run_id = saved.wandb if saved and cfg.wandb == saved.config["wandb"] else None
             return WandbMirror(cfg.wandb, self.out, config | {"plan": dataclasses.asdict(plan)}, run_id)
 
+        num_gpus = self.world.world_size if self.world.device.type == "cuda" else 0
+        metered = machine.node_energy_counter(self.world.device, self.world.world_size) if self.world.is_main else None
+        if metered and metered[0] < num_gpus:
+            notes.append(f"watts and kWh are those of {metered[0]} of {num_gpus} GPUs, the ones of this node")
         self.log = RunLog(
             self.out,
             self.world,
@@ -306,6 +312,12 @@ class Run:
             log_bytes=saved.log_bytes if saved else None,
             mirror=communication.main_first(open_mirror, "Weights & Biases"),
             drops_lines=cfg.on_save_error == "continue",
+        )
+        self.log.meter = machine.Meter(
+            metered[1] if metered else None,
+            lambda: machine.cost_dollars(time.time() - self.started, num_gpus, cfg.dollars_per_gpu_hour),
+            self.log.last("kwh") if saved else 0.0,
+            metered[0] if metered else 0,
         )
         self.clock = TrainingClock(
             self.world.device,
@@ -453,10 +465,11 @@ class Run:
             return False
         return self.cfg.on_save_error == "stop" or not isinstance(self._under_way.error, OSError)
 
-    def checkpoints(self) -> list[Path]:
-        """The run's whole checkpoints, oldest first, after the save under way."""
+    def checkpoints(self, wait_s: float | None = None) -> list[Path]:
+        """The run's whole checkpoints, oldest first, after the save under way, or after wait_s at most: where another
+        process stands still, it may never end."""
         if self._under_way is not None:
-            self._under_way.join()
+            self._under_way.join(wait_s)
         return checkpoint.checkpoints(self.out)
 
     def peak_memory(self) -> int:
@@ -466,9 +479,9 @@ class Run:
 
     # stopping -------------------------------------------------------------
 
-    def failed(self, step: int, why: str) -> TrainingError:
-        """The error to raise when training cannot go on; the log has it too."""
-        saved = self.checkpoints()
+    def failed(self, step: int, why: str, wait_s: float | None = None) -> TrainingError:
+        """The error to raise when training cannot go on; the log has it too. wait_s: see `checkpoints`."""
+        saved = self.checkpoints(wait_s)
         last = (
             f"the last good checkpoint is {saved[-1]}"
             if saved
@@ -493,9 +506,14 @@ class Run:
         if self.unsaved:
             raise TrainingError(f"the report is written, but {self.unsaved}; {self.how_to_go_on()}")
 
-    def how_to_go_on(self) -> str:
-        """What a run that ended early left, and the command that continues it."""
-        saved = self.checkpoints()
+    def log_of_loss(self, why: str) -> None:
+        """The log's last line of a run that another process has left, if there is a log yet."""
+        if "log" in vars(self):
+            self.log.event("stop", self.step, reason=why)
+
+    def how_to_go_on(self, wait_s: float | None = None) -> str:
+        """What a run that ended early left, and the command that continues it. wait_s: see `checkpoints`."""
+        saved = self.checkpoints(wait_s)
         if not saved:
             return "no checkpoint had been saved yet (see --save-every): start again"
         return f"{saved[-1]} is saved, continue with: python train.py --resume {self._quoted}"
@@ -528,6 +546,10 @@ class Run:
         except Stopped:
             communication.barrier()  # torchrun kills the others when one has ended: rank 0 closes its files first
             raise
+        except communication.Lost as error:
+            with suppress(OSError):
+                self.log_of_loss(str(error))
+            raise TrainingError(f"{error}; {self.how_to_go_on(RELEASE_S)}") from error
         except KeyboardInterrupt as error:
             if self._under_way is not None:
                 self._under_way.abandon()

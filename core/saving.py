@@ -81,9 +81,9 @@ class Save:
     def ended(self) -> bool:
         return not self._thread.is_alive()
 
-    def join(self) -> None:
+    def join(self, at_most_s: float | None = None) -> None:
         """Waits until it has ended."""
-        self._thread.join()
+        self._thread.join(at_most_s)
 
     def abandon(self) -> None:
         """From now on it renames nothing."""

@@ -45,6 +45,14 @@ class Stopped(RuntimeError):
         self.signum = signum
 
 
+class ScoringStopped(Exception):
+    """A process was told to stop before an evaluation or a sample was done."""
+
+
+def never() -> bool:
+    return False
+
+
 class Terminated(KeyboardInterrupt):
     """One of SIGNALS where nothing handles it: as Ctrl-C."""
 
@@ -216,12 +224,17 @@ class StopFlag:
     """
 
     def __init__(self, also: Callable[[], bool] = lambda: False) -> None:
-        self.signum, self._noted, self._also = 0, 0.0, also
+        self.signum, self._noted, self._also = 0, 0.0, also  # _noted: when, by time.monotonic()
         self._before: dict[signal.Signals, Any] = {}
 
     @property
     def wanted(self) -> bool:
         return self.signum > 0 or self._also()
+
+    @property
+    def since_s(self) -> float:
+        """Seconds since the signal; 0 where there was none."""
+        return time.monotonic() - self._noted if self.signum else 0.0
 
     def __enter__(self) -> Self:
         for s in SIGNALS:

@@ -1,4 +1,4 @@
-"""Several processes on one machine, over gloo: what they average, add up, wait for, and how they end together.
+"""Several processes on one machine, over gloo: what they add up, wait for, and how they end together.
 
 They are forked from a server that has imported torch once; a program under torchrun imports it twice more.
 """
@@ -16,11 +16,8 @@ import torch
 
 import train
 from core import checkpoint, communication
-from core.communication import average_, gather_objects, joined_world, main_first
-from core.config import ModelConfig, OptimConfig
+from core.communication import gather_objects, joined_world, main_first
 from core.data.packing import BestFitPacker
-from core.models.gpt2 import GPT
-from core.optim import Gradients, Optimizer, learning_rates
 from core.stopping import TrainingError, UserError
 from tests.test_train import events, final_tensors, losses, run
 
@@ -28,83 +25,22 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.test_processes"])
 
 
-def together(work, *args, ranks=2):
-    """What work(*args) gives on each rank, or the exception that it raises there."""
+def together(work, *args, ranks=2, local_size=None):
+    """What work(*args) gives on each rank, or the exception that it raises there. local_size: ranks of a node, if there
+    are several nodes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with ProcessPoolExecutor(ranks, CONTEXT) as pool:
-        done = [pool.submit(_as_rank, rank, ranks, port, work, args) for rank in range(ranks)]
+        done = [pool.submit(_as_rank, rank, ranks, local_size or ranks, port, work, args) for rank in range(ranks)]
         return [rank.exception(timeout=120) or rank.result() for rank in done]
 
 
-def _as_rank(rank, ranks, port, work, args):
+def _as_rank(rank, ranks, local_size, port, work, args):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"LOCAL_RANK": str(rank % local_size), "LOCAL_WORLD_SIZE": str(local_size)}
     torch.set_num_threads(1)
     return work(*args)
-
-
-def ranks_of(value):
-    """Tensors that differ by rank, in several dtypes, larger and smaller than a bucket, and with gaps."""
-    return [
-        torch.arange(n, dtype=torch.float32).add(value).to(dtype).reshape(shape)
-        for n, shape, dtype in (
-            (6, (2, 3), torch.float32),
-            (40, (40,), torch.float32),  # more than a bucket by itself
-            (4, (4,), torch.float32),
-            (8, (2, 4), torch.bfloat16),
-            (12, (12,), torch.bfloat16),
-            (5, (5,), torch.float64),
-            (16, (16,), torch.float32),
-            (1, (), torch.float32),
-        )
-    ]
-
-
-def averaged(bucket_bytes):
-    communication.BUCKET_BYTES = bucket_bytes
-    wire, honest = [], torch.distributed.all_reduce
-    torch.distributed.all_reduce = lambda t: wire.append((t.dtype, t.nbytes)) or honest(t)
-    with joined_world("cpu") as world:
-        tensors = ranks_of(2.0 * world.rank)
-        strided = torch.zeros(4, 6)[:, ::2]
-        strided += world.rank
-        average_(iter([*tensors, strided]))
-        return [*tensors, strided.contiguous()], wire
-
-
-@pytest.mark.parametrize("bucket_bytes", [1, 64, 2**26])
-def test_every_tensor_is_the_mean_whatever_the_buckets(bucket_bytes):
-    wanted = [*ranks_of(1.0), torch.full((4, 3), 0.5)]
-    for got, wire in together(averaged, bucket_bytes):
-        for t, want in zip(got, wanted, strict=True):
-            assert t.dtype == want.dtype and torch.equal(t, want)
-        for dtype in {t.dtype for t in wanted}:  # nothing is widened on its way
-            assert sum(n for d, n in wire if d == dtype) == sum(t.nbytes for t in wanted if t.dtype == dtype)
-        assert all(n <= max(bucket_bytes, 160) for _, n in wire)
-        assert len(wire) == {1: 9, 64: 7, 2**26: 4}[bucket_bytes]
-
-
-def mean_gradients():
-    """Of an fp32 and a bf16 parameter over three micro-steps, and of one that only rank 0 uses."""
-    with joined_world("cpu") as world:
-        model = GPT(ModelConfig(depth=1, d_model=32, d_head=8, seq_len=16, vocab_size=64))
-        model.init_weights(0)
-        lrs = learning_rates(OptimConfig(), 32, 1)
-        optimizer = Optimizer(model, lrs=lrs, weight_decay=0.0, ns_steps=1, compute_dtype=torch.bfloat16)
-        grads, params = Gradients(model, optimizer), (model.resid_lambdas, model.wte, model.lm_head)
-        for _ in range(3):
-            loss = (params[0] * (1 + world.rank)).sum() + (params[1] * (3 + 2 * world.rank)).sum()
-            (loss if world.rank else loss + params[2].sum()).backward()
-        grads.average(average_)
-        assert not grads(model.x0_lambdas).any()
-        return [grads(p) for p in params]
-
-
-def test_gradients_are_averaged_in_every_dtype():
-    for got in together(mean_gradients):
-        assert [g.dtype for g in got] == [torch.float32] * 3
-        assert [g.unique().tolist() for g in got] == [[4.5], [12.0], [1.5]]
 
 
 def first(fails):
@@ -272,3 +208,11 @@ def test_what_fails_on_one_process_fails_on_all():
     first, second = together(fails_on_rank_1)
     assert isinstance(first, TrainingError) and "another process failed in a test" in str(first)
     assert isinstance(second, UserError) and str(second) == "rank 1 cannot"
+
+
+def test_a_profile_of_two_nodes_ends_with_nothing_under_way(tiny, tmp_path):
+    """PyTorch's profiler crashed there."""
+    out = tmp_path / "run"
+    argv = [*tiny, "--profile", "1", "--steps", "14", "--eval-every", "None", "--sample-every", "None"]
+    assert together(trained, [*argv, "--out", str(out)], ranks=4, local_size=2) == [None] * 4
+    assert len(losses(out)) == 14 and json.loads((out / "summary.json").read_text())["time_by_op"]

@@ -54,7 +54,7 @@ def test_interrupted_runs_resume_to_the_same_bits(tiny, tmp_path, whole):
         assert child.returncode == 128 + sig and step <= made < 100
         assert f"stopped by {sig.name} after {made} of 120 steps" in error and f"train.py --resume {out}" in error
         assert "a second signal stops at once" in error and "Traceback" not in error
-        assert [e["event"] for e in events(out)][-3:] == ["stop", "checkpoint", "saved"]
+        assert [e["event"] for e in events(out)][-3:] == ["checkpoint", "saved", "stopped"]
         assert max(losses(out)) == made - 1
         argv = ["--resume", str(out)]
     train.main(argv)
@@ -159,8 +159,8 @@ def test_outside_the_loop_a_signal_is_one_sentence(tiny, tmp_path, where, says, 
 def test_a_signal_during_the_last_visit_keeps_the_finished_training(tiny, tmp_path, monkeypatch):
     honest = train.sample
 
-    def slow(run, text, trainer, step):
-        honest(run, text, trainer, step)
+    def slow(run, text, trainer, step, stopped):
+        honest(run, text, trainer, step, stopped)
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -4,6 +4,7 @@ On a CPU nothing waits, so the trace shows what would: operators that read a num
 that copy a tensor to pageable memory. Copies that operators of PyTorch make within themselves cannot be told here.
 """
 
+import gc
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -18,10 +19,12 @@ from core.config import ModelConfig, OptimConfig
 from core.fp8 import Recipe
 from core.models.gpt2 import GPT
 from core.optim import Gradients, Optimizer, learning_rates
+from core.timing import StepTimes
 from kernels.dispatch import Backends
 from tests.harness import DEVICE
+from tests.test_train import run
 
-pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="launches are counted, not made")
+NOT_MADE = pytest.mark.skipif(DEVICE == "cuda", reason="launches are counted, not made")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 WAITING_OPS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
 WAITING_CALLS = ("cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__float__", "__index__")
@@ -47,13 +50,14 @@ def trainer_of(dtype, backend, depth=2, micro_steps=3, recipe=None):
     cfg = ModelConfig(depth=depth, d_model=256, d_head=128, seq_len=8, vocab_size=300)
     rows, device = 2, torch.device(DEVICE)
     backends = Backends(backend, device=device, dtype=dtype)
-    model = GPT(cfg, backends, rows, recipe=recipe)
+    with device:
+        model = GPT(cfg, backends, rows, recipe=recipe)
     model.init_weights(0)
     optimizer = Optimizer(
         model, lrs=learning_rates(OptimConfig(), 256, 1), weight_decay=0.1, ns_steps=5, compute_dtype=dtype,
         backends=backends,
     )  # fmt: skip
-    tokens = torch.randint(cfg.vocab_size, (micro_steps, rows, cfg.seq_len + 1))
+    tokens = torch.randint(cfg.vocab_size, (micro_steps, rows, cfg.seq_len + 1), device=device)
     batch = tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
     return train.Trainer(
         cfg=SimpleNamespace(optim=OptimConfig()),
@@ -64,6 +68,7 @@ def trainer_of(dtype, backend, depth=2, micro_steps=3, recipe=None):
         optimizer=optimizer,
         gradients=Gradients(model, optimizer),
         loader=SimpleNamespace(next_step=lambda: batch, fault_ahead=lambda steps: None),
+        times=StepTimes(device),
     )
 
 
@@ -92,7 +97,7 @@ def waits(trainer, calls):
     """What of a step would wait for a GPU."""
     calls.clear()
     with profile(activities=[ProfilerActivity.CPU]) as trace:
-        outcome = train.train_step(trainer, 1, SimpleNamespace(signum=0))
+        outcome = train.train_step(trainer, 1, SimpleNamespace(wanted=False))
         found = set(calls)
     names = {event.name for event in trace.events()}
     assert {"aten::mm", "aten::copy_", "aten::add_"} <= names  # the trace is not empty
@@ -104,6 +109,7 @@ def waits(trainer, calls):
 RECIPES = pytest.mark.parametrize("recipe", [None, Recipe(), Recipe("dynamic")], ids=["bf16", "delayed", "dynamic"])
 
 
+@NOT_MADE
 @RECIPES
 @DTYPES
 @pytest.mark.parametrize("backend", ["ref", "triton"])
@@ -111,6 +117,21 @@ def test_nothing_in_a_step_waits_for_the_device(backend, dtype, recipe, launches
     trainer = trainer_of(dtype, backend, recipe=recipe)
     assert waits(trainer, calls) == set()
     assert (sum(launches.values()) > 0) == (backend == "triton")
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="asks the driver")
+@RECIPES
+def test_nothing_in_a_step_waits_for_the_gpu(recipe):
+    """PyTorch raises where it would; a first step has compiled the kernels."""
+    trainer = trainer_of(torch.bfloat16, "auto", recipe=recipe)
+    flag = SimpleNamespace(wanted=False)
+    train.train_step(trainer, 0, flag)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train.train_step(trainer, 1, flag)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 PLANTED = {
@@ -131,6 +152,7 @@ PLANTED = {
 }
 
 
+@NOT_MADE
 @pytest.mark.parametrize("where", ["forward", "backward", "update"])
 def test_what_waits_is_seen(where, monkeypatch, launches, calls):
     """Planted into each part of a step, on a number of its own: losses and gradients are what memory held before, as no
@@ -186,6 +208,7 @@ def expected_launches(layers, micro_steps, dtype):
     return Counter({name: micro_steps * n for name, n in micro_step.items()}) + Counter(update)
 
 
+@NOT_MADE
 @DTYPES
 @pytest.mark.parametrize("layers, micro_steps", [(2, 1), (2, 3), (4, 2)])
 def test_launches_of_a_step(layers, micro_steps, dtype, launches):
@@ -193,12 +216,13 @@ def test_launches_of_a_step(layers, micro_steps, dtype, launches):
     expected = expected_launches(layers, micro_steps, dtype)
     for step in range(3):
         launches.clear()
-        train.train_step(trainer, step, SimpleNamespace(signum=0))
+        train.train_step(trainer, step, SimpleNamespace(wanted=False))
         assert launches == expected, step
     a_micro_step = 16 * layers + 8 if dtype == torch.bfloat16 else 14 * layers + 7
     assert launches.total() == micro_steps * a_micro_step + 50
 
 
+@NOT_MADE
 @pytest.mark.parametrize("layers, micro_steps", [(2, 1), (2, 3), (4, 2)])
 def test_launches_of_a_step_in_fp8(layers, micro_steps, launches):
     """With delayed scales: four passes a layer quantise, of the gradient of q, k and v, attention's output and its
@@ -216,5 +240,12 @@ def test_launches_of_a_step_in_fp8(layers, micro_steps, launches):
     expected["_transpose_kernel"] += 4
     for step in range(3):
         launches.clear()
-        train.train_step(trainer, step, SimpleNamespace(signum=0))
+        train.train_step(trainer, step, SimpleNamespace(wanted=False))
         assert launches == expected, step
+
+
+def test_the_collector_passes_over_what_was_there_before_the_loop(tiny, tmp_path, monkeypatch):
+    counts, honest = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *args: (counts.append(gc.get_freeze_count()), honest(*args))[1])
+    run(tiny, tmp_path / "run", "--steps", "2")
+    assert len(counts) == 2 and min(counts) > 100_000 and gc.get_freeze_count() == 0

@@ -10,18 +10,19 @@ import bz2
 import gzip
 import lzma
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from core.communication import World, all_sum, together
+from core.communication import World, all_sum, gather_objects, together
 from core.data.corpus import Corpus
 from core.data.packing import BestFitPacker
 from core.data.tokenizer import Tokenizer
 from core.models.gpt2 import GPT
-from core.stopping import UserError
+from core.stopping import ScoringStopped, UserError, never
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,17 @@ def windows(tokens: Sequence[int], seq_len: int, stride: int) -> Iterator[Window
 
 @torch.no_grad()
 def bits_per_byte(
-    model: GPT, items: Iterable[Window], token_bytes: np.ndarray, *, batch_size: int, world: World
+    model: GPT,
+    items: Iterable[Window],
+    token_bytes: np.ndarray,
+    *,
+    batch_size: int,
+    world: World,
+    stopped: Callable[[], bool] = never,
 ) -> BitsPerByte:
-    """Scores windows, the same list on every rank; ranks share the batches and add up their sums."""
+    """Scores windows, the same list on every rank; ranks share the batches and add up their sums.
+
+    stopped: asked between batches; ScoringStopped on all ranks where it was true on one."""
     # equal lengths side by side: little padding
     items = sorted(items, key=lambda w: len(w.tokens), reverse=True)
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
@@ -69,6 +78,8 @@ def bits_per_byte(
     def score_mine() -> None:
         nonlocal nats, counts
         for batch in batches[world.rank :: world.world_size]:
+            if stopped():
+                return
             length = len(batch[0].tokens) - 1
             idx = np.zeros((len(batch), length), dtype=np.int64)
             targets = np.full((len(batch), length), -1, dtype=np.int64)
@@ -84,6 +95,8 @@ def bits_per_byte(
             counts += torch.stack((size.sum(), (size > 0).sum()))
 
     together(score_mine, "the evaluation")
+    if any(gather_objects(stopped(), "the evaluation")):
+        raise ScoringStopped
     total_nats = all_sum(nats).item()
     num_bytes, num_tokens = all_sum(counts).tolist()
     bpb = total_nats / (math.log(2) * num_bytes) if num_bytes else math.inf
@@ -128,9 +141,9 @@ class ValidationSet:
     scope: str  # in words, for people
 
 
-def score(model: GPT, valset: ValidationSet, tokenizer: Tokenizer, *, batch_size: int, world: World) -> BitsPerByte:
-    """Bits per byte of a validation set; every byte of it must have been counted."""
-    result = bits_per_byte(model, valset.windows, tokenizer.token_bytes, batch_size=batch_size, world=world)
+def score(model: GPT, valset: ValidationSet, tokenizer: Tokenizer, **options: Any) -> BitsPerByte:
+    """Bits per byte of a validation set; every byte of it must have been counted. options: of `bits_per_byte`."""
+    result = bits_per_byte(model, valset.windows, tokenizer.token_bytes, **options)
     if result.num_bytes != valset.num_bytes:
         raise AssertionError(f"scored {result.num_bytes} bytes of a text of {valset.num_bytes}")
     return result

@@ -39,7 +39,7 @@ from core.data.download import Say, fetch_zip
 from core.data.tokenizer import Tokenizer
 from core.layers import Branches
 from core.models.gpt2 import GPT
-from core.stopping import UserError
+from core.stopping import ScoringStopped, UserError, never
 
 GPT2_CORE = 0.256525  # GPT-2 (1.5B) by this scorer: the threshold of the race [nanochat 92d63d4, README]
 TASKS = frozenset(
@@ -384,10 +384,6 @@ def centered(accuracy: float, baseline: float) -> float:
     return (accuracy - baseline) / (1 - baseline)
 
 
-class ScoringStopped(Exception):
-    """A process was told to stop before every task was scored."""
-
-
 @torch.no_grad()
 def core_score(
     scorer: Scorer,
@@ -396,7 +392,7 @@ def core_score(
     *,
     max_per_task: int | None = None,
     on_task: Callable[[TaskScore], None] | None = None,
-    stopped: Callable[[], bool] = lambda: False,
+    stopped: Callable[[], bool] = never,
 ) -> CoreScore:
     """Scores every task; ranks share the examples of each.
 
@@ -425,7 +421,7 @@ def answers(
     task: Task,
     examples: Sequence[dict[str, Any]],
     world: World,
-    stopped: Callable[[], bool] = lambda: False,
+    stopped: Callable[[], bool] = never,
 ) -> Tensor:
     """(N,) int32: 1 where an example of this rank was answered right, or 0."""
     right = torch.zeros(len(examples), dtype=torch.int32, device=world.device)

@@ -357,6 +357,9 @@ class GPT(nn.Module):
             self.register_buffer("rope_sin", sin, persistent=False)
         self._sums: dict[str, list[Tensor]] = {}  # of a bank, by layer
         self.run_layer = recomputed_layer if recompute else run_layer
+        # several ranks: see core/exchange.py
+        self.copies: list[Callable[[], None]] = []
+        self.at_stage: Callable[[Tensor, int, Sequence[Tensor]], Tensor] | None = None
 
     # weights --------------------------------------------------------------
 
@@ -364,16 +367,30 @@ class GPT(nn.Module):
         params.init_weights(self, self.table, seed)
         self.refresh_copies()
 
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """Large parameters in the order in which forward needs them: tables, whose gradients are complete last, then
+        the banks of the same layers together, with the last the head."""
+        tables = ("wte", "value_embeds") if self.cfg.value_embeds else ("wte",)
+        kinds = ("attn_qkv", "attn_out", "mlp_up", "mlp_down")
+        layers = [tuple(f"{kind}.{i}" for kind in kinds) for i in range(len(self.attn_qkv))]
+        if self.cfg.untied_head:
+            layers[-1] += ("lm_head",)
+        return (tables, *layers)
+
     @torch.no_grad()
-    def refresh_copies(self) -> None:
-        """Makes copies of weights in other types anew. Whoever writes weights calls it when done: `init_weights`, the
-        optimizer, the checkpoint's loader. (They write past autograd's version counts, so nothing else could tell that
-        a copy is stale: the first version relied on them and trained on a copy of the initial head, bench/LOG.md
-        2026-11-21.)"""
-        if self.fp8_head:
+    def refresh_copies(self, names: Sequence[str] | None = None) -> None:
+        """Makes copies of weights anew: all of them, or those in fp8 of a stage's parameters. Whoever writes weights
+        calls it when done: `init_weights`, the optimizer, the exchange between ranks, the checkpoint's loader. (They
+        write past autograd's version counts, so nothing else could tell that a copy is stale: the first version relied
+        on them and trained on a copy of the initial head, bench/LOG.md 2026-11-21.)"""
+        if self.fp8_head and (names is None or ("lm_head" if self.cfg.untied_head else "wte") in names):
             self._quantise(self.lm_head.detach(), self.head_q, self.head_q_t, self.head_scale)
         if self.in_fp8 is not None:
-            self.in_fp8.refresh()
+            self.in_fp8.refresh(names)
+        if names is None:
+            for copy in self.copies:
+                copy()
 
     def accumulate(self, sums: Mapping[str, Tensor]) -> None:
         """From now on backward adds the gradients of weights that are multiplied or looked up to these fp32 tensors, by
@@ -490,7 +507,7 @@ class GPT(nn.Module):
         # products in fp8 are for training: scores and samples are those of the weights as they are
         eight = self.in_fp8.layers() if self.in_fp8 and torch.is_grad_enabled() else [IN_BF16] * d.n_layer
         qkv_sum, out_sum, up_sum, down_sum = map(self._sums_of, ("attn_qkv", "attn_out", "mlp_up", "mlp_down"))
-        resid = self.resid_lambdas.unbind() if cfg.resid_lambdas else None
+        resid = list(self.resid_lambdas.unbind()) if cfg.resid_lambdas else None
         share = self.x0_lambdas.unbind() if cfg.x0_lambdas else None
         ve: Sequence[Tensor] = ()
         gate_w: Sequence[Tensor] = ()
@@ -549,6 +566,14 @@ class GPT(nn.Module):
             return x, x0, self._mlp(eight[i], normed, (up_w[i], down_w[i]), (up_sum[i], down_sum[i]))
 
         for i in range(d.n_layer):
+            if self.at_stage is not None and i % params.BANK_LAYERS == 0 and torch.is_grad_enabled():
+                stage = i // params.BANK_LAYERS + 1
+                sums = [t for name in self.stages[stage] for t in self._sums[name]]
+                # a scale of the layer's entry, on which all of the stage depends, costs less to mark than the stream
+                if resid is not None:
+                    resid[i] = self.at_stage(resid[i], stage, sums)
+                else:
+                    x = self.at_stage(x, stage, sums)
             x, x0, added = self.run_layer(layer, i, x, x0, added)
             # backout: what the middle layer knew is subtracted before the head, in the last norm's pass
             if cfg.backout and i == d.n_layer // 2:
