@@ -1,4 +1,4 @@
-"""`python -m bench.projection [--plot F.png] [--rows] [--json]`."""
+"""`python -m bench.projection [--plot F.png] [--rows] [--json]`, `python -m bench.projection --gpus 1,8,16,64`."""
 
 import argparse
 import dataclasses
@@ -6,11 +6,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.projection.machine import CLASSES
+from bench.projection.machine import CLASSES, GPUS
 from bench.projection.peers import TOLERANCE, checks
 from bench.projection.redline import read_models, read_results, redline, with_measurements
 from bench.projection.report import NOTE, as_dict, levers, plot, progress, report
-from core.stopping import one_sentence
+from bench.projection.scale import scale_report
+from core.stopping import UserError, one_sentence
+
+
+def gpu_counts(text: str) -> list[int]:
+    """ "1,8,16" as numbers; UserError where they fill no nodes."""
+    counts = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if bad := [n for n in counts if not (0 < n <= GPUS or n % GPUS == 0 and n)]:
+        raise UserError(f"--gpus {text}: expected numbers of up to {GPUS} or multiples of it, not {bad[0]}")
+    return counts
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -19,7 +28,14 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--rows", action="store_true", help="print the check op by op, too")
     parser.add_argument("--depth", type=int, default=24, help="of Redline's budget")
+    parser.add_argument("--gpus", metavar="N,N,...", help="what a token costs on 1 GPU, 8 or nodes of 8, instead")
+    parser.add_argument("--grow", action="store_true", help="with --gpus: the batch grows with the nodes")
+    parser.add_argument("--fa3", action="store_true", help="with --gpus: attention by FlashAttention 3")
     options = parser.parse_args(args)
+    if options.gpus:
+        text, found = scale_report(gpu_counts(options.gpus), options.depth, options.fa3, options.grow)
+        print(json.dumps({"note": NOTE} | found) if options.json else text)
+        return
     checked, results, models = checks(), read_results(), read_models()
     alone = [{"gpus": 1, "fa3": fa3, "fp8": fp8} for fp8 in (False, True) for fa3 in (False, True)]
     together = [{"fp8": False}, {"fp8": True}, {"target": True}]

@@ -20,6 +20,7 @@ FLOPS = {"bf16": 989e12, "fp8": 1979e12}  # dense tensor-core peaks of an H100 o
 FP32_FLOPS = 67e12  # in CUDA cores
 HBM = {"H100": 3.35e12, "H200": 4.8e12}
 NVLINK = 450e9  # one direction of one GPU
+INFINIBAND = 50e9  # 400 Gb/s: one direction of one GPU's adapter
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,11 @@ CLASSES = {
     # norms 77-90 % (QuACK), casts 84-91 % (torchao), transposes 83 % (modded-nanogpt#240)
     "kernel pass": Class(H100_BYTES, 0.85, "hand-written 77-91 % (QuACK, torchao, modded-nanogpt#240)"),
     "collective": Class(NVLINK, 0.78, "bus bandwidth 350 GB/s: assumption, NCCL's usual figure for large messages"),
+    "between nodes": Class(INFINIBAND, 0.90, "45 GB/s of 400 Gb/s InfiniBand: assumption, NCCL's usual figure"),
 }  # fmt: skip
 LATENCY_S = 25e-6  # a collective of nothing: NCCL's floor for an all-to-all (Dion3 app. D)
+INSIDE_S = 10e-6  # the same of a small reduce-scatter or all-gather within a node; assumption
+COLLECTIVE_SMS = 16  # that NCCL's kernels hold while they move data; assumption, of its default channels
 # between a kernel's end and the next one's full speed; assumption, below the 3.5 us it takes to launch one (quack)
 GAP_S = 1.5e-6
 WAIT_S = 1e-3  # a host that waits for the GPU each step and then has to fill its queue again; assumption

@@ -31,11 +31,11 @@ from bench.projection.machine import (
     products,
     workload,
 )  # fmt: skip
-from core.config import ModelConfig, preset
+from core.config import Config, ModelConfig, preset
 from core.fp8 import ACTIVATIONS, GRADIENTS, Recipe
 from core.models.gpt2 import dims, fp8_choices, parameter_table
 from core.params import Table, arenas
-from core.plan import make_plan
+from core.plan import Plan, make_plan
 from kernels.adam_update import adam_update_cost
 from kernels.muon_update import muon_apply_cost, muon_momentum_cost
 from kernels.op import distance
@@ -136,10 +136,46 @@ def redline(depth: int = 24, target: bool = False, gpus: int = GPUS, fa3: bool =
     fa3: today with FlashAttention 3 installed. fp8: layers and head. target: in fp8 with it, a sharded optimizer and
     bf16 communication of which backward hides 70 %; products at cuBLAS's efficiency, fewer casts.
     """
+    cfg, plan = planned(depth, gpus)
+    rows = compute(cfg.model, plan, target, fa3, fp8)
+    params = plan.params_total
+    if gpus > 1:
+        exposed = {"exposed": 0.3} if target else {}
+        name = "reduce-scatter, all-gather in bf16, 30 % exposed" if target else "all-reduce of gradients in bf16"
+        # rounded; besides, today: divided, copied onto themselves, and back
+        moved = 6 if target else 6 + 4 + 4 + 6
+        rows += [
+            one_pass("gradients to bf16", "weights", moved * params, 4 * 8, "kernel pass"),
+            collectives(name, 2 * 2 * params, 2 * 4 * 7 if target else 2 * 8, **exposed),
+        ]
+        if fp8:
+            sites = dims(cfg.model).n_layer * len(ACTIVATIONS + GRADIENTS)
+            rows.append(collectives("largest sizes of fp8 sites", 2 * 4 * sites, 2))
+    ranks = gpus if target else 1  # that share the optimizer; today each updates everything
+    rows += optimizer(parameter_table(cfg.model), ranks)
+    name = f"Redline d{depth}, " + ("target: fp8, sharded" if target else f"today: {'fp8' if fp8 else 'bf16'}, ")
+    if not target:
+        name += ("FA3, " if fa3 else "") + ("replicated" if gpus > 1 else "one H100")
+    return workload(name, rows, tokens=plan.total_batch_size, steps=plan.steps)
+
+
+def planned(depth: int, gpus: int, batch: int | None = None) -> tuple[Config, Plan]:
+    """The gpt2 preset at ratio 8, 16 rows at a time or as many as a GPU has. batch: tokens of a step; None: by law."""
     cfg = preset("gpt2", "cuda")
-    cfg = dataclasses.replace(cfg, ratio=8.0, device_batch_size=16, model=dataclasses.replace(cfg.model, depth=depth))
-    plan = make_plan(cfg, device_type="cuda", world_size=gpus, compute_dtype=BF16)
-    d, micro, B = dims(cfg.model), plan.grad_accum_steps, plan.device_batch_size
+    model = dataclasses.replace(cfg.model, depth=depth)
+    data = dataclasses.replace(cfg.data, num_streams=max(cfg.data.num_streams, gpus))
+    cfg = dataclasses.replace(cfg, ratio=8.0, model=model, data=data, total_batch_size=batch)
+    if batch is None:  # a batch by law knows no rows yet
+        law = make_plan(cfg, device_type="cuda", world_size=1, compute_dtype=BF16)
+        cfg = dataclasses.replace(cfg, total_batch_size=law.total_batch_size)
+    rows = cfg.total_batch_size // cfg.model.seq_len // gpus
+    cfg = dataclasses.replace(cfg, device_batch_size=math.gcd(16, rows))
+    return cfg, make_plan(cfg, device_type="cuda", world_size=gpus, compute_dtype=BF16)
+
+
+def compute(model: ModelConfig, plan: Plan, target: bool, fa3: bool, fp8: bool) -> list[Row]:
+    """All of a step of one GPU but communication and update."""
+    d, micro, B = dims(model), plan.grad_accum_steps, plan.device_batch_size
     L, C, F, V, T, ve = d.n_layer, d.d_model, d.d_ff, d.padded_vocab, d.seq_len, len(d.ve_layers)
     M, on_gpu, n = B * T, micro * B * T, L * micro
     stream, params = 2 * C * on_gpu, plan.params_total
@@ -189,24 +225,8 @@ def redline(depth: int = 24, target: bool = False, gpus: int = GPUS, fa3: bool =
             one_pass("softcap and cross-entropy, one kernel", "head", 3 * V * on_gpu, micro, "kernel pass"),
         ]
     elif fp8:
-        rows += weights_to_fp8(cfg.model)
-    if gpus > 1:
-        exposed = {"exposed": 0.3} if target else {}
-        name = "reduce-scatter, all-gather in bf16, 30 % exposed" if target else "all-reduce of gradients in bf16"
-        # rounded; besides, today: divided, copied onto themselves, and back
-        moved = 6 if target else 6 + 4 + 4 + 6
-        rows += [
-            one_pass("gradients to bf16", "weights", moved * params, 4 * 8, "kernel pass"),
-            collectives(name, 2 * 2 * params, 2 * 4 * 7 if target else 2 * 8, **exposed),
-        ]
-        if fp8:
-            rows.append(collectives("largest sizes of fp8 sites", 2 * 4 * L * len(ACTIVATIONS + GRADIENTS), 2))
-    ranks = gpus if target else 1  # that share the optimizer; today each updates everything
-    rows += optimizer(parameter_table(cfg.model), ranks)
-    name = f"Redline d{depth}, " + ("target: fp8, sharded" if target else f"today: {'fp8' if fp8 else 'bf16'}, ")
-    if not target:
-        name += ("FA3, " if fa3 else "") + ("replicated" if gpus > 1 else "one H100")
-    return workload(name, rows, tokens=plan.total_batch_size, steps=plan.steps)
+        rows += weights_to_fp8(model)
+    return rows
 
 
 def optimizer(table: Table, ranks: int) -> list[Row]:
