@@ -220,7 +220,8 @@ def predict_memory(
     free = 0 if graph_optimizer else memory["activations"] + memory["loss"]
     update = _update_bytes(table, dtype, world_size)
     if world_size > 1:
-        owned = [p for p in table if p.computes and p.name in deal(table, world_size).bounds]
+        bounds = deal(table, world_size).bounds
+        owned = [p for p in table if p.name in bounds]
         shared = state_bytes(owned, dtype) - state_bytes(owned, dtype) // world_size
         memory["optimizer"] -= shared
         memory["owned"] = (weight_bytes(owned, dtype) + 4 * sum(p.numel for p in owned)) // world_size

@@ -223,7 +223,7 @@ class StopFlag:
     `stop.wanted` is whether there was a signal, or `also()` asks to stop as well.
     """
 
-    def __init__(self, also: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, also: Callable[[], bool] = never) -> None:
         self.signum, self._noted, self._also = 0, 0.0, also  # _noted: when, by time.monotonic()
         self._before: dict[signal.Signals, Any] = {}
 
