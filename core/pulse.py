@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, NamedTuple, Self
 
 import torch.distributed as dist
@@ -102,6 +103,10 @@ class Pulse:
         os.write(2, f"{name}: {sentence}\n".encode())  # the main thread may hold the lock of print
         if heard:
             self._say(f"last {self._rank}", stands)
+            if self._rank == 0:  # the store may end with this process: the others are still listening
+                lasts = [f"last {rank}" for rank in range(self._size) if rank not in heard[0]]
+                with suppress(dist.DistError):
+                    self._store.wait(lasts, timedelta(seconds=ANSWER_S))
         if heard and self._rank in behind(heard[1]):
             faulthandler.dump_traceback(file=2, all_threads=True)
         os._exit(1)  # the main thread is not to be interrupted where it is
