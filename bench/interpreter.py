@@ -40,12 +40,14 @@ def convert_float(data, source, target, rounding_mode):
 
 
 def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    """Replaces InterpreterBuilder.create_dot: operands of every float type as the numbers they are."""
+    """Replaces InterpreterBuilder.create_dot: operands of every float type as the numbers they are. Those of fp32 are
+    summed in float64: in which order numpy adds them up, and so the error, depends on the CPU."""
+    wide = torch.float64 if tl.float32 in (a.dtype.scalar, b.dtype.scalar) else torch.float32
 
     def numbers(x):
-        return as_torch(x.data, x.dtype.scalar).to(torch.float32).numpy() if x.dtype.is_floating() else x.data
+        return as_torch(x.data, x.dtype.scalar).to(wide).numpy() if x.dtype.is_floating() else x.data
 
-    product = np.matmul(numbers(a), numbers(b), dtype=d.data.dtype)
+    product = np.matmul(numbers(a), numbers(b)).astype(d.data.dtype)
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 

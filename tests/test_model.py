@@ -243,20 +243,27 @@ def test_with_triton_the_model_is_one_graph_and_agrees_with_the_reference(dtype)
         for name, p in model.named_parameters():
             p.data = p.data if "lambda" in name or name == "smear_gate" else p.data.to(dtype)
     exact.double()
-    idx, targets = tokens(cfg).to(DEVICE), tokens(cfg, seed=1).to(DEVICE)
-    results = {}
-    for name, model in (("exact", exact), ("ref", ref), ("fast", fast), ("compiled", fast)):
-        torch._dynamo.reset()
-        run = torch.compile(model, backend="aot_eager", fullgraph=True) if name == "compiled" else model
+
+    def results(run, model, seed):
+        texts = [tokens(cfg, seed=seed + i).to(DEVICE) for i in range(2)]
         model.zero_grad()
-        loss = run(idx, targets)
-        loss.backward()
-        results[name] = {"loss": loss.detach(), **{n: p.grad.double() for n, p in model.named_parameters()}}
-    for name, want in results["exact"].items():
-        errors = {how: ((results[how][name] - want).norm() / want.norm()).item() for how in results}
-        few = want.numel() < 16  # a draw rather than a mean
-        for how in ("fast", "compiled"):
-            assert errors[how] <= (5 if few else 1.5) * errors["ref"] + 2e-6, (how, name, errors)
+        run(*texts).backward()
+        with torch.no_grad():
+            losses = run(*texts, "none").double()  # of each token: their mean would be one number
+        return {"losses": losses, **{n: p.grad.double() for n, p in model.named_parameters()}}
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    runs = {"fast": results(fast, fast, 0), "compiled": results(compiled, fast, 0)}
+    wants, refs = ([results(m, m, 2 * i) for i in range(16)] for m in (exact, ref))
+    for name, want in wants[0].items():
+        # one number's error is a draw, near 0 by luck: it is held to what it is over many texts
+        few = want.numel() < 16
+        errors = [(r[name] - w[name]).norm().item() for r, w in zip(refs, wants)]
+        allowed = 4 * math.sqrt(sum(e * e for e in errors) / len(errors)) if few else 1.5 * errors[0]
+        for how, run in runs.items():
+            error = (run[name] - want).norm().item()
+            assert error <= allowed + 2e-6 * want.norm().item(), (how, name, error, allowed)
 
 
 def test_layers_call_the_attention_that_was_chosen_for_their_window():

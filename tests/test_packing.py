@@ -44,7 +44,7 @@ packing = {
 }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(**packing)
 def test_rows_are_those_of_the_literal_rule(lengths, row_len, buffer_docs, mode):
     packer = BestFitPacker(row_len, mode=mode, buffer_docs=buffer_docs)
@@ -87,7 +87,7 @@ def test_continue_mixes_the_documents_in_the_buffer():
     assert not np.array_equal(rows, other)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(**packing)
 def test_every_token_is_placed_or_buffered_or_counted(lengths, row_len, buffer_docs, mode):
     packer = BestFitPacker(row_len, mode=mode, buffer_docs=buffer_docs)
@@ -104,7 +104,7 @@ def test_every_token_is_placed_or_buffered_or_counted(lengths, row_len, buffer_d
         np.testing.assert_array_equal(np.sort(seen), np.arange(total))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(**packing, before=st.integers(0, 20))
 def test_rebuilt_buffer_gives_the_same_rows(lengths, row_len, buffer_docs, mode, before):
     packer, source = BestFitPacker(row_len, mode=mode, buffer_docs=buffer_docs), endless(lengths)
