@@ -35,7 +35,9 @@ __device__ void step(const Hyper& h, float eps, float g, float& p, float& m, flo
     m = __fmaf_rn(__fsub_rn(g, m), 1.0f - h.beta1, m);
     v = __fmaf_rn(__fmul_rn(1.0f - h.beta2, g), g, __fmul_rn(h.beta2, v));
     const float change = __fdiv_rn(m, __fmaf_rn(__fsqrt_rn(v), __fsqrt_rn(h.c2), eps));
-    p = __fmaf_rn(change, __fmul_rn(-h.lr, h.c1), __fmul_rn(p, __fmaf_rn(-h.lr, h.weight_decay, 1.0f)));
+    const float cautious = __fmul_rn(change, p) > 0.0f ? -h.weight_decay : 0.0f;
+    const float decay = h.weight_decay < 0.0f ? cautious : h.weight_decay;
+    p = __fmaf_rn(change, __fmul_rn(-h.lr, h.c1), __fmul_rn(p, __fmaf_rn(-h.lr, decay, 1.0f)));
 }
 
 template <int N>

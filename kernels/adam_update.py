@@ -5,6 +5,8 @@ once.
     p = p (1 - lr weight_decay) - lr c1 m / (sqrt(c2 v) + eps)                [Loshchilov & Hutter 2019, algorithm 2]
 
 with c1 = 1/(1 - beta1^t) and c2 = 1/(1 - beta2^t) in step t, counted from 1. eps is 1e-10, as in nanochat 92d63d4.
+Where weight_decay is negative, it is cautious: its size counts where m p > 0, so that the step shrinks p too, and 0
+elsewhere [Chen et al. 2025, arXiv 2510.12402; modded-nanogpt f411b3d].
 
 Shapes    p, g, exp_avg (m), exp_avg_sq (v) and low have one shape, any; contiguous. hyper (6,): lr, beta1, beta2,
           weight_decay, c1, c2, as `adam_hyper` makes them; on the device, so that no step recompiles or waits. With
@@ -83,6 +85,8 @@ def adam_update_ref(
     if low is not None:
         master = join_master(p, low)
     change = m / v.sqrt().mul_(c2.sqrt()).add_(eps)
+    cautious = torch.where(change * master > 0, -weight_decay, 0.0)
+    weight_decay = torch.where(weight_decay < 0, cautious, weight_decay)
     master.mul_(1 - lr * weight_decay).sub_(change.mul_(lr * c1))
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
@@ -131,6 +135,8 @@ def _adam_update_kernel(
         p = join_tile(tl.load(p_ptr + offs, mask=mask), tl.load(low_ptr + offs, mask=mask))
     else:
         p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    cautious = tl.where(step * p > 0.0, -weight_decay, 0.0)
+    weight_decay = tl.where(weight_decay < 0.0, cautious, weight_decay)
     p = tl.fma(step, -lr * c1, p * tl.fma(-lr, weight_decay, 1.0))
     if MASTER:
         high, low = split_tile(p)

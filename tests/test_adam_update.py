@@ -96,6 +96,26 @@ def test_a_master_agrees_with_float64(n, backend):
     check(inputs(n), master=True, backend=backend)
 
 
+CAUTIOUS = adam_hyper(0.05, (0.8, 0.95), -0.3, 3)
+
+
+def check_cautious(backend, op=adam_update):
+    check(inputs(1025, hyper=CAUTIOUS), op, master=True, backend=backend)
+    check(inputs(1025, dtype=torch.bfloat16, moments=torch.float32, hyper=CAUTIOUS), op, backend=backend)
+    # a step that grows p, one that shrinks it, one of 0 and a p of 0, from fresh moments: m, v and c are those of g
+    p, g = (
+        torch.tensor(numbers, device=DEVICE) for numbers in ([2.0, 2.0, -2.0, -2.0, 3.0, 0.0], [-1, 1, -1, 1, 0, 1])
+    )
+    args = {"p": p, "g": g.float(), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    op.backends[backend](**args, hyper=torch.tensor(adam_hyper(0.5, (0.8, 0.95), -0.25, 1), device=DEVICE))
+    torch.testing.assert_close(args["p"], torch.tensor([2.5, 1.25, -1.25, -2.5, 3.0, -0.5], device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", backends_of(adam_update))
+def test_a_cautious_decay_shrinks_what_the_step_shrinks(backend):
+    check_cautious(backend)
+
+
 @pytest.mark.parametrize("master", [False, True])
 def test_shapes_gradients_in_bf16_and_steps(master, backend):
     for t in (1, 2, 1000):
@@ -315,6 +335,9 @@ MUTATIONS = {
     "eps is a constant": {"tl.sqrt_rn(c2), eps)": "tl.sqrt_rn(c2), 1e-10)"},
     "the decay grows": {"tl.fma(-lr, weight_decay, 1.0)": "tl.fma(lr, weight_decay, 1.0)"},
     "the decay is forgotten": {"p * tl.fma(-lr, weight_decay, 1.0)": "p"},
+    "a cautious decay is everywhere": {"tl.where(step * p > 0.0, -weight_decay, 0.0)": "-weight_decay"},
+    "a cautious decay is elsewhere": {"step * p > 0.0": "step * p < 0.0"},
+    "decay is always cautious": {"weight_decay < 0.0, cautious, weight": "weight_decay < 1.0, cautious, weight"},
     "the root is not corrected": {"tl.sqrt_rn(c2), eps": "c2, eps"},
     "every element takes the first row": {"hyper_ptr + 6 * tl.where(mask, row, 0)": "hyper_ptr + 0 * row"},
     "rows are five numbers long": {"hyper_ptr + 6 *": "hyper_ptr + 5 *"},
@@ -359,6 +382,7 @@ def everything(backend, op=adam_update):
         check(inputs(2000, dtype=dtype), op, backend=backend)
     check(inputs(2000), op, master=True, backend=backend)
     check(inputs(60) | {"eps": 0.5}, op, backend=backend)
+    check_cautious(backend, op)
     test_parameters_side_by_side(backend, op)
     test_bf16_states_are_rounded_once(backend, op)
     test_ties_go_away_from_zero_in_the_update(backend, op)
@@ -438,7 +462,9 @@ CUDA_MUTATIONS = {
     "misaligned tensors are taken for aligned": {"by_16_bytes(t.p, t.low, t.g, t.exp_avg, t.exp_avg_sq)": "true"},
     "an unknown row is addressed": {"if (row >= 0 && row < t.rows) step": "step"},
     "every row is the first": {"t.hyper + 6 * row": "t.hyper"},
-    "weight decay is dropped": {"__fmaf_rn(-h.lr, h.weight_decay, 1.0f)": "1.0f"},
+    "weight decay is dropped": {"__fmaf_rn(-h.lr, decay, 1.0f)": "1.0f"},
+    "a cautious decay is everywhere": {"> 0.0f ? -h.weight_decay : 0.0f": "> 0.0f ? -h.weight_decay : -h.weight_decay"},
+    "a cautious decay is elsewhere": {"__fmul_rn(change, p) > 0.0f": "__fmul_rn(change, p) < 0.0f"},
     "c2 is not under the root": {"__fsqrt_rn(h.c2)": "h.c2"},
     "eps is inside": {"__fmaf_rn(__fsqrt_rn(v), __fsqrt_rn(h.c2), eps)": "__fsqrt_rn(v * h.c2 + eps)"},
     "betas are swapped": {"1.0f - h.beta1, m)": "1.0f - h.beta2, m)"},
@@ -462,6 +488,7 @@ def test_a_broken_cuda_kernel_is_noticed(name, tmp_path, monkeypatch):
     monkeypatch.setattr(extension, "module", lambda device: broken)
 
     def check_all():
+        check_cautious("cuda")
         test_tensors_that_begin_anywhere(torch.bfloat16, "cuda")
         everything("cuda")
         check(inputs(2001, dtype=torch.bfloat16, moments=torch.float32, g=torch.bfloat16), backend="cuda")
