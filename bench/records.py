@@ -1,37 +1,68 @@
-"""Records of a track: `python -m bench.records gpt2 RUN RUN …` checks the runs, adds a JSON to bench/records/ and
-prints it as a table.
+"""Records of a track: `python -m bench.records gpt2 RUN RUN …` checks the runs, prints them as a table and, if they are
+a record, adds a JSON to bench/records/. If not, it says why in one sentence and ends with status 2.
 
-A record is of two or more whole runs that differ by their seed alone, of one clean commit on one kind of machine, with
-CORE over all examples. Its significance is that of a one-sided t-test of their mean CORE against the track's threshold,
-GPT-2's score: p is the probability of such a mean, or a higher one, if the true mean were the threshold.
+A record is of two or more whole runs that differ by their seed alone, of one clean commit on one kind of machine. Its
+significance is that of a one-sided t-test of their mean score against the track's threshold: p is the probability of
+such a mean, or a better one, if the true mean were the threshold.
+
+gpt2      CORE over all examples above GPT-2's
+fineweb   validation loss below 3.28 nats a token, over the first 10,485,760 tokens of FineWeb's validation split, on 8
+          H100s [modded-nanogpt's track 1]
 """
 
 import argparse
 import datetime
+import hashlib
 import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from core import checkpoint, report
-from core.config import Config, changed_fields, from_dict
+from core.config import changed_fields, from_dict
 from core.evals.core_metric import GPT2_CORE
 from core.stopping import UserError, expanded, one_sentence
 
 ROOT = Path(__file__).parent / "records"
-TRACKS = {"gpt2": GPT2_CORE}
 SIGNIFICANT = 0.01  # as in the rules of modded-nanogpt's records
-# must be the same in all runs: the code, the machine, the text and the horizon
-SAME = ("git", "device", "precision", "versions", "data", "steps", "tokens")
-KEPT = (
-    "seed", "command", "core", "val_bpb", "total_training_time_s", "wall_time_s", "tok_per_s", "mfu",
-    "peak_memory_bytes", "energy_j", "cost_dollars",
-)  # fmt: skip
+FINEWEB_LOSS = 3.28  # nats a token
+FINEWEB_VAL_TOKENS = 10_485_760
+PLACES = ("out", "data", "path", "cache_dir")  # options that say where files lie
+FINEWEB_DEVICE = "8 x NVIDIA H100"  # as it begins in a summary
+
+Summary = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Track:
+    """What is scored, which side of the threshold wins, and what a run must show to count. Names are those of
+    summary.json."""
+
+    score: str
+    words: str
+    digits: int
+    threshold: float
+    below: bool  # a lower score is better
+    same: tuple[str, ...]  # must be the same in all runs: the code, the machine, the data and the horizon
+    shared: tuple[str, ...]  # besides, kept of the first run
+    kept: tuple[str, ...]  # of each run
+    columns: Mapping[str, Callable[[Summary], str]]  # of the table, besides the score
+    objection: Callable[[Summary], str | None]  # why a run cannot count
+    changed: Callable[[dict[str, Any], dict[str, Any]], list[str]]  # options of config.json that differ, the seed too
+
+    def gain(self, score: float) -> float:
+        """How far a score is on the winning side."""
+        return self.threshold - score if self.below else score - self.threshold
+
+    @property
+    def side(self) -> str:
+        return "below" if self.below else "above"
 
 
 def main(argv: list[str]) -> None:
@@ -43,27 +74,30 @@ def main(argv: list[str]) -> None:
     path = ROOT / f"{args.track}-{record['date']}-{record['git']['commit'][:12]}.json"
     if path.exists():
         raise UserError(f"{path} is there already: a commit has one record a day; remove it to make it again")
+    print(report.render(table(record)))
+    if why := why_not(record):
+        raise UserError(f"not a record: {why}")
+    print(verdict(record))
     ROOT.mkdir(exist_ok=True)
     checkpoint.write_json(path, record)
-    print(report.render(table(record)))
-    print(verdict(record))
     print(f"added {path}: commit it")
 
 
-def record_of(track: str, folders: Sequence[Path]) -> dict[str, Any]:
+def record_of(name: str, folders: Sequence[Path]) -> dict[str, Any]:
     """What is stored of these runs; UserError naming what cannot be a record and why."""
+    track = TRACKS[name]
     if len(folders) < 2:
         raise UserError(f"a record needs two runs or more, got {len(folders)}: one says nothing about the spread")
-    found = [read_run(track, folder) for folder in folders]
+    found = [read_run(name, folder) for folder in folders]
     (first, first_config), *others = found
     for folder, (summary, config) in zip(folders[1:], others):
-        for name in SAME:
-            if summary[name] != first[name]:
+        for field in track.same:
+            if summary[field] != first[field]:
                 raise UserError(
-                    f"{folder} differs from {folders[0]} in {name}: {shown(summary[name])} instead of "
-                    f"{shown(first[name])}; a record's runs differ by their seed alone"
+                    f"{folder} differs from {folders[0]} in {field}: {shown(summary[field])} instead of "
+                    f"{shown(first[field])}; a record's runs differ by their seed alone"
                 )
-        if changed := [name for name in changed_fields(first_config, config) if name != "seed"]:
+        if changed := [option for option in track.changed(first_config, config) if option != "seed"]:
             raise UserError(
                 f"{folder} differs from {folders[0]} in {', '.join(changed)}; a record's runs differ by their seed "
                 "alone"
@@ -71,48 +105,151 @@ def record_of(track: str, folders: Sequence[Path]) -> dict[str, Any]:
     seeds = [summary["seed"] for summary, _ in found]
     if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
         raise UserError(f"{seeds.count(twice[0])} of the runs have seed {twice[0]}: give each another --seed")
-    scores = [summary["core"] for summary, _ in found]
-    threshold = TRACKS[track]
-    p = p_above(scores, threshold)
-    return {
-        "track": track,
+    scores = [summary[track.score] for summary, _ in found]
+    if len(set(scores)) == 1:
+        raise UserError(
+            f"all {len(scores)} runs have {track.words} {scores[0]} to the last digit: their seeds change nothing, so "
+            "that they say nothing about the spread"
+        )
+    gains = [track.gain(score) for score in scores]
+    record = {
+        "track": name,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        **{name: first[name] for name in SAME},
-        "flops": first["flops"],
-        "params": first["params"],
-        "core": spread(scores) | {"threshold": threshold, "p": p},
-        "beaten": p < SIGNIFICANT,  # which no mean at the threshold or below has
+        **{field: first[field] for field in (*track.same, *track.shared)},
+        # t and p of the mean's distance on the winning side
+        track.score: spread(scores) | {"threshold": track.threshold, "t": t_statistic(gains), "p": p_above(gains, 0.0)},
         "total_training_time_s": spread([summary["total_training_time_s"] for summary, _ in found]),
-        "core_tasks": {
+        "runs": [
+            {field: summary[field] for field in track.kept} | {"log_sha256": sha256(folder / "log.jsonl")}
+            for folder, (summary, _) in zip(folders, found)
+        ],
+    }
+    if "core_tasks" in first:
+        record["core_tasks"] = {
             task: spread([summary["core_tasks"][task]["accuracy"] for summary, _ in found])
             for task in first["core_tasks"]
-        },
-        "runs": [{name: summary[name] for name in KEPT} for summary, _ in found],
-    }
+        }
+    return record
 
 
-def read_run(track: str, folder: Path) -> tuple[dict[str, Any], Config]:
+def read_run(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Summary and options of a run; UserError where it cannot be part of a record by itself."""
-    for name in ("summary.json", "config.json"):
-        if not (folder / name).exists():
-            raise UserError(f"{folder} has no {name}: give the folder of a run that has ended")
+    track = TRACKS[name]
+    for file in ("summary.json", "config.json", "log.jsonl"):
+        if not (folder / file).exists():
+            raise UserError(f"{folder} has no {file}: give the folder of a run that has ended")
     summary = checkpoint.load_json(folder / "summary.json")
-    missing = {"preset", *SAME, *KEPT} - {"core"} - summary.keys()
-    if missing:
+    if summary.get("preset", name) != name:
+        raise UserError(f"{folder} is a run of {summary['preset']}, not of {name}")
+    if missing := {"preset", *track.same, *track.shared, *track.kept} - {track.score} - summary.keys():
         raise UserError(f"{folder} was made by an older Redline, its summary has no {min(missing)}: train it again")
-    if summary["preset"] != track:
-        raise UserError(f"{folder} is a run of {summary['preset']}, not of {track}")
     if summary["git"] is None or summary["git"]["dirty"]:
         raise UserError(f"{folder} was trained by code that no commit names: commit first, then train again")
-    if "core" not in summary:
-        raise UserError(f"{folder} has no CORE: train with --core --core-max-per-task None")
-    if not summary["core_whole"]:
-        raise UserError(f"{folder} has CORE {summary['core_scope']}: train with --core-max-per-task None")
-    return summary, from_dict(checkpoint.load_json(folder / "config.json"))
+    if why := track.objection(summary):
+        raise UserError(f"{folder} {why}")
+    for field in (track.score, "total_training_time_s"):
+        value = summary[field]
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UserError(f"{folder} has {field} {shown(value)}: expected a finite number; train it again")
+    return summary, checkpoint.load_json(folder / "config.json")
 
 
 def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# tracks
+
+
+def without_core(summary: Summary) -> str | None:
+    if "core" not in summary:
+        return "has no CORE: train with --core --core-max-per-task None"
+    if not summary["core_whole"]:
+        return f"has CORE {summary['core_scope']}: train with --core-max-per-task None"
+    return None
+
+
+def outside_the_race(summary: Summary) -> str | None:
+    if "val_loss" not in summary:
+        return "has no val_loss: give the folder of a run that was validated when it ended"
+    if summary["val_tokens"] != FINEWEB_VAL_TOKENS:
+        return (
+            f"was validated on {summary['val_tokens']} tokens: the race is over the first {FINEWEB_VAL_TOKENS:,} of "
+            "the validation split"
+        )
+    if summary["scale"] != 1:
+        return f"is a run at scale {summary['scale']}: the race is at scale 1"
+    if not summary["device"].startswith(FINEWEB_DEVICE):
+        return f"ran on {summary['device']}: the race is on {FINEWEB_DEVICE}"
+    return None
+
+
+def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Names of options that change a run's result and differ."""
+    return changed_fields(from_dict(old), from_dict(new))
+
+
+def changed_leaves(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Names of options that differ, but for PLACES; for a track whose options have a schema of their own."""
+    names = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += changed_leaves(a, b)
+        elif a != b and name not in PLACES:
+            names.append(name)
+    return names
+
+
+def number(field: str, digits: int, unit: float = 1.0) -> Callable[[Summary], str]:
+    return lambda run: "" if run[field] is None else f"{run[field] / unit:.{digits}f}"
+
+
+TRACKS = {
+    "gpt2": Track(
+        score="core",
+        words="CORE",
+        digits=5,
+        threshold=GPT2_CORE,
+        below=False,
+        same=("git", "device", "precision", "versions", "data", "steps", "tokens"),
+        shared=("flops", "params"),
+        kept=(
+            "seed", "command", "core", "val_bpb", "total_training_time_s", "wall_time_s", "tok_per_s", "mfu",
+            "peak_memory_bytes", "energy_j", "cost_dollars",
+        ),
+        columns={
+            "validation bpb": number("val_bpb", 4),
+            "training time (s)": number("total_training_time_s", 1),
+            "in all (s)": number("wall_time_s", 1),
+            "energy (kWh)": number("energy_j", 3, 3.6e6),
+            "cost ($)": number("cost_dollars", 2),
+        },
+        objection=without_core,
+        changed=changed_options,
+    ),
+    "fineweb": Track(
+        score="val_loss",
+        words="validation loss",
+        digits=5,
+        threshold=FINEWEB_LOSS,
+        below=True,
+        same=("git", "sources_digest", "device", "versions", "data", "val_tokens", "scale", "steps"),
+        shared=(),
+        kept=("seed", "command", "val_loss", "total_training_time_s"),
+        columns={
+            "training time (s)": number("total_training_time_s", 3),
+            "log (SHA-256)": lambda run: run["log_sha256"][:12],
+        },
+        objection=outside_the_race,
+        changed=changed_leaves,
+    ),
+}  # fmt: skip
 
 
 # statistics
@@ -128,12 +265,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def t_statistic(gains: Sequence[float]) -> float:
+    """Of the mean's distance from zero; the values differ."""
+    return statistics.fmean(gains) / (statistics.stdev(gains) / math.sqrt(len(gains)))
+
+
 def p_above(values: Sequence[float], threshold: float) -> float:
     """One-sided p-value of a t-test that the mean is above the threshold."""
-    distance, sd = statistics.fmean(values) - threshold, statistics.stdev(values)
-    if sd == 0:
-        return 0.0 if distance > 0 else 1.0
-    return t_survival(distance / (sd / math.sqrt(len(values))), len(values) - 1)
+    gains = [value - threshold for value in values]
+    if statistics.stdev(gains) == 0:
+        return 0.0 if gains[0] > 0 else 1.0
+    return t_survival(t_statistic(gains), len(gains) - 1)
 
 
 def t_survival(t: float, df: int) -> float:
@@ -154,27 +296,43 @@ def t_survival(t: float, df: int) -> float:
 
 
 def table(record: dict[str, Any]) -> Table:
+    track = TRACKS[record["track"]]
     grid = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("seed", "CORE", "validation bpb", "training time (s)", "in all (s)", "energy (kWh)", "cost ($)"):
+    for name in ("seed", track.words, *track.columns):
         grid.add_column(name, justify="right")
     for run in record["runs"]:
-        energy, cost = run["energy_j"], run["cost_dollars"]
-        grid.add_row(
-            str(run["seed"]), f"{run['core']:.5f}", f"{run['val_bpb']:.4f}", f"{run['total_training_time_s']:.1f}",
-            f"{run['wall_time_s']:.1f}", "" if energy is None else f"{energy / 3.6e6:.3f}",
-            "" if cost is None else f"{cost:.2f}",
-        )  # fmt: skip
-    for name in ("mean", "sd"):
-        core, seconds = record["core"][name], record["total_training_time_s"][name]
-        grid.add_row(name, f"{core:.5f}", "", f"{seconds:.1f}")
+        score = f"{run[track.score]:.{track.digits}f}"
+        grid.add_row(str(run["seed"]), score, *(column(run) for column in track.columns.values()))
+    for name in ("mean", "sd", "min", "max"):
+        score = f"{record[track.score][name]:.{track.digits}f}"
+        seconds = track.columns["training time (s)"]({"total_training_time_s": record["total_training_time_s"][name]})
+        rest = [seconds if column == "training time (s)" else "" for column in track.columns]
+        grid.add_row(name, score, *rest)
     return grid
 
 
+def why_not(record: dict[str, Any]) -> str | None:
+    """Why these runs do not beat the threshold; None if they do."""
+    track, said = TRACKS[record["track"]], tested(record)
+    if track.gain(record[track.score]["mean"]) <= 0:
+        return f"{said}, where a record is {track.side}"
+    if not record[track.score]["p"] < SIGNIFICANT:
+        return f"{said}, where a record has p < {SIGNIFICANT}: more runs, or better ones, may show it"
+    return None
+
+
+def tested(record: dict[str, Any]) -> str:
+    track, score = TRACKS[record["track"]], record[TRACKS[record["track"]].score]
+    side = track.side if track.gain(score["mean"]) > 0 else f"not {track.side}"
+    return (
+        f"mean {track.words} {score['mean']:.6f} of {score['n']} runs is {side} {track.threshold}, t = "
+        f"{score['t']:.2f}, p = {score['p']:.2g}"
+    )
+
+
 def verdict(record: dict[str, Any]) -> str:
-    core = record["core"]
-    above = "above" if core["mean"] > core["threshold"] else "not above"
-    said = "beaten" if record["beaten"] else f"not beaten (that needs p < {SIGNIFICANT})"
-    return f"mean CORE {core['mean']:.6f} is {above} {core['threshold']}, p = {core['p']:.2g}: {said}"
+    seconds = record["total_training_time_s"]
+    return f"{tested(record)}: a record, of {seconds['mean']:.2f} ± {seconds['sd']:.2f} s on {record['device']}"
 
 
 if __name__ == "__main__":
