@@ -1,4 +1,5 @@
-"""`python -m bench.projection [--plot F.png] [--rows] [--json]`, `python -m bench.projection --gpus 1,8,16,64`."""
+"""`python -m bench.projection [--plot F.png] [--rows] [--json]`, `python -m bench.projection --gpus 1,8,16,64`,
+`python -m bench.projection fineweb [--rows] [--json]`."""
 
 import argparse
 import dataclasses
@@ -6,8 +7,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.projection.machine import CLASSES, GPUS
-from bench.projection.peers import TOLERANCE, checks
+from bench.projection.machine import CLASSES, GPUS, TOLERANCE
+from bench.projection.peers import checks
+from bench.projection.race import race_dict, race_lines
 from bench.projection.redline import read_models, read_results, redline, with_measurements
 from bench.projection.report import NOTE, as_dict, levers, plot, progress, report
 from bench.projection.scale import scale_report
@@ -31,7 +33,20 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpus", metavar="N,N,...", help="what a token costs on 1 GPU, 8 or nodes of 8, instead")
     parser.add_argument("--grow", action="store_true", help="with --gpus: the batch grows with the nodes")
     parser.add_argument("--fa3", action="store_true", help="with --gpus: attention by FlashAttention 3")
+    parser.add_argument(
+        "track", nargs="?", choices=("gpt2", "fineweb"), default="gpt2", help="fineweb: that race's run"
+    )
     options = parser.parse_args(args)
+    if options.track == "fineweb":
+        if other := [
+            n for n in ("plot", "depth", "gpus", "grow", "fa3") if getattr(options, n) != parser.get_default(n)
+        ]:
+            raise UserError(f"--{other[0]} is of the track gpt2: leave it out, or fineweb")
+        if options.json:
+            print(json.dumps({"note": NOTE} | race_dict()))
+        else:
+            print("\n".join(["# The race to 3.28 on 8 H100s", "", f"**{NOTE}**", "", *race_lines(rows=options.rows)]))
+        return
     if options.gpus:
         text, found = scale_report(gpu_counts(options.gpus), options.depth, options.fa3, options.grow)
         print(json.dumps({"note": NOTE} | found) if options.json else text)

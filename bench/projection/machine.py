@@ -13,6 +13,7 @@ import torch
 
 from kernels.polar_express import COEFFICIENTS, polar_express_cost
 
+TOLERANCE = 0.15  # of published times that predicted ones are checked against
 GPUS = 8
 SMS = 132
 BF16 = torch.bfloat16
@@ -229,3 +230,31 @@ def table_gradients(elements: float, width: float, tokens: float, micro: float, 
     """
     nbytes = micro * (10 * elements + 10 * width * tokens) + added * 6 * elements
     return one_pass("gradients of lookup tables", "tables", nbytes, 4 * micro + added)
+
+
+class Links:
+    """The links of one GPU: reduce-scatters and all-gathers, one after the other on each."""
+
+    def __init__(self, gpus: int) -> None:
+        self.local, self.nodes = min(gpus, GPUS), max(1, gpus // GPUS)
+        self._free = {"inside": 0.0, "between": 0.0}
+        self.busy = 0.0  # seconds in which a kernel of a collective runs
+
+    def _send(self, link: str, ready: float, nbytes: float, ranks: int) -> float:
+        if ranks == 1:
+            return ready
+        c, latency = (CLASSES["collective"], INSIDE_S) if link == "inside" else (CLASSES["between nodes"], LATENCY_S)
+        took = latency + nbytes * (ranks - 1) / ranks / (c.peak * c.efficiency)
+        self._free[link] = max(ready, self._free[link]) + took
+        self.busy += took
+        return self._free[link]
+
+    def reduce(self, ready: float, nbytes: float) -> float:
+        """When the sum of `nbytes` is with its owners."""
+        at = self._send("inside", ready, nbytes, self.local)
+        return self._send("between", at, nbytes / self.local, self.nodes)
+
+    def gather(self, ready: float, nbytes: float) -> float:
+        """When every rank has what the owners have."""
+        at = self._send("between", ready, nbytes / self.local, self.nodes)
+        return self._send("inside", at, nbytes, self.local)

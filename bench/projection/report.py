@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.projection.machine import CLASSES, GAP_S, LATENCY_S, WAIT_S, Row, Workload
-from bench.projection.peers import TOLERANCE
+from bench.projection.machine import CLASSES, GAP_S, LATENCY_S, TOLERANCE, WAIT_S, Row, Workload
 
 NOTE = "A prediction from op costs and published efficiencies, not a measurement."
 GROUPS = (

@@ -23,6 +23,7 @@ from bench.projection.machine import (
     INSIDE_S,
     LATENCY_S,
     SMS,
+    Links,
     Row,
     Workload,
     newton_schulz,
@@ -82,34 +83,6 @@ def dealt(table: Table, ranks: int) -> Counter[Matrix]:
 
 
 # what is sent when
-
-
-class Links:
-    """The links of one GPU: reduce-scatters and all-gathers, one after the other on each."""
-
-    def __init__(self, gpus: int) -> None:
-        self.local, self.nodes = min(gpus, GPUS), max(1, gpus // GPUS)
-        self._free = {"inside": 0.0, "between": 0.0}
-        self.busy = 0.0  # seconds in which a kernel of a collective runs
-
-    def _send(self, link: str, ready: float, nbytes: float, ranks: int) -> float:
-        if ranks == 1:
-            return ready
-        c, latency = (CLASSES["collective"], INSIDE_S) if link == "inside" else (CLASSES["between nodes"], LATENCY_S)
-        took = latency + nbytes * (ranks - 1) / ranks / (c.peak * c.efficiency)
-        self._free[link] = max(ready, self._free[link]) + took
-        self.busy += took
-        return self._free[link]
-
-    def reduce(self, ready: float, nbytes: float) -> float:
-        """When the sum of `nbytes` is with its owners."""
-        at = self._send("inside", ready, nbytes, self.local)
-        return self._send("between", at, nbytes / self.local, self.nodes)
-
-    def gather(self, ready: float, nbytes: float) -> float:
-        """When every rank has what the owners have."""
-        at = self._send("between", ready, nbytes / self.local, self.nodes)
-        return self._send("inside", at, nbytes, self.local)
 
 
 @dataclass(frozen=True)
