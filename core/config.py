@@ -25,11 +25,27 @@ DOC_CHARS = 10_000  # of a document, for the tokenizer: nanochat 92d63d4, script
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset of the Hugging Face hub: shuffled parquet shards with a column "text", the last one for validation."""
+    """A dataset of the Hugging Face hub: shuffled parquet shards with a column "text", the last by name for
+    validation."""
 
     repo: str
     num_shards: int  # in all, the last one included
     shard_chars: float = 250e6  # of a shard, about
+
+    def shard_name(self, i: int) -> str:
+        """File of shard i, 0 to num_shards - 1."""
+        return f"shard_{i:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class TokenDataset(Dataset):
+    """The same in tokens: files that core/data/token_shards.py reads."""
+
+    shard_tokens: int = 100_000_000  # of a shard but the last to train on, which is shorter
+
+    def shard_name(self, i: int) -> str:
+        last = self.num_shards - 1
+        return "fineweb_val_000000.bin" if i == last else f"fineweb_train_{i + 1:06d}.bin"
 
 
 # [nanochat 92d63d4, nanochat/dataset.py]
@@ -37,6 +53,8 @@ DATASETS = {
     "climbmix": Dataset("karpathy/climbmix-400b-shuffle", 6543),
     "fineweb-edu": Dataset("karpathy/fineweb-edu-100b-shuffle", 1823),
 }
+# [modded-nanogpt f411b3d]
+TOKEN_DATASETS = {"fineweb10B": TokenDataset("kjj0/fineweb10B-gpt2", 104)}
 
 
 def option(default: T, low: float | None = None, high: float = math.inf, *, resumable: bool = False) -> T:
@@ -87,6 +105,21 @@ class ModelConfig:
     """Output projection of its own (off: shared with the input embedding)."""
     logit_softcap: float = option(15.0, 0, 1e6)
     """Logits z become c * tanh(z / c); 0 switches the softcap off."""
+
+
+@dataclass(frozen=True)
+class FinewebConfig:
+    """Sizes of the model of track fineweb; its features are core/models/fineweb.py."""
+
+    n_head: int = 6
+    d_head: int = 128
+    vocab_size: int = 50257
+    local_keys: int = 112
+    """Keys that composed heads of the last layer see."""
+
+    @property
+    def d_model(self) -> int:
+        return self.n_head * self.d_head
 
 
 @dataclass(frozen=True)
@@ -256,6 +289,51 @@ class Config:
     """With --dry-run: the plan as one JSON object."""
 
 
+SYNTHETIC = "synthetic"
+
+
+@dataclass(frozen=True)
+class RaceConfig:
+    """One run of track fineweb. What is tuned there are stages and constants in core/stages.py and
+    core/models/fineweb.py, not options: a record is of a commit."""
+
+    preset: tyro.conf.Suppress[str] = "fineweb"
+    data: str = "fineweb10B"
+    """'fineweb10B' (fetched from the Hugging Face hub, as much as the run needs), a folder with such shards, or
+    'synthetic' (made up, for trying the program)."""
+    scale: int = option(1, 1, 16)
+    """Divides steps, widths, windows and documents, and rows of tokens by its square: 16 runs on a CPU."""
+    val_tokens: int | None = option(None, 1)
+    """First tokens of the validation shard that are scored; unset: 10,485,760, which a record is over, divided by the
+    square of --scale."""
+    val_row_tokens: int | None = option(None, 1)
+    """Tokens of a row of them; unset: 262,144, divided alike."""
+    eval_every: int | None = option(250, 1)
+    """Steps between validations, during which the clock stands still; None: at the end alone."""
+    seed: int = option(42, 0, 2**62)
+    """Seed of initialisation; the order of the text is fixed."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Where to run; unset: cuda if there is one."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Compute type; unset: bf16 on GPUs that have it, else fp32."""
+    kernels: str = "auto"
+    """Backend of the ops: auto, ref, triton, cuda, or op=backend pairs separated by commas."""
+    compile: Annotated[bool | None, tyro.conf.arg(constructor=bool)] = None
+    """Compile all stages with torch.compile, before the clock starts; unset: on a GPU only."""
+    deterministic: bool = False
+    """On a GPU, use deterministic algorithms only (slower)."""
+    step_timeout: float = option(600, 1, 1e6)
+    """Seconds that a step of several processes may stand still before it ends with the ranks that did not come."""
+    out: str | None = None
+    """Run folder; unset: runs/fineweb-<time>."""
+    cache_dir: str = "~/.cache/redline"
+    """Folder of fetched data."""
+    log_every: int = option(1, 1)
+    """Steps between lines on the console."""
+    dry_run: bool = False
+    """Print the plan (sizes, stages, FLOPs) and stop."""
+
+
 _PYTHON_PROMPTS = ("def main(", "class TestCase(unittest.", "import os\nimport sys\n")
 
 _GPT2 = Config(
@@ -315,6 +393,7 @@ def preset(name: str, device_type: str) -> Config:
 
 
 PRESETS = ("quickstart", "gpt2")
+RACE = "fineweb"  # has options of its own
 
 
 def check_ranges(config: Any) -> None:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from core.config import DATASETS
+from core.config import DATASETS, TOKEN_DATASETS
 from tests.conftest import LETTERS
 
 COMMIT = "c" * 40
@@ -59,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         if path in self.server.others:
             return self._send(200, self.server.others[path])
-        for dataset in DATASETS.values():
+        for dataset in (*DATASETS.values(), *TOKEN_DATASETS.values()):
             if path.startswith(f"/api/datasets/{dataset.repo}"):
                 return self._listing(dataset.repo)
             if path.startswith(f"/datasets/{dataset.repo}/resolve/{COMMIT}/"):

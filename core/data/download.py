@@ -32,7 +32,7 @@ from pathlib import Path
 from filelock import FileLock
 from rich.progress import Progress as Bar
 
-from core.config import DATASETS, DataConfig
+from core.config import DATASETS, TOKEN_DATASETS, DataConfig
 from core.data.files import Progress, digest_of
 from core.stopping import STORAGE_ERRORS, UserError, expanded, one_sentence
 
@@ -147,6 +147,8 @@ CHARS_PER_TOKEN = 4.6  # of a vocabulary of 32,768 on this text, on the low side
 CROPPED = 0.36  # of all tokens, by best-fit packing in rows of 2048 [measured on this text: 34.6 %]
 WORKERS = 4
 
+_ALL = {**DATASETS, **TOKEN_DATASETS}
+
 
 def shards_for(name: str, tokens: int, *, crops: bool) -> int:
     """Training shards whose text is enough for that many tokens; all, where even these are too few."""
@@ -191,7 +193,7 @@ class Shards:
     def __init__(self, name: str, num_train: int, cache_dir: Path) -> None:
         """num_train: shards to train on. Raises UserError where the dataset is unknown here and the hub does not
         answer."""
-        self.name, self.dataset = name, DATASETS[name]
+        self.name, self.dataset = name, _ALL[name]
         self.folder = Path(cache_dir) / "data" / name
         self.commit, found = self._known(num_train)
         num_train = min(num_train, len(found) - 1)
@@ -209,7 +211,7 @@ class Shards:
 
     def _known(self, num_train: int) -> tuple[str, list[Shard]]:
         """Commit and shards, of the folder or else of the hub."""
-        index = self.folder / "shards.json"
+        index, kind = self.folder / "shards.json", Path(self.dataset.shard_name(0)).suffix
         if not index.exists():
             from huggingface_hub import HfApi  # here, since importing it takes a third of a second
 
@@ -224,10 +226,10 @@ class Shards:
             files = [
                 {"name": s.rfilename, "num_bytes": s.size, "sha256": s.lfs.sha256 if s.lfs else None}
                 for s in siblings
-                if s.rfilename.endswith(".parquet")
+                if s.rfilename.endswith(kind)
             ]
             if len(files) < 2:
-                raise UserError(f"{self.dataset.repo} has {len(files)} parquet files, expected two or more")
+                raise UserError(f"{self.dataset.repo} has {len(files)} {kind} files, expected two or more")
             _store(index, json.dumps({"repo": self.dataset.repo, "commit": info.sha, "files": files}))
         try:
             known = json.loads(index.read_bytes())
@@ -237,13 +239,13 @@ class Shards:
 
     def _by_hand(self, num_train: int, error: Exception) -> tuple[str, list[Shard]]:
         last = self.dataset.num_shards - 1
-        names = [f"shard_{i:05d}.parquet" for i in (*range(min(num_train, last)), last)]
+        names = [self.dataset.shard_name(i) for i in (*range(min(num_train, last)), last)]
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
             shown = ", ".join(missing) if len(missing) < 5 else f"{missing[0]} to {missing[-2]}, {missing[-1]}"
             raise UserError(
                 f"{self.name}: the Hugging Face hub does not answer ({_reason(error)}); put {shown} of the dataset "
-                f"{self.dataset.repo} into {self.folder}, or train on other text with --data"
+                f"{self.dataset.repo} into {self.folder}, or train on other data with --data"
             ) from error
         return "by hand", [Shard(name) for name in names]
 
@@ -378,7 +380,7 @@ class Shards:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m core.data.download", description="Fetches shards of a dataset.")
-    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("dataset", choices=_ALL)
     parser.add_argument("--shards", type=int, default=8, help="shards to train on; validation comes too (default 8)")
     parser.add_argument("--cache-dir", default=DataConfig.cache_dir, help="default %(default)s")
     args = parser.parse_args(argv)
