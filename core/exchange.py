@@ -78,7 +78,9 @@ class Exchange:
         self._parts: dict[str, Tensor] = {}
         for arena, t in zip(optimizer.arenas, self.owned):
             self._parts |= arena.cut(t)
-        self._small = [t for t, arena in zip(self.owned, optimizer.arenas) if arena.params[0].name not in self._bounds]
+        small = [(t, a) for t, a in zip(self.owned, optimizer.arenas) if a.params[0].name not in self._bounds]
+        self._small, self._small_matrices = [t for t, _ in small], [t for t, a in small if a.views]
+        self._matrices = {p.name for arena in optimizer.arenas if arena.views for p in arena.params}
         self._hands_out = False  # whether backward is that of the last micro-step
         self._coming: dict[str, Callable[[], None]] = {}  # gradients under way, by parameter
         self._rest: Callable[[], None] | None = None  # the small ones
@@ -111,15 +113,15 @@ class Exchange:
             if name in self._bounds:
                 self._coming[name] = self._start(self._reduce(name, parts))
 
-    def backward_is_done(self, outcome: Tensor) -> None:
+    def backward_is_done(self, outcome: Tensor, *, others: bool = True) -> None:
         """Gives out what backward has not; outcome becomes its mean over ranks once the small parameters were
-        received."""
+        received. others: of AdamW's parameters, too, which else go on adding up."""
         self._hands_out = False
         for stage in reversed(self._stages):
             for name in stage:
-                if name not in self._coming:
+                if name not in self._coming and (others or name in self._matrices):
                     self._coming[name] = self._start(self._reduce(name, [self._gradients.by_name[name]]))
-        self._rest = self._start(self._average([*self._small, outcome]))
+        self._rest = self._start(self._average([*(self._small if others else self._small_matrices), outcome]))
 
     def receive(self, arena: int) -> None:
         """Waits for the gradient of what this rank owns of an arena, which is `owned[arena]` then."""

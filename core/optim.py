@@ -16,7 +16,7 @@ State               as `Param.states` lists it; each is a part of its arena's. F
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +32,24 @@ from kernels.muon_update import muon_apply, muon_momentum
 from kernels.op import Shape
 from kernels.polar_express import COEFFICIENTS, polar_express
 
-# betas and decay of each AdamW group [nanochat 92d63d4, gpt.py]
+
+class AdamGroup(NamedTuple):
+    """cautious: decays what the step shrinks alone, and at a rate that is scheduled as the learning rate."""
+
+    betas: tuple[float, float]
+    decay: float  # per unit of learning rate
+    cautious: bool = False
+
+
+# of gpt2's model [nanochat 92d63d4, gpt.py]
 # a row of an embedding has a gradient only in steps whose batch has its token: beta2 is near 1 there
 ADAM_GROUPS = {
-    "lm_head": ((0.8, 0.96), 0.01),
-    "wte": ((0.8, 0.995), 0.001),
-    "value_embeds": ((0.8, 0.995), 0.01),
-    "resid_lambdas": ((0.8, 0.95), 0.05),
-    "x0_lambdas": ((0.96, 0.95), 0.0),
-    "gates": ((0.8, 0.95), 0.0),
+    "lm_head": AdamGroup((0.8, 0.96), 0.01),
+    "wte": AdamGroup((0.8, 0.995), 0.001),
+    "value_embeds": AdamGroup((0.8, 0.995), 0.01),
+    "resid_lambdas": AdamGroup((0.8, 0.95), 0.05),
+    "x0_lambdas": AdamGroup((0.96, 0.95), 0.0),
+    "gates": AdamGroup((0.8, 0.95), 0.0),
 }
 
 
@@ -178,7 +187,8 @@ class Optimizer:
     lays them side by side.
 
     Args: model with fp32 parameters; lrs by group and peak weight decay of the matrices from `core/plan.py`; backends
-    of the ops, which are chosen here (None: the references); own: what this rank owns of an arena (None: all).
+    of the ops, which are chosen here (None: the references); own: what this rank owns of an arena (None: all); groups:
+    AdamW's, by the names that the table's rows have.
 
     layout: all arenas; arenas: what this rank owns of each, in the same order; state: by "<parameter>.<state>", a
     tensor like the parameter or this rank's shard of it.
@@ -194,6 +204,7 @@ class Optimizer:
         compute_dtype: torch.dtype,
         backends: Backends | None = None,
         own: Callable[[Arena], Arena] | None = None,
+        groups: Mapping[str, AdamGroup] = ADAM_GROUPS,
     ) -> None:
         if not 1 <= ns_steps <= len(COEFFICIENTS):
             raise ValueError(f"ns_steps is {ns_steps}: expected 1 to {len(COEFFICIENTS)}")
@@ -203,7 +214,7 @@ class Optimizer:
         backends = backends or Backends("ref", device=self._device, dtype=compute_dtype)
         self.backends = backends
         self.weight_decay, self.ns_steps, self.compute_dtype = weight_decay, ns_steps, compute_dtype
-        self.lrs = lrs
+        self.lrs, self.groups = lrs, groups
         self.layout = arenas(model.table)
         self.arenas = [own(arena) if own else arena for arena in self.layout]
         self.state: dict[str, Tensor | Shard] = {}
@@ -294,7 +305,11 @@ class Optimizer:
                 self.state[f"{row.name}.{name}"] = part if arena.ranges is None else Shard(shape, dtype, pieces)
             if not len(p):
                 continue
-            factors = [turn.lr_scale(stored) for run, turn in runs for _ in range(run.start, run.stop)]
+            factors = [
+                row.views[number].lr_scale(stored)
+                for row, (begin, end) in zip(arena.params, arena.held)
+                for _ in range(begin, end)
+            ]
             lr_scale = torch.tensor(factors, dtype=torch.float32, device=self._device)
             low_taken = None if low is None else view.take(low)
             parts.append(MuonPart(i, view, runs, taken, low_taken, view.take(momentum), second, lr_scale))
@@ -320,18 +335,26 @@ class Optimizer:
         momentum: float,
         decay_mult: float,
         partner: Partner | None = None,
+        adam_steps: int | None = None,
     ) -> None:
         """Updates every parameter from the fp32 gradients of all arenas; step counts from 0. partner: the other ranks,
-        where there are some."""
+        where there are some. adam_steps: that AdamW has made (None: as many as all); negative: it makes none now, and
+        the matrices alone are updated."""
         # hyperparameters in the order in which the ops read them. Tensors, not numbers: a kernel that takes a number
         # would be specialised or compiled anew whenever a schedule moves. AdamW's bias correction counts steps from 1
         values = [self.lrs[MUON] * lr_mult, self.weight_decay * decay_mult, momentum]
+        t = 1 + (step if adam_steps is None else adam_steps)
         for part in self._adam:
             for group in part.groups:
-                values += adam_hyper(self.lrs[group] * lr_mult, *ADAM_GROUPS[group], step + 1)
+                betas, decay, cautious = self.groups[group]
+                values += adam_hyper(
+                    self.lrs[group] * lr_mult, betas, -decay * lr_mult if cautious else decay, max(t, 1)
+                )
         self._set_hyper(values)
         if self._graph is None:
-            self._update(gradients, partner)
+            self._update(gradients, partner, others=t > 0)
+        elif t <= 0:
+            raise ValueError("the recorded step updates everything: record none where AdamW skips steps")
         else:
             if any(g is not recorded for g, recorded in zip(gradients, self._recorded, strict=True)):
                 raise ValueError("the recorded step reads other gradients: give those that warm_up was given")
@@ -358,14 +381,23 @@ class Optimizer:
             with torch.cuda.graph(self._graph):  # records, and runs nothing
                 self._update(gradients)
 
-    def _update(self, gradients: Sequence[Tensor], partner: Partner | None = None) -> None:
-        """A step by the hyperparameters that are on the device."""
+    def _update(self, gradients: Sequence[Tensor], partner: Partner | None = None, *, others: bool = True) -> None:
+        """A step by the hyperparameters that are on the device; others: of AdamW's parameters, too."""
         # while matrices are orthogonalised, gradients of tables arrive, which backward completes last; while matrices
         # are written, tables leave, which the next forward needs first
         if partner is not None:
             for i in self._matrices:
                 partner.receive(i)
         self._muon.orthogonalise(gradients, self._hyper[:3])
+        if others:
+            self._update_others(gradients, partner)
+        self._muon.apply()
+        if partner is not None:
+            partner.send(self._matrices)
+        if self._alone:  # weights of other ranks are copied when they have come
+            self._model.refresh_copies()  # copies in fp8, where there are some, are of the weights before this step
+
+    def _update_others(self, gradients: Sequence[Tensor], partner: Partner | None) -> None:
         if partner is not None:
             for i in self._others:
                 partner.receive(i)
@@ -379,11 +411,22 @@ class Optimizer:
         self._adam_update(calls)
         if partner is not None:
             partner.send(self._others)
-        self._muon.apply()
-        if partner is not None:
-            partner.send(self._matrices)
-        if self._alone:  # weights of other ranks are copied when they have come
-            self._model.refresh_copies()  # copies in fp8, where there are some, are of the weights before this step
+
+    @torch.no_grad()
+    def copy_states(self, source: str, target: str) -> None:
+        """Gives a parameter the weights, masters and moments of another one that is owned alike."""
+        self.params[target].data.copy_(self.params[source].data)
+        if source in self.owned:
+            self.owned[target].copy_(self.owned[source])
+        for name, state in self.state.items():
+            parameter, _, kind = name.rpartition(".")
+            if parameter == source:
+                mine, its = (
+                    [piece for _, piece in t.pieces] if isinstance(t, Shard) else [t]
+                    for t in (self.state[f"{target}.{kind}"], state)
+                )
+                for a, b in zip(mine, its, strict=True):
+                    a.copy_(b)
 
     def _set_hyper(self, values: list[float]) -> None:
         """Brings the numbers to the device, by one copy that does not wait."""
@@ -404,6 +447,7 @@ class Gradients:
         wide = torch.promote_types(optimizer.compute_dtype, torch.float32)
         device = next(iter(optimizer.params.values())).device
         self.sums = [torch.zeros(arena.shape, dtype=wide, device=device) for arena in optimizer.layout]
+        self._layout = optimizer.layout
         self._of: dict[Tensor, Tensor] = {}  # each parameter's part
         self.by_name: dict[str, Tensor] = {}
         for arena, total in zip(optimizer.layout, self.sums):
@@ -425,6 +469,8 @@ class Gradients:
         """fp32 gradient of p; zero where nothing reached it."""
         return self._of[p]
 
-    def zero(self) -> None:
-        for g in self.sums:
-            g.zero_()
+    def zero(self, others: bool = True) -> None:
+        """others: of AdamW's parameters, too."""
+        for arena, g in zip(self._layout, self.sums):
+            if others or arena.views:
+                g.zero_()

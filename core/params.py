@@ -52,6 +52,11 @@ def ramp(first: float, change: float) -> Init:
     return fill
 
 
+def values(numbers: Sequence[float]) -> Init:
+    """These numbers."""
+    return lambda p, _: p.copy_(torch.tensor(numbers, device=p.device).view_as(p))
+
+
 # rows
 
 
@@ -62,6 +67,7 @@ class MuonView:
     rows: tuple[int, int] | None = None  # of each matrix; None: all
     split: int = 1  # equal matrices, one above the other, that each stored matrix consists of
     transposed: bool = False  # what is stored is the transpose of Muon's matrix
+    lr: float | None = None  # factor on the learning rate; None: by its shape
 
     def __post_init__(self) -> None:
         assert self.rows is None or self.split == 1, "a view takes some rows of each matrix, or splits it"
@@ -92,6 +98,8 @@ class MuonView:
 
     def lr_scale(self, stored: Sequence[int]) -> float:
         """Factor on the learning rate: tall matrices step further [nanochat 92d63d4, optim.py]."""
+        if self.lr is not None:
+            return self.lr
         _, R, C = stored
         rows, cols = (C, R) if self.transposed else (R, C)
         return max(1.0, rows / cols) ** 0.5
