@@ -1,5 +1,6 @@
 """What models share: rotary tables, attention over masks that no window describes, the layers of banks."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,15 @@ def rope_tables(seq_len: int, d_head: int, device: torch.device) -> tuple[Tensor
     inv_freq = ROPE_BASE ** (-2 * j / d_head)
     angle = torch.arange(seq_len, dtype=torch.float32, device=device)[:, None] * inv_freq
     return angle.cos(), angle.sin()
+
+
+def yarn(frequencies: Tensor, before: int, after: int, turns: tuple[float, float]) -> Tensor:
+    """Angles a position for a context that grows from `before` tokens to `after` [Peng et al. 2023, YaRN, "NTK by
+    parts"]: frequencies that turn less than turns[0] times in the old one are stretched with it, of more than turns[1]
+    left alone, linearly between."""
+    low, high = turns
+    kept = ((before * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return frequencies * (before / after + kept * (1 - before / after))
 
 
 # attention that is not causal in whole sequences
