@@ -33,7 +33,7 @@ from torch import Tensor
 from core import checkpoint, communication, machine, report, schedule
 from core.command_line import parse_args
 from core.communication import LaggingLoss, World, joined_world
-from core.config import DATASETS, Config, flat
+from core.config import DATASETS, Config, RaceConfig, flat
 from core.data.corpus import Corpus, open_corpus
 from core.data.download import silent
 from core.data.loader import Loader
@@ -58,6 +58,8 @@ from core.optim import Gradients, Optimizer
 from core.plan import Plan, is_compiled, make_plan, smaller_device_batch
 from core.profiling import SETTLING_STEPS, longest_quiet_steps
 from core.pulse import Pulse
+from core.race import describe, race
+from core.race import make_plan as race_plan
 from core.run import AUTO, Run, State
 from core.sharding import deal
 from core.stopping import (
@@ -87,6 +89,9 @@ def main(argv: list[str]) -> None:
     cfg = parse_args(argv)
     # before any process waits for another: a mistyped backend is a sentence, not a timeout of the other ranks
     dispatch.parse(cfg.kernels)
+    if isinstance(cfg, RaceConfig):
+        run_race(cfg, started, argv)
+        return
     if cfg.dry_run:
         show_plan(cfg)
         return
@@ -98,7 +103,21 @@ def main(argv: list[str]) -> None:
         train(cfg, world, started, command_line(argv, world.world_size))
 
 
-def identity(cfg: Config) -> dict[str, Any]:
+def run_race(cfg: RaceConfig, started: float, argv: list[str]) -> None:
+    """Track fineweb: stages, a clock and an end of its own (core/race.py)."""
+    if cfg.dry_run:
+        rank, world_size = communication.rank_and_size()
+        plan = race_plan(cfg, world_size)
+        if rank == 0:
+            print("\n".join(describe(plan)))
+        return
+    with joined_world(
+        cfg.device, deterministic=cfg.deterministic, step_seconds=cfg.step_timeout, same=lambda: identity(cfg)
+    ) as world:
+        race(cfg, world, started, command_line(argv, world.world_size))
+
+
+def identity(cfg: Config | RaceConfig) -> dict[str, Any]:
     """What must be the same on every process of a run, its text apart: weights that differ by rank drift apart."""
     return {"the code (a hash of its sources)": machine.sources_digest()} | machine.versions() | flat(cfg)
 
@@ -362,7 +381,7 @@ def announce(run: Run, text: Text, trainer: Trainer, command: str = "") -> tuple
         "kernels": trainer.optimizer.backends.facts(),
         "data": f"{text.train.name}: {len(text.train):,} documents to train on, {len(text.val):,} to validate",
     }
-    run.log.header(setup, notes)
+    run.log.header(setup, plan, notes)
     run.log.event("resume" if run.saved else "start", run.start_step, **setup)
     return setup, subset, profiled
 
@@ -575,7 +594,7 @@ def train_step(trainer: Trainer, step: int, stop: StopFlag) -> Tensor:
         if exchange:
             exchange.backward_is_done(outcome)
         at = schedule.at(step, plan.steps, cfg.optim)
-        trainer.optimizer.step(trainer.owned_gradients, step=step, **at, partner=exchange)
+        trainer.optimizer.step(trainer.owned_gradients, step=step, adam_steps=step, **at, partner=exchange)
         if exchange:
             exchange.gradients_are_out()
         trainer.gradients.zero()

@@ -56,6 +56,10 @@ class Plan:
     memory_bytes: dict[str, int]
     fp8: tuple[str, ...]  # which matrices of the layers multiply in fp8, and why the others do not
 
+    def tokens_after(self, step: int) -> int:
+        """Of all steps that follow it."""
+        return (self.steps - step - 1) * self.total_batch_size
+
 
 def scaling_params(cfg: ModelConfig) -> int:
     """Parameters that the scaling laws count."""

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -78,6 +78,23 @@ def _new(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_EXCL, 0o666)
 
 
+class Planned(Protocol):
+    """What the log reads of a plan: how many steps, and the tokens and FLOPs of those that are made now."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def total_batch_size(self) -> int: ...
+
+    @property
+    def flops_per_token(self) -> int: ...
+
+    def tokens_after(self, step: int) -> int:
+        """Of all steps that follow it."""
+        ...
+
+
 class RunLog:
     """The run folder and the console of one run."""
 
@@ -85,7 +102,7 @@ class RunLog:
         self,
         out: Path,
         world: World,
-        plan: Plan,
+        plan: Planned,
         *,
         log_every: int,
         start_step: int = 0,
@@ -168,8 +185,8 @@ class RunLog:
     def print(self, text: Any = "") -> None:
         self.console.print(text, markup=False) if isinstance(text, str) else self.console.print(text)
 
-    def header(self, setup: dict[str, Any], notes: list[str]) -> None:
-        """Who runs what where, the plan, and advice."""
+    def preamble(self, setup: dict[str, Any]) -> None:
+        """Who runs what where."""
         git = setup["git"]
         commit = f"{git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else "not a git checkout"
         self.print(f"Redline {setup['preset']}  commit {commit}")
@@ -179,7 +196,11 @@ class RunLog:
             self.print(f"kernels   {line}")
         self.print(f"data      {setup['data']}")
         self.print(f"run       {self.out}")
-        self.print(plan_table(self.plan))
+
+    def header(self, setup: dict[str, Any], plan: Plan, notes: list[str]) -> None:
+        """Who runs what where, the plan, and advice."""
+        self.preamble(setup)
+        self.print(plan_table(plan))
         for note in notes:
             self.print(f"note: {note}")
 
@@ -233,7 +254,7 @@ class RunLog:
         status = f"loss {loss:.4f}" + (f"  {saturated} saturated" if saturated else "")
         if rates:
             speed = f"MFU {100 * rates['mfu']:.1f} %" if "mfu" in rates else f"{rates['gflop_per_s']:.0f} GFLOP/s"
-            left = (self.plan.steps - step - 1) * self.plan.total_batch_size / rates["tok_per_s"]
+            left = self.plan.tokens_after(step) / rates["tok_per_s"]
             status += f"  {human(rates['tok_per_s'], 'tok/s')}  {speed}  {hours(left)} left"
         if self._progress:
             self._progress.update(self._progress.task_ids[0], completed=step + 1, status=status)
@@ -450,6 +471,13 @@ def commands(summary: dict[str, Any]) -> str:
     return f"{fence} {summary['command']} {fence} ({code})"
 
 
+def _write_lines(out: Path, lines: Sequence[str]) -> None:
+    tmp = out / ".report.md.tmp"
+    with naming(out / "report.md"):
+        tmp.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
+        os.replace(tmp, out / "report.md")
+
+
 def write_report(out: Path, summary: dict[str, Any]) -> None:
     """report.md and loss.png from the summary and log.jsonl."""
     events = read_log(out / "log.jsonl")
@@ -551,10 +579,43 @@ def write_report(out: Path, summary: dict[str, Any]) -> None:
         for sample in e["samples"]:
             fence = "`" * max(3, 1 + longest_run(sample["prompt"] + sample["text"], "`"))
             lines += [fence, sample["prompt"] + sample["text"], fence, ""]
-    tmp = out / ".report.md.tmp"
-    with naming(out / "report.md"):
-        tmp.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
-        os.replace(tmp, out / "report.md")
+    _write_lines(out, lines)
     if s.get("step_times"):
         plot_time(events, out / "time.png")
     plot_loss(events, out / "loss.png", s)  # last: the numbers are safe whatever matplotlib meets
+
+
+def write_race_report(out: Path, summary: dict[str, Any]) -> None:
+    """report.md and loss.png of a run of track fineweb."""
+    events = read_log(out / "log.jsonl")
+    s = summary
+    lines = [
+        f"# {s['preset']}: validation loss {s['val_loss']:.4f}",
+        "",
+        f"{s['params']['total']:,} parameters, {s['tokens']:,} tokens in {s['steps']:,} steps, on {s['device']}, "
+        f"torch {s['versions']['torch']}, {s['precision']}, scale 1/{s['scale']}.",
+        "",
+        commands(s),
+        "",
+        "![loss curves](loss.png)",
+        "",
+        "| | |",
+        "|---|--:|",
+        f"| training time | {s['total_training_time_s']:.1f} s |",
+        f"| validation loss over {s['val_tokens']:,} tokens | {s['val_loss']:.4f} nats |",
+        f"| throughput | {human(s['tok_per_s'], 'tok/s')}, {human(s['flop_per_s'], 'FLOP/s')} |",
+        f"| peak memory | {human(s['peak_memory_bytes'], 'B')} |",
+        f"| command to report | {s['wall_time_s']:.1f} s |",
+        "",
+    ]
+    _write_lines(out, lines)
+    steps = [(e["step"] + 1, e["loss"]) for e in events if e["event"] == "step" and isinstance(e["loss"], float)]
+    evals = [(e["step"], e["val_loss"]) for e in events if e["event"] == "eval"]
+    figure, save = _figure(out / "loss.png", (8, 5))
+    ax = figure.subplots()
+    ax.plot(*zip(*steps), color="tab:blue", linewidth=0.8, label="training, all targets by their weights")
+    ax.plot(*zip(*evals), "o-", color="tab:red", markersize=4, label="validation")
+    ax.set(xlabel="step", ylabel="loss (nats per token)")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    save()

@@ -223,8 +223,9 @@ class StopFlag:
     `stop.wanted` is whether there was a signal, or `also()` asks to stop as well.
     """
 
-    def __init__(self, also: Callable[[], bool] = never) -> None:
-        self.signum, self._noted, self._also = 0, 0.0, also  # _noted: when, by time.monotonic()
+    def __init__(self, also: Callable[[], bool] = never, then: str = " and saving a checkpoint") -> None:
+        """then: what follows the step, for people."""
+        self.signum, self._noted, self._also, self._then = 0, 0.0, also, then  # _noted: when, by time.monotonic()
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -257,6 +258,6 @@ class StopFlag:
             self.__exit__()
         if os.environ.get("RANK", "0") == "0":
             name = signal.Signals(signum).name
-            text = f"\n{name}: finishing the step under way and saving a checkpoint; a second signal stops at once\n"
+            text = f"\n{name}: finishing the step under way{self._then}; a second signal stops at once\n"
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, text.encode())  # print may be what was interrupted

@@ -285,7 +285,7 @@ def test_a_finished_run_can_be_extended(finished, tmp_path, monkeypatch, capsys)
     train.main(["--resume", str(out), "--steps", "20"])
     cfg = from_dict(json.loads((out / "config.json").read_text()))
     assert cfg.steps == 20
-    assert used == {step: schedule.at(step, 20, cfg.optim) for step in range(14, 20)}
+    assert used == {step: schedule.at(step, 20, cfg.optim) | {"adam_steps": step} for step in range(14, 20)}
     before = losses(finished)
     assert {step: loss for step, loss in losses(out).items() if step < 14} == before and len(losses(out)) == 20
     was, now = (schedule.at(14, n, cfg.optim)["lr_mult"] for n in (14, 20))
@@ -453,7 +453,9 @@ def test_the_first_word_may_be_a_run(tiny, tmp_path):
     out = run(tiny, tmp_path / "run", "--steps", "4")
     train.main([str(out), "--steps", "6", "--eval-every", "3"])
     assert sorted(losses(out)) == list(range(6)) and json.loads((out / "config.json").read_text())["steps"] == 6
-    with pytest.raises(UserError, match="no-such-preset is neither a preset .quickstart, gpt2. nor a run folder"):
+    with pytest.raises(
+        UserError, match="no-such-preset is neither a preset .quickstart, gpt2, fineweb. nor a run folder"
+    ):
         train.main(["no-such-preset"])
     with pytest.raises(UserError, match="give one run to continue"):
         train.main([str(out), "--resume", str(tmp_path)])
