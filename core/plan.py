@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from core import schedule
-from core.config import Config, ModelConfig, check_ranges
+from core.config import Config, ModelConfig, RaceConfig, check_ranges
 from core.data.loader import check_batch, divisors
 from core.fp8 import Recipe
 from core.models.gpt2 import COUNTED, GPT, SCALING, dims, flops_per_token, fp8_choices, parameter_table
@@ -179,7 +179,7 @@ def _device_batch(cfg: Config, rows_per_rank: int, device_type: str, memory: Cal
     return asked
 
 
-def is_compiled(cfg: Config, device_type: str) -> bool:
+def is_compiled(cfg: Config | RaceConfig, device_type: str) -> bool:
     """Whether training goes through torch.compile: unset, on a GPU. On a CPU it takes longer than the quickstart."""
     return device_type == "cuda" if cfg.compile is None else cfg.compile
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from core import checkpoint, communication, machine, report
 from core.communication import LaggingLoss, World
 from core.config import SYNTHETIC, TOKEN_DATASETS, FinewebConfig, RaceConfig
+from core.data.download import silent
 from core.data.prefixes import gpt2_bytes, prefix_table
 from core.data.row_loader import RowLoader
 from core.data.token_rows import (
@@ -35,7 +36,7 @@ from core.data.token_rows import (
     share_of,
     tokens_read,
 )
-from core.data.token_shards import TokenShards, open_token_shards, synthetic
+from core.data.token_shards import MEAN_TOKENS, TokenShards, open_token_shards, synthetic
 from core.exchange import Exchange
 from core.machine import choose_dtype
 from core.models.fineweb import (
@@ -53,6 +54,7 @@ from core.models.fineweb import (
 )
 from core.optim import AdamGroup, Gradients, Optimizer
 from core.params import MUON, num_params
+from core.plan import is_compiled
 from core.pulse import Pulse
 from core.sharding import deal
 from core.stages import (
@@ -217,7 +219,7 @@ def race(cfg: RaceConfig, world: World, started: float, command: str) -> None:
     out = claimed(cfg, world)
     dtype = choose_dtype(cfg.precision, world.device.type)
     backends = Backends(cfg.kernels, device=world.device, dtype=dtype)
-    shards = communication.main_first(lambda: open_shards(cfg, plan, print if world.is_main else _silent), "the shards")
+    shards = communication.main_first(lambda: open_shards(cfg, plan, print if world.is_main else silent), "the shards")
     facts = {"the tokens of --data (names and sizes of its shards)": [shards.validation, *map(list, shards.train)]}
     communication.check_same(facts, "the tokens of the other processes")
     bos, vocab = plan.cfg.vocab_size - 1, plan.cfg.vocab_size
@@ -246,10 +248,6 @@ def race(cfg: RaceConfig, world: World, started: float, command: str) -> None:
             finish(plan, out, log, setup, clock, loss, memory, started)
 
 
-def _silent(sentence: str) -> None:
-    """Another process says it."""
-
-
 def claimed(cfg: RaceConfig, world: World) -> Path:
     """The folder of the run, which must be free."""
     out = expanded(communication.broadcast_object(cfg.out or f"runs/fineweb-{time.strftime('%Y%m%d-%H%M%S')}"))
@@ -263,7 +261,7 @@ def open_shards(cfg: RaceConfig, plan: Plan, say: Callable[[str], None]) -> Toke
     cache, needed = expanded(cfg.cache_dir), tokens_read(shapes(plan.stages))
     if cfg.data != SYNTHETIC:
         return open_token_shards(cfg.data, tokens=needed, cache_dir=cache, say=say)
-    mean = max(690 / cfg.scale, 8.0)
+    mean = max(MEAN_TOKENS / cfg.scale, 8.0)
     sizes: dict[str, Any] = {
         "train_shards": 2, "tokens_per_shard": needed // 2 + 1, "val_tokens": plan.val_tokens + 1, "seed": 0,
         "vocab_size": SYNTHETIC_VOCAB, "bos": SYNTHETIC_VOCAB - 1, "mean_tokens": mean,
@@ -321,7 +319,7 @@ def build(cfg: RaceConfig, plan: Plan, world: World, dtype: torch.dtype, backend
         torch.tensor([target_weights(first + j, plan.stages) for j in range(s.steps)], device=world.device)
         for first, s in zip(firsts, plan.stages)
     ]
-    compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
+    compiled = is_compiled(cfg, world.device.type)
     return Racer(
         plan=plan,
         world=world,
